@@ -1,0 +1,47 @@
+# One place for the commands that people and CI run. uv is used when present, venv + pip otherwise.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+UV     := $(shell command -v uv 2>/dev/null)
+PIP    := $(if $(UV),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
+# torch is only the oracle of the parity tests, and only Python 3.11 has a CPU build that pip finds without CUDA.
+TORCH  ?= torch==2.13.0
+
+.PHONY: help setup setup-dev serve check test clean
+
+help:  ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+$(BIN)/python:
+	$(if $(UV),uv venv --quiet --seed --python $(PYTHON) $(VENV),$(PYTHON) -m venv $(VENV))
+
+$(VENV)/.setup: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing Baton into $(VENV) (the first time takes a few minutes) ..."
+	$(PIP) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.setup-dev: $(VENV)/.setup
+	@echo "Installing the test and lint tools ..."
+	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"; fi
+	$(PIP) -c constraints.txt -r requirements-dev.txt
+	@touch $@
+
+setup: $(VENV)/.setup  ## Prepare .venv with everything Baton needs
+
+setup-dev: $(VENV)/.setup-dev  ## ... and the test and lint tools
+
+serve: setup  ## Start gateway + 1 prefill + 1 decode worker with the demo model (ARGS="..." adds options)
+	@exec $(BIN)/baton serve $(ARGS)
+
+check: setup-dev  ## ruff, mypy --strict, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: setup-dev  ## All tests (ARGS="-k name" narrows)
+	$(BIN)/python -m pytest $(ARGS)
+
+clean:  ## Remove the environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

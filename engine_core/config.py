@@ -1,0 +1,83 @@
+"""Configuration of an engine: composed frozen dataclasses, the only place with defaults.
+
+What is found at run time (free memory, the checkpoint's context length) is never written back here:
+`engine_core.engine.resolve` derives it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine_core.errors import ConfigError
+from engine_core.types import Numerics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which checkpoint, and how to hold it."""
+
+    path: str = "demo"  # directory, hub id, or "demo" for the embedded model
+    revision: str = ""  # of a hub id; empty: the default branch
+    dtype: str = (
+        "auto"  # auto | float32 | bfloat16; auto: the checkpoint's on TPU and GPU, the fastest exact one on CPU
+    )
+    layers: str = "auto"  # auto | scan | unroll; auto: scan on TPU and GPU, unroll on CPU
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheConfig:
+    """The paged KV cache."""
+
+    page_size: int = 0  # tokens per page; 0: 128 on TPU, 16 elsewhere
+    num_pages: int = 0  # 0: as many as `memory_fraction` holds
+    memory_fraction: float = 0.85  # of the accelerator's memory for weights and cache together
+    host_bytes: int = 1 << 30  # cache bytes where the device is a CPU and num_pages is 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchConfig:
+    """Static sizes: each bucket is compiled at warm-up, nothing later."""
+
+    num_slots: int = 32  # sequences decoding at once
+    max_model_len: int = 0  # prompt plus answer, tokens; 0: the model's own
+    prefill_tokens: int = 512  # tokens of one prefill chunk
+    prefill_seqs: int = 4  # sequences packed into one prefill step
+    strict_rows: int = 32  # the single bucket of strict numerics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Everything one model replica needs."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    tp: int = 1  # tensor-parallel degree
+    numerics: Numerics = Numerics.FAST
+    prefix_cache: bool = True
+    compile_cache: str = "~/.cache/baton/xla"  # persistent compilation cache; empty: off
+
+    def __post_init__(self) -> None:
+        """Refuse what can never work."""
+        if self.model.dtype not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"model.dtype must be auto, float32 or bfloat16, not {self.model.dtype!r}")
+        if self.model.layers not in ("auto", "scan", "unroll"):
+            raise ConfigError(f"model.layers must be auto, scan or unroll, not {self.model.layers!r}")
+        if not 0 < self.cache.memory_fraction <= 1:
+            raise ConfigError(f"cache.memory_fraction must be in (0, 1], not {self.cache.memory_fraction}")
+        for name, value in (
+            ("tp", self.tp),
+            ("batch.num_slots", self.batch.num_slots),
+            ("batch.prefill_tokens", self.batch.prefill_tokens),
+            ("batch.prefill_seqs", self.batch.prefill_seqs),
+            ("batch.strict_rows", self.batch.strict_rows),
+        ):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
+        for name, value in (
+            ("cache.page_size", self.cache.page_size),
+            ("cache.num_pages", self.cache.num_pages),
+            ("batch.max_model_len", self.batch.max_model_len),
+        ):
+            if value < 0:
+                raise ConfigError(f"{name} must not be negative, not {value}")

@@ -1,0 +1,147 @@
+"""The whole exception tree.
+
+BatonError(http_status, retryable)
+├ ConfigError                 start-up; the process exits with status 2
+│ └ CheckpointError           a model directory that cannot be served
+├ RequestError                400; `param` names the offending field
+│ ├ RequestTooLong            400 context_length_exceeded
+│ └ RequestCancelled          499
+├ CapacityError               503, retryable
+│ ├ NoFreePages
+│ └ NoWorkerAvailable
+├ WorkerDied                  502, retryable: the router moves the request
+├ ProtocolError               a peer broke the wire contract: its connection is closed
+└ TransferError
+  ├ TransferTimeout           retryable
+  ├ TicketExpired             retryable
+  ├ ChecksumMismatch          retryable
+  └ LayoutMismatch            never retried
+"""
+
+from __future__ import annotations
+
+
+class BatonError(Exception):
+    """Base of every error Baton raises on purpose.
+
+    Attributes:
+        http_status: status that the gateway answers with.
+        retryable: whether another attempt, perhaps elsewhere, may succeed.
+        code: short machine-readable reason, as in OpenAI's error objects.
+    """
+
+    http_status = 500
+    retryable = False
+    code = "internal_error"
+
+
+class ConfigError(BatonError):
+    """The configuration cannot work; raised at start-up only."""
+
+    code = "config_error"
+
+
+class CheckpointError(ConfigError):
+    """A model directory is truncated, of an unknown architecture, or does not fit."""
+
+    code = "checkpoint_error"
+
+
+class RequestError(BatonError):
+    """The client asked for something that cannot be done.
+
+    Args:
+        message: sentence for the client.
+        param: name of the offending field in the request body.
+        code: machine-readable reason.
+    """
+
+    http_status = 400
+    code = "invalid_value"
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class RequestTooLong(RequestError):
+    """The prompt, or prompt plus max_tokens, exceeds the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class RequestCancelled(RequestError):
+    """The client went away."""
+
+    http_status = 499
+    code = "request_cancelled"
+
+
+class CapacityError(BatonError):
+    """Nothing can take the request now; another attempt later may succeed."""
+
+    http_status = 503
+    retryable = True
+    code = "overloaded"
+
+
+class NoFreePages(CapacityError):
+    """The page pool cannot give the pages asked for."""
+
+    code = "no_free_pages"
+
+
+class NoWorkerAvailable(CapacityError):
+    """No worker of the needed role is in the fleet."""
+
+    code = "no_worker_available"
+
+
+class WorkerDied(BatonError):
+    """The connection to a worker that held the request was lost."""
+
+    http_status = 502
+    retryable = True
+    code = "worker_died"
+
+
+class ProtocolError(BatonError):
+    """A peer broke the wire contract; its connection is closed."""
+
+    http_status = 502
+    code = "protocol_error"
+
+
+class TransferError(BatonError):
+    """A KV hand-off failed."""
+
+    http_status = 502
+    retryable = True
+    code = "transfer_error"
+
+
+class TransferTimeout(TransferError):
+    """A peer made no progress within the deadline."""
+
+    code = "transfer_timeout"
+
+
+class TicketExpired(TransferError):
+    """The landing reservation is gone."""
+
+    code = "ticket_expired"
+
+
+class ChecksumMismatch(TransferError):
+    """Bytes of a block differ from those that were sent."""
+
+    code = "checksum_mismatch"
+
+
+class LayoutMismatch(TransferError):
+    """Fingerprints differ: these two workers must never exchange KV."""
+
+    retryable = False
+    code = "layout_mismatch"

@@ -1,0 +1,1 @@
+"""One folder per operation: `api` (validation, choice), `reference` (the definition), implementations."""

@@ -1,0 +1,130 @@
+"""Every control message between processes, declared once.
+
+Gateway <-> worker: one long-lived connection from each gateway to each worker (`kv_transfer.channel`).
+Decode -> prefill: one long-lived connection per pair; tickets go up, KV frames come down (`kv_transfer.wire`).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from engine_core.types import FinishReason, Numerics, Request, Role, TokenLogprobs
+
+PROTOCOL_VERSION = 1
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Base: on the wire an array whose first item is the class name."""
+
+
+class PeerAddress(msgspec.Struct, frozen=True, array_like=True):
+    """Where a worker listens: `port` for gateways (control), `kv_port` for decode workers that fetch KV."""
+
+    host: str
+    port: int
+    kv_port: int
+
+
+class WorkerInfo(msgspec.Struct, frozen=True):
+    """What the fleet and the gateways know of a worker. (worker_id, incarnation) names one life of it.
+
+    Attributes:
+        fingerprint: hash of model and cache layout; unequal means never pair.
+        num_slots: rows of the decode batch (prefill: sequences per step).
+        num_pages: size of its page pool.
+        page_size: tokens per page.
+        max_model_len: tokens of prompt plus answer at most.
+    """
+
+    worker_id: str
+    incarnation: int
+    role: Role
+    address: PeerAddress
+    fingerprint: str
+    numerics: Numerics
+    num_slots: int
+    num_pages: int
+    page_size: int
+    max_model_len: int
+
+
+class Hello(Message, frozen=True):
+    """First message in both directions. A worker answers a gateway with its `WorkerInfo`."""
+
+    protocol: int
+    peer: str
+    info: WorkerInfo | None = None
+    secret_proof: bytes = b""
+
+
+class Prefill(Message, frozen=True):
+    """Gateway -> prefill worker: compute the prompt, sample the first token, push KV to whoever holds the ticket."""
+
+    request: Request
+    deadline_ms: int
+
+
+class Decode(Message, frozen=True):
+    """Gateway -> decode worker: generate. `prefill` is None for local prefill on this worker."""
+
+    request: Request
+    prefill: PeerAddress | None
+    deadline_ms: int
+
+
+class Cancel(Message, frozen=True):
+    """Gateway -> worker: free everything that (request_id, epoch) holds. Unknown ids are fine."""
+
+    request_id: str
+    epoch: int
+
+
+class TokenChunk(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens of one sequence from one step.
+
+    Attributes:
+        position: index of the first of `token_ids` among the generated tokens (0 is the first generated token).
+        token_ids: new tokens; a stop token that ended the sequence is not among them.
+        finish_reason: set on the last chunk.
+        logprobs: one per token where the request asked for them, else empty.
+        cached_tokens: prompt tokens found in the prefix cache; sent on the first chunk of each worker.
+    """
+
+    request_id: str
+    epoch: int
+    position: int
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprobs] = []
+    cached_tokens: int = 0
+
+
+class Tokens(Message, frozen=True):
+    """Worker -> gateway: all chunks of one step for this gateway's requests."""
+
+    chunks: list[TokenChunk]
+
+
+class Failed(Message, frozen=True):
+    """Worker -> gateway: the request ended without an answer. `code` is from `engine_core.errors`."""
+
+    request_id: str
+    epoch: int
+    code: str
+    message: str
+    retryable: bool
+
+
+class Load(Message, frozen=True):
+    """Worker -> gateways, at most every 250 ms and at least every second: also the progress beat."""
+
+    running: int
+    waiting: int
+    queued_tokens: int
+    free_pages: int
+    draining: bool
+    compiles_after_warmup: int
+
+
+GatewayToWorker = Hello | Prefill | Decode | Cancel
+WorkerToGateway = Hello | Tokens | Failed | Load

@@ -1,0 +1,1 @@
+"""Model definitions: `spec` (what a config.json says), `decoder` (Flax NNX modules), `registry` (architecture -> model)."""

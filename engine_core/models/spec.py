@@ -1,0 +1,47 @@
+"""What a decoder-only dense model is, read from a Hugging Face config.json. Host module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScaling:
+    """Llama 3's frequency scaling (Llama 3.1 release, `rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """Shapes and switches of one model.
+
+    Attributes:
+        architecture: the Hugging Face class name, such as Qwen3ForCausalLM.
+        qk_norm: RMSNorm on each query and key head (Qwen3).
+        qkv_bias: biases on the query, key and value projections (Qwen2.5).
+        sliding_window: tokens of window per layer, 0 where a layer sees everything.
+        eos_token_ids: any of them ends a sequence.
+    """
+
+    architecture: str
+    num_layers: int
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_heads: int  # N
+    num_kv_heads: int  # K
+    head_dim: int  # H
+    vocab_size: int  # V
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    tie_embeddings: bool
+    qk_norm: bool
+    qkv_bias: bool
+    sliding_window: tuple[int, ...]
+    max_position: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str

@@ -1,0 +1,1 @@
+"""Moving KV blocks between workers: control channel, tickets, wire format, transports."""

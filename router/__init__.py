@@ -1,0 +1,1 @@
+"""The OpenAI-compatible gateway and the placement of requests on workers. Never imports jax or ray."""
