@@ -1,7 +1,7 @@
 """The pytrees that enter and leave a step. Shapes are static per bucket (T, B); everything else is data.
 
 Dims: T token rows, B sequence rows, P pages per sequence, S slots, V vocabulary, J logit-bias entries, L top logprobs.
-A decode bucket has T == B, one token per sequence row; a prefill bucket packs the chunks of up to B sequences into T rows.
+A decode bucket has T == B, one token per sequence row; a prefill bucket packs chunks of up to B sequences into T rows.
 Padding: token rows beyond the last real one have `rows == B` and are neither written to the cache nor attended;
 sequence rows beyond the last real one have `kv_lens == 0` and `slots == S`.
 """

@@ -90,7 +90,7 @@ class Request(msgspec.Struct, frozen=True):
 
     Attributes:
         request_id: 128-bit random hex, made by the gateway; one per choice (`n`).
-        token_ids: the prompt, and behind `num_prompt_tokens` the tokens generated so far by an earlier life of the stream.
+        token_ids: the prompt, and behind `num_prompt_tokens` what an earlier life of the stream generated.
         num_prompt_tokens: length of the prompt proper.
         sampling: see `SamplingParams`; `max_tokens` counts from the prompt's end, not from this attempt's start.
         salt: server-derived; blocks of different salts never match.

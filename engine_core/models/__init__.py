@@ -1,1 +1,1 @@
-"""Model definitions: `spec` (what a config.json says), `decoder` (Flax NNX modules), `registry` (architecture -> model)."""
+"""Models: `spec` (what a config.json says), `registry` (architecture -> model), `decoder` (Flax NNX modules)."""
