@@ -110,6 +110,10 @@ class Channel(asyncio.Protocol):
         """Address of the other end, for logs."""
         return str(self._transport.get_extra_info("peername"))
 
+    def time(self) -> float:
+        """The event loop's clock."""
+        return self._loop.time()
+
     def close(self) -> None:
         """Send what is queued, then close."""
         if not self.closed:

@@ -2,7 +2,9 @@
 
 A frame is a big-endian u32 length and that many bytes of msgpack; behind a `KvBlocks` follow `num_bytes` of payload,
 layer-major: `[L][n][page_size][2K][H]`. No frame carries an address: blocks are named by (request_id, epoch,
-block_index, generation), and each block's checksum covers that name.
+block_index, generation), and each block's checksum covers that name. The ticket's serial is there because a page's
+generation alone does not name the page: after a request moved, the same block may wait in another page of the same
+generation (the simulator found it).
 """
 
 from __future__ import annotations
@@ -62,6 +64,7 @@ class KvBlocks(KvMessage, frozen=True):
 
     request_id: str
     epoch: int
+    serial: int
     blocks: tuple[int, ...]
     generations: tuple[int, ...]
     layers: tuple[int, int]
@@ -121,6 +124,7 @@ def block_header(
     return KvBlocks(
         ticket.request_id,
         ticket.epoch,
+        ticket.serial,
         tuple(index for index, _ in blocks),
         tuple(generation for _, generation in blocks),
         (0, layout.num_layers),
