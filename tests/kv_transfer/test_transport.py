@@ -228,8 +228,8 @@ async def test_an_empty_ticket_brings_the_first_token_alone(kind):
 @pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uv"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_many_requests_from_other_threads(kind, loop_factory, dtype):
-    layout = BlockLayout(num_layers=4, page_size=16, num_kv_heads=4, head_dim=64, dtype=dtype)
-    names = [f"r{number}" for number in range(24)]
+    layout = BlockLayout(num_layers=4, page_size=16, num_kv_heads=2, head_dim=32, dtype=dtype)
+    names = [f"r{number}" for number in range(12)]
 
     async def scenario() -> None:
         async with open_pair(kind, layout) as pair:
