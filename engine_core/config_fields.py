@@ -71,7 +71,7 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
     return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
-def _collect(cls: type[Any], prefix: str, base: object, fields: Fields) -> None:
+def _collect(cls: Any, prefix: str, base: object, fields: Fields) -> None:
     hints = get_type_hints(cls)
     comments = _comments(cls)
     for field in dataclasses.fields(cls):

@@ -1,101 +1,12 @@
-from __future__ import annotations
-
-import json
-from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
-from typing import Literal
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from engine_core.config import CacheConfig, EngineConfig
 from engine_core.config_loader import FieldHelp, field_help, from_dict, load, to_dict
 from engine_core.errors import ConfigError
 from engine_core.types import Numerics
-
-
-class Level(Enum):
-    LOW = 1
-    HIGH = 2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Inner:
-    """A section whose defaults the outer class changes."""
-
-    ratio: float = 0.5  # share
-    names: tuple[str, ...] = ()
-    span: tuple[int, int] = (1, 2)
-    limit: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outer:
-    """One field of each type."""
-
-    inner: Inner = field(default_factory=lambda: Inner(ratio=0.25, names=("a",)))
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    path: Path = Path("/tmp")
-    level: Level = Level.LOW
-    mode: Literal["x", "y"] = "x"
-    no_wait: bool = False
-    label: str | None = None
-    sizes: tuple[int, ...] = (1, 2)
-    text: str = "long"  # a comment behind a value
-    plain: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Needs:
-    """A section without defaults."""
-
-    port: int
-    host: str = "h"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Root:
-    """Requires a field of its section."""
-
-    needs: Needs
-
-
-@dataclass(frozen=True, kw_only=True)
-class Deep:
-    """A default two sections down, and a field that nobody may set."""
-
-    outer: Outer = Outer(engine=EngineConfig(cache=CacheConfig(page_size=7)))
-    computed: int = field(init=False, default=1)
-
-
-ALIASES = {"model": "engine.model.path", "max-model-len": "engine.batch.max_model_len", "": "engine."}
-LABELS = st.none() | st.text().filter(lambda text: text.lower() != "none")
-OUTERS = st.builds(
-    Outer,
-    inner=st.builds(
-        Inner,
-        ratio=st.floats(allow_nan=False),
-        names=st.lists(st.text("abc", min_size=1), max_size=3).map(tuple),
-        span=st.tuples(st.integers(), st.integers()),
-        limit=st.none() | st.integers(),
-    ),
-    engine=st.builds(
-        EngineConfig,
-        cache=st.builds(CacheConfig, page_size=st.integers(0, 999)),
-        numerics=st.sampled_from(Numerics),
-        prefix_cache=st.booleans(),
-    ),
-    path=st.sampled_from([Path("/a"), Path("b/c")]),
-    level=st.sampled_from(Level),
-    mode=st.sampled_from(["x", "y"]),
-    no_wait=st.booleans(),
-    label=LABELS,
-    sizes=st.lists(st.integers(), max_size=3).map(tuple),
-    text=st.text(),
-    plain=st.integers(),
-)
+from tests.engine_core.config_example import ALIASES, Deep, Inner, Level, Needs, Outer, Root
 
 
 def write(tmp_path, text):
@@ -263,22 +174,6 @@ def test_required_fields():
     assert field_help(Root)[0] == FieldHelp(name="needs.port", type="int", default=None, comment="")
 
 
-@given(OUTERS)
-def test_to_dict_and_back(config):
-    assert from_dict(Outer, json.loads(json.dumps(to_dict(config)))) == config
-
-
-@given(OUTERS)
-def test_help_prints_defaults_as_flags_that_mean_them(config):
-    @dataclass(frozen=True)
-    class Local:
-        outer: object = config
-
-    Local.__annotations__["outer"] = Outer
-    argv = [f"--{help_.name}={help_.default}" for help_ in field_help(Local)]
-    assert load(Outer, [flag.replace("--outer.", "--") for flag in argv]) == config
-
-
 def test_from_dict_checks_too():
     assert from_dict(Outer, {}) == Outer()
     assert from_dict(Outer, {"inner": {"limit": None}}) == Outer()
@@ -289,64 +184,3 @@ def test_from_dict_checks_too():
     ]:
         with pytest.raises(ConfigError, match=message):
             from_dict(Outer, mapping)
-
-
-def test_help_takes_types_defaults_and_comments_from_the_source():
-    helps = {help_.name: help_ for help_ in field_help(Outer)}
-    assert helps["inner.ratio"] == FieldHelp(name="inner.ratio", type="float", default="0.25", comment="share")
-    assert helps["text"].comment == "a comment behind a value"
-    assert helps["plain"].comment == ""
-    assert (helps["level"].type, helps["mode"].type, helps["sizes"].type) == ("1|2", "x|y", "int,...")
-    assert (helps["inner.limit"].type, helps["inner.limit"].default) == ("int|none", "none")
-    assert helps["engine.cache.page_size"].comment.startswith("tokens per page")
-    assert helps["engine.model.dtype"].comment.startswith("auto | float32")
-
-
-def test_unsupported_types_are_our_bug():
-    @dataclass(frozen=True)
-    class Bad:
-        mapping: object = None
-
-    Bad.__annotations__["mapping"] = dict[str, int]
-    with pytest.raises(TypeError, match="no type of a configuration field"):
-        load(Bad, [])
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3),
-    max_leaves=6,
-)
-NAMES = [help_.name for help_ in field_help(Outer)]
-
-
-@given(st.dictionaries(st.sampled_from([*NAMES, "inner", "engine", "x"]), JSON, max_size=4))
-def test_any_mapping_gives_a_config_or_a_config_error(mapping):
-    try:
-        config = from_dict(Outer, mapping)
-    except ConfigError:
-        return
-    assert from_dict(Outer, to_dict(config)) == config
-
-
-@given(
-    st.lists(
-        st.sampled_from([f"--{name}" for name in NAMES]) | st.sampled_from(NAMES) | st.text(max_size=8), max_size=6
-    )
-)
-def test_any_flags_give_a_config_or_a_config_error(argv):
-    try:
-        config = load(Outer, argv, aliases=ALIASES)
-    except ConfigError:
-        return
-    assert from_dict(Outer, to_dict(config)) == config
-
-
-@given(st.text(max_size=60))
-def test_any_file_gives_a_config_or_a_config_error(tmp_path_factory, text):
-    path = tmp_path_factory.getbasetemp() / "fuzz.toml"
-    path.write_text(text, encoding="utf-8", newline="", errors="surrogatepass")
-    try:
-        assert load(Outer, [], path) == Outer()
-    except ConfigError as error:
-        assert str(path) in str(error)

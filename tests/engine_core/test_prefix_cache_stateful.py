@@ -229,5 +229,5 @@ class CacheMachine(RuleBasedStateMachine):
         assert {self.key_of_hash[block_hash] for block_hash in self.folded} == set(self.cached)
 
 
-CacheMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+CacheMachine.TestCase.settings = settings(CacheMachine.TestCase.settings, max_examples=200, stateful_step_count=40)
 TestCacheMachine = CacheMachine.TestCase
