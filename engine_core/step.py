@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +36,8 @@ def step(
     sampled = slots.last_tokens.at[inputs.token_slots].get(mode="fill", fill_value=0)
     tokens = jnp.where(inputs.token_slots < slots.last_tokens.shape[0], sampled, inputs.tokens)
     logits, cache = model.forward(params, cache, tokens, inputs)
-    output, slots = sample(logits, slots, inputs)
-    last_tokens = slots.last_tokens.at[inputs.slots].set(output.tokens, mode="drop")
-    return cache, replace(slots, last_tokens=last_tokens), output
+    output, slots = sample(logits, slots, inputs.slots, inputs.sampling)
+    return cache, slots, output
 
 
 def build_step(model: Decoder, mesh: Mesh) -> Step:
