@@ -58,4 +58,6 @@ class ServeConfig:
 
     engine: EngineConfig = field(default_factory=EngineConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
+    host: str = "127.0.0.1"  # address on which the gateway listens
+    port: int = 8000  # of the gateway
     log_dir: str = ""  # directory for logs; empty: a temporary one, removed after a clean stop

@@ -22,6 +22,7 @@ from deploy.fleet_types import (
     Membership,
     MemberState,
     MemberStatus,
+    StartFailed,
     WorkerHandle,
     WorkerLost,
     WorkerReport,
@@ -96,6 +97,7 @@ class FleetCore:
         self._status_version = 0
         self._fatal: Exception | None = None
         self._events: list[str] = []
+        self._num_events = 0
         self._changed = asyncio.Condition()
         self._stopping = False
         self._was_ready = False  # once the fleet has served, nothing is fatal any more
@@ -150,6 +152,7 @@ class FleetCore:
             wanted={role.value: count for role, count in self._wanted.items()},
             members=tuple(member.status() for member in members),
             events=tuple(self._events),
+            num_events=self._num_events,
         )
 
     # -- wanted against living ----------------------------------------------------------------------------------
@@ -246,7 +249,7 @@ class FleetCore:
                 with contextlib.suppress(TimeoutError):  # compiling may hold the worker's loop for a while
                     report = await asyncio.wait_for(handle.report(), self._config.health_timeout_s)
                     await self._note(member, report)
-        except ConfigError as error:
+        except (ConfigError, StartFailed) as error:
             if self._was_ready:
                 raise WorkerLost(str(error)) from error
             await self._fail(error)
@@ -295,6 +298,7 @@ class FleetCore:
     async def _log_event(self, text: str) -> None:
         logger.info("%s", text)
         self._events = [*self._events[1 - MAX_EVENTS :], text]
+        self._num_events += 1
         await self._notify()
 
     async def _publish(self, member: Member, info: WorkerInfo) -> None:

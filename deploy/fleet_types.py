@@ -7,12 +7,17 @@ from typing import Protocol
 
 import msgspec
 
+from deploy.config import ServeConfig
 from engine_core.messages import Load, WorkerInfo
 from engine_core.types import Role
 
 
 class WorkerLost(Exception):
     """The worker's process is gone, or as good as gone."""
+
+
+class StartFailed(Exception):
+    """The worker's constructor raised: another try on the same machine would, too."""
 
 
 class MemberState(StrEnum):
@@ -46,7 +51,7 @@ class WorkerHandle(Protocol):
     """One life of one worker. Every method may raise `WorkerLost`."""
 
     async def start(self) -> WorkerInfo:
-        """Load and compile; slow. Raises ConfigError when no worker can ever start with this configuration."""
+        """Load and compile; slow. Raises ConfigError or StartFailed when another try would end alike."""
 
     async def report(self) -> WorkerReport:
         """Answer the health check."""
@@ -79,7 +84,8 @@ class Membership(msgspec.Struct, frozen=True):
 
 
 class FleetStatus(msgspec.Struct, frozen=True):
-    """What people follow. `fatal` is set when the fleet can never become ready; `events` are recent, oldest first."""
+    """What people follow. `fatal` is set when the fleet can never become ready; `events` are recent, oldest first;
+    `num_events` counts all."""
 
     version: int
     ready: bool
@@ -88,3 +94,21 @@ class FleetStatus(msgspec.Struct, frozen=True):
     wanted: dict[str, int]
     members: tuple[MemberStatus, ...]
     events: tuple[str, ...]
+    num_events: int
+
+
+class GatewayPlan(msgspec.Struct, frozen=True):
+    """How to construct a gateway.
+
+    Attributes:
+        gateway_class: `module:class` of a `Gateway`, imported in the replica's process only.
+    """
+
+    gateway_class: str
+    config: ServeConfig
+    host: str
+    port: int
+    model_dir: str
+    log_dir: str
+    drain_timeout_s: float
+    secret: bytes | None = None

@@ -1,0 +1,40 @@
+"""A gateway that only tells which workers it knows. GET /readiness, GET /workers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+
+from deploy.fleet_types import GatewayPlan
+from engine_core.messages import WorkerInfo
+from engine_core.types import Role
+
+
+class FakeGateway:
+    def __init__(self, plan: GatewayPlan) -> None:
+        self._host, self._port = plan.host, plan.port
+        self._workers: Sequence[WorkerInfo] = ()
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        self._server = await asyncio.start_server(self._answer, self._host, self._port, reuse_port=True)
+
+    async def follow(self, workers: Sequence[WorkerInfo]) -> None:
+        self._workers = workers
+
+    def check_health(self) -> None:
+        assert self._server is not None and self._server.is_serving()
+
+    async def drain(self, timeout_s: float) -> None:
+        if self._server is not None:
+            self._server.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        request = await reader.readuntil(b"\r\n\r\n")
+        ready = any(worker.role is Role.DECODE for worker in self._workers)
+        status = "200 OK" if ready or b"/readiness" not in request else "503 Service Unavailable"
+        body = json.dumps(sorted([worker.worker_id, worker.incarnation] for worker in self._workers)).encode()
+        writer.write(f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+        await writer.drain()
+        writer.close()
