@@ -96,7 +96,7 @@ def run(plan: ServePlan, progress: Progress) -> int:
     """Serve until a signal comes; returns the exit status. Every process started here has ended by then."""
     interrupts = Interrupts()
     interrupts.install()
-    with _temporary(plan.run_dir):
+    with _temporary(plan.run_dir), quiet(plan.log_dir / "ray.log"):
         try:
             address = start_ray(plan.run_dir)
             progress.say("Ray is up", detail=True)
@@ -145,6 +145,13 @@ def _temporary(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def quiet(path: Path) -> Iterator[None]:
+    """Ray's threads print to standard output whenever an actor dies: into a file with it."""
+    with path.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        yield
 
 
 class Serving:

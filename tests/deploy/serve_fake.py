@@ -17,7 +17,7 @@ def main(port: str, directory: str, *flags: str) -> int:
     return launch.launch(
         config,
         model_dir=home,
-        run_files=home / "run",
+        run_files=launch.default_run_files(),
         worker_classes={Role.PREFILL: f"{fakes}:FakePrefillWorker", Role.DECODE: f"{fakes}:FakeDecodeWorker"},
         gateway_class="tests.deploy.fake_gateway:FakeGateway",
         timeline=True,
