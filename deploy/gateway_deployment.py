@@ -31,8 +31,6 @@ RETRY_S = 1.0
 class Gateway(Protocol):
     """A gateway process."""
 
-    def __init__(self, plan: GatewayPlan) -> None: ...
-
     async def start(self) -> None:
         """Listen."""
 
@@ -53,7 +51,7 @@ class FleetFollower(Protocol):
         """See FleetCore."""
 
 
-async def follow_fleet(fleet: FleetFollower, gateway: Gateway) -> None:
+async def follow_fleet(fleet: FleetFollower, gateway: Gateway, retry_s: float) -> None:
     """Keep the gateway's view equal to the fleet's, for ever. Without a fleet the last view stands."""
     version = 0
     while True:
@@ -61,7 +59,7 @@ async def follow_fleet(fleet: FleetFollower, gateway: Gateway) -> None:
             membership = await fleet.wait_for_change(version, POLL_S)
         except WorkerLost as error:
             logger.warning("the fleet does not answer: %s", error)
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(retry_s)
             continue
         if membership.version != version:
             version = membership.version
@@ -78,7 +76,7 @@ class GatewayReplica:
         self._plan = plan
         self._gateway: Gateway = getattr(importlib.import_module(module), name)(plan)
         await self._gateway.start()
-        self._following = asyncio.create_task(follow_fleet(FleetClient.find(), self._gateway))
+        self._following = asyncio.create_task(follow_fleet(FleetClient.find(), self._gateway, RETRY_S))
         logger.info("listening; event loop %s", type(asyncio.get_running_loop()))
 
     def check_health(self) -> None:
@@ -111,7 +109,11 @@ def start_gateways(plan: GatewayPlan, replicas: int) -> None:
         health_check_timeout_s=10,
         logging_config=quiet,
     )(GatewayReplica)
-    serve.run(deployment.bind(plan), name=APP, route_prefix=None)
+    try:
+        serve.run(deployment.bind(plan), name=APP, route_prefix=None)
+    except RuntimeError as error:  # it says that, not why
+        deployed = serve.status().applications[APP].deployments
+        raise RuntimeError("\n".join([str(error), *(state.message for state in deployed.values())])) from None
 
 
 def stop_gateways() -> None:

@@ -22,26 +22,31 @@ class RunFile(msgspec.Struct, frozen=True):
     token_path: str
 
 
+def path(directory: Path, port: int) -> Path:
+    """Where the Baton on `port` announces itself."""
+    return directory / f"{port}.json"
+
+
 def write(directory: Path, port: int, run: RunFile) -> Path:
     """Announce this Baton. The caller removes the file."""
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{port}.json"
-    partial = path.with_suffix(".partial")
+    announced = path(directory, port)
+    partial = announced.with_suffix(".partial")
     partial.write_bytes(msgspec.json.encode(run))
-    partial.rename(path)
-    return path
+    partial.rename(announced)
+    return announced
 
 
 def find(directory: Path, port: int | None) -> RunFile:
     """The Baton on `port`, or the only one there is; ConfigError says what runs instead."""
     running = {}
-    for path in directory.glob("*.json") if directory.is_dir() else ():
+    for file in directory.glob("*.json") if directory.is_dir() else ():
         try:
-            run = msgspec.json.decode(path.read_bytes(), type=RunFile)
+            run = msgspec.json.decode(file.read_bytes(), type=RunFile)
         except (OSError, msgspec.MsgspecError):
             continue
         if process(run.server.pid) == run.server:
-            running[path.stem] = run
+            running[file.stem] = run
     if port is None and len(running) == 1:
         return next(iter(running.values()))
     if str(port) in running:

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import logging
 import os
+import re
 import shutil
 import signal
 import urllib.error
@@ -61,9 +62,14 @@ class ServePlan(msgspec.Struct, frozen=True):
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM: the first asks to stop, the second ends everything at once."""
+    """Ctrl-C and SIGTERM: the first asks to stop, the second ends everything at once.
 
-    def __init__(self) -> None:
+    Args:
+        leave: what to do before this process ends at once, besides ending those below it.
+    """
+
+    def __init__(self, leave: Callable[[], None]) -> None:
+        self._leave = leave
         self.count = 0
         self._stop: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -86,6 +92,7 @@ class Interrupts:
         self.count += 1
         if self.count > 1:
             ray_local.end(ray_local.descendants(), 0)
+            self._leave()
             os._exit(EXIT_INTERRUPTED)
         if self._stop is None or self._loop is None:
             raise KeyboardInterrupt
@@ -94,26 +101,45 @@ class Interrupts:
 
 def run(plan: ServePlan, progress: Progress) -> int:
     """Serve until a signal comes; returns the exit status. Every process started here has ended by then."""
-    interrupts = Interrupts()
+    interrupts = Interrupts(lambda: _remove(plan))
     interrupts.install()
-    with _temporary(plan.run_dir), quiet(plan.log_dir / "ray.log"):
-        try:
-            address = start_ray(plan.run_dir)
-            progress.say("Ray is up", detail=True)
-            interrupts.install()
-            asyncio.run(Serving(plan, progress, address).run(interrupts.bind))
-        except KeyboardInterrupt:
-            progress.say("Stopped while starting.")
-            return EXIT_INTERRUPTED
-        except ConfigError as error:
-            progress.say(f"Error: {error}")
-            return EXIT_CONFIG
-        except WorkerLost as error:
-            progress.say(f"Error: {error}\nLogs: {plan.log_dir}")
-            return EXIT_FAILED
-        finally:
-            interrupts.unbind()
-            stop_ray()
+    status = EXIT_FAILED
+    try:
+        with quiet(plan.log_dir / "ray.log"):
+            status = _run(plan, progress, interrupts)
+    finally:
+        (plan.run_dir / ray_local.TOKEN).unlink(missing_ok=True)
+        if status == EXIT_FAILED:
+            progress.say(f"Logs: {plan.log_dir}")  # and Ray's own, in the run directory
+        else:
+            _remove(plan)
+    return status
+
+
+def _remove(plan: ServePlan) -> None:
+    """Leave no file behind."""
+    run_file.path(plan.run_files, plan.config.port).unlink(missing_ok=True)
+    shutil.rmtree(plan.run_dir, ignore_errors=True)
+
+
+def _run(plan: ServePlan, progress: Progress, interrupts: Interrupts) -> int:
+    try:
+        address = start_ray(plan.run_dir)
+        progress.say("Ray is up", detail=True)
+        interrupts.install()
+        asyncio.run(Serving(plan, progress, address).run(interrupts.bind))
+    except KeyboardInterrupt:
+        progress.say("Stopped while starting.")
+        return EXIT_INTERRUPTED
+    except ConfigError as error:
+        progress.say(f"Error: {error}")
+        return EXIT_CONFIG
+    except WorkerLost as error:
+        progress.say(f"Error: {error}")
+        return EXIT_FAILED
+    finally:
+        interrupts.unbind()
+        stop_ray()
     progress.say("Stopped.")
     return 0
 
@@ -137,14 +163,6 @@ def stop_ray() -> None:
     processes = ray_local.descendants()
     ray.shutdown()
     ray_local.end(processes, ray_local.STOP_GRACE_S)
-
-
-@contextlib.contextmanager
-def _temporary(run_dir: Path) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        shutil.rmtree(run_dir, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -183,6 +201,10 @@ class Serving:
 
     async def _until_ready(self, fleet: FleetClient, gateways: asyncio.Task[None]) -> None:
         """Show progress until every worker serves and the gateway has found them."""
+        await asyncio.gather(self._until_workers(fleet), asyncio.shield(gateways))
+        await self._until_readiness()
+
+    async def _until_workers(self, fleet: FleetClient) -> None:
         ready = False
         while not ready:
             status = await fleet.watch(self._version, WATCH_S)
@@ -191,11 +213,13 @@ class Serving:
             ready = status.ready
             _raise_fatal(status)
         self._progress.say("Workers are ready", detail=True)
-        await asyncio.shield(gateways)
-        await self._until_readiness()
 
     def _start_gateways(self) -> None:
-        _gateways().start_gateways(self._gateway_plan(), 1)
+        try:
+            _gateways().start_gateways(self._gateway_plan(), 1)
+        except RuntimeError as error:  # Serve's, with the replica's traceback in its text
+            logger.error("the gateway failed to start: %s", error)
+            raise gateway_failure(str(error)) from None
         self._progress.say("Gateway listens", detail=True)
 
     async def _until_readiness(self) -> None:
@@ -266,6 +290,15 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
         for task in (working, stopping):
             task.cancel()
         await asyncio.wait({working, stopping})
+
+
+def gateway_failure(text: str) -> ConfigError | WorkerLost:
+    """The last error of a traceback in words; a ConfigError where the gateway raised one."""
+    errors = re.findall(r"^\s*([\w.]*(?:Error|Exception)): (.*)$", text, re.MULTILINE)
+    name, message = errors[-1] if errors else ("", (text.splitlines() or ["no reason given"])[0])
+    if name.rpartition(".")[2] in ("ConfigError", "CheckpointError"):
+        return ConfigError(message)
+    return WorkerLost(f"the gateway failed to start: {name.rpartition('.')[2]}: {message}")
 
 
 def _raise_fatal(status: FleetStatus) -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from deploy.fleet_types import GatewayPlan
+from engine_core.errors import ConfigError
 from engine_core.messages import WorkerInfo
 from engine_core.types import Role
 
 
 class FakeGateway:
     def __init__(self, plan: GatewayPlan) -> None:
+        if (Path(plan.model_dir) / "gateway_refuses").exists():
+            raise ConfigError("the chat template is broken")
         self._host, self._port = plan.host, plan.port
         self._workers: Sequence[WorkerInfo] = ()
         self._server: asyncio.Server | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -190,11 +191,14 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     try:
         until(lambda: "compiling" in running.log.read_text(), READY_S)
         family = running.family()
+        announced = next((tmp_path / ".cache/baton/run").iterdir())
+        run_dir = Path(json.loads(announced.read_text())["token_path"]).parent
         running.signal(signal.SIGINT)
         time.sleep(0.1)
         running.signal(signal.SIGINT)
         assert running.process.wait(5) == 130
         until(lambda: not [member for member in family if process(member.pid) == member], 5)
+        assert not announced.exists() and not run_dir.exists()
     finally:
         running.close()
 
@@ -204,12 +208,11 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     ("script", "text", "code", "line"),
     [
         ("refuse", "model.safetensors is truncated", 2, "Error: model.safetensors is truncated\n"),
+        ("gateway_refuses", "", 2, "Error: the chat template is broken\n"),
         ("bug", "", 1, "failed to start: ZeroDivisionError: a bug\n"),
     ],
 )
-def test_a_worker_that_cannot_start_ends_it_with_one_line(
-    tmp_path: Path, script: str, text: str, code: int, line: str
-) -> None:
+def test_what_cannot_start_ends_it_with_one_line(tmp_path: Path, script: str, text: str, code: int, line: str) -> None:
     (tmp_path / script).write_text(text)
     running = Baton(tmp_path)
     try:
@@ -217,5 +220,9 @@ def test_a_worker_that_cannot_start_ends_it_with_one_line(
         shown = running.log.read_text()
         assert line in shown and "Traceback" not in shown
         assert ("Logs: " in shown) == (code == 1)
+        if code == 1:
+            logs = Path(shown.rpartition("Logs: ")[2].strip())
+            assert "ZeroDivisionError" in (logs / "fleet.log").read_text()
+            shutil.rmtree(logs.parent)
     finally:
         running.close()
