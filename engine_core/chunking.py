@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 
 from engine_core.batch import Chunk
-from engine_core.block_hash import block_hashes
+from engine_core.block_hash import BlockHasher
 from engine_core.errors import NoFreePages
 from engine_core.prefix_cache import PrefixCache
 from engine_core.sequence import Sequence
@@ -83,12 +83,10 @@ class SequenceMemory:
         sequence.num_cached = sequence.num_dispatched = 0
 
     def _extend_hashes(self, sequence: Sequence, num_tokens: int) -> None:
-        done = len(sequence.hashes)
-        if num_tokens // self.page_size <= done:
-            return
-        parent = sequence.hashes[-1] if sequence.hashes else None
-        tokens = sequence.token_ids[done * self.page_size : num_tokens]
-        sequence.hashes += block_hashes(tokens, self.page_size, sequence.request.salt, self._namespace, parent)
+        """Hash the full blocks among the first `num_tokens` tokens that have not been hashed yet."""
+        if num_tokens // self.page_size > len(sequence.hashes):
+            hasher = BlockHasher(self.page_size, sequence.request.salt, self._namespace)
+            hasher.grow(sequence.hashes, sequence.token_ids[:num_tokens])
 
 
 class ChunkQueue:

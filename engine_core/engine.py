@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from engine_core.compile_counter import CompileCounter
 from engine_core.config import EngineConfig
 from engine_core.kv_cache import create_cache, gather_pages, scatter_pages
 from engine_core.layers.linear import choose_numbers
-from engine_core.mesh import make_mesh
+from engine_core.mesh import make_mesh, replicated
 from engine_core.models.decoder import Decoder
 from engine_core.resolve import ResolvedEngine
 from engine_core.sampling import init_slot
@@ -81,7 +83,7 @@ class Engine:
         self._params = load_params(model_dir, model, mesh, _share_reporter(progress))
         self._step = build_step(model, mesh)
         self._cache = create_cache(resolved.layout, mesh, stacked=resolved.stacked)
-        self._slots = create_slots(resolved.num_slots, resolved.spec.vocab_size)
+        self._slots = create_slots(resolved.num_slots, resolved.spec.vocab_size, mesh)
         self._gather = jax.jit(gather_pages)
         self._scatter = jax.jit(scatter_pages, donate_argnums=0)
         self._init_slot = jax.jit(init_slot, donate_argnums=0)
@@ -168,13 +170,15 @@ class PendingPages:
         return [np.concatenate([np.asarray(layer) for layer in column]) for column in zip(*self.pieces, strict=True)]
 
 
-def create_slots(num_slots: int, vocab_size: int) -> SlotState:
-    """Slots that hold nothing."""
-    return SlotState(
-        last_tokens=jax.numpy.zeros(num_slots, jax.numpy.int32),
-        output_counts=jax.numpy.zeros((num_slots, vocab_size), jax.numpy.int32),
-        in_prompt=jax.numpy.zeros((num_slots, vocab_size), jax.numpy.bool_),
+def create_slots(num_slots: int, vocab_size: int, mesh: Mesh) -> SlotState:
+    """Slots that hold nothing, placed as a step returns them: other placements would compile every bucket twice."""
+    slots = SlotState(
+        last_tokens=jnp.zeros(num_slots, jnp.int32),
+        output_counts=jnp.zeros((num_slots, vocab_size), jnp.int32),
+        in_prompt=jnp.zeros((num_slots, vocab_size), jnp.bool_),
     )
+    placed: SlotState = jax.device_put(slots, replicated(mesh))
+    return placed
 
 
 def _share_reporter(progress: Callable[[str], None]) -> Callable[[int, int], None]:

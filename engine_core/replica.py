@@ -15,11 +15,12 @@ from engine_core.engine import Engine, PendingStep
 from engine_core.models.registry import load_spec
 from engine_core.page_pool import PagePool
 from engine_core.prefix_cache import PrefixCache
-from engine_core.resolve import ResolvedEngine, resolve
+from engine_core.messages import PeerAddress, WorkerInfo
+from engine_core.resolve import ResolvedEngine, checkpoint_identity, resolve
 from engine_core.sequence import Sequence as Seq
 from engine_core.slot_table import SlotTable
 from engine_core.step_io import StepInputs
-from engine_core.types import Numerics
+from engine_core.types import Numerics, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,24 @@ class Replica:
             prompt = sequence.token_ids[: request.num_prompt_tokens]
             self.engine.init_slot(sequence.slot, prompt, sequence.token_ids[request.num_prompt_tokens :])
 
+    def worker_info(
+        self, role: Role, worker_id: str, incarnation: int, address: PeerAddress, fingerprint: str
+    ) -> WorkerInfo:
+        """What gateways and the fleet know of a worker with this replica."""
+        resolved = self.resolved
+        return WorkerInfo(
+            worker_id=worker_id,
+            incarnation=incarnation,
+            role=role,
+            address=address,
+            fingerprint=fingerprint,
+            numerics=resolved.numerics,
+            num_slots=resolved.num_slots,
+            num_pages=resolved.layout.num_pages,
+            page_size=resolved.layout.page_size,
+            max_model_len=resolved.max_model_len,
+        )
+
     def _prefill_inputs(self, chunks: Sequence[Chunk]) -> StepInputs:
         resolved = self.resolved
         if resolved.numerics is Numerics.STRICT:
@@ -93,7 +112,7 @@ def open_replica(
     """
     use_compile_cache(config.compile_cache)
     progress("reading the checkpoint")
-    resolved = resolve(config, load_spec(model_dir), jax.local_devices())
+    resolved = resolve(config, load_spec(model_dir), checkpoint_identity(model_dir), jax.local_devices())
     engine = Engine(config, resolved, model_dir, progress)
     table = SlotTable(
         resolved.num_slots, resolved.pages_per_seq, resolved.layout.num_pages, resolved.spec.vocab_size

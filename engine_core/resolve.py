@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
 import msgspec
@@ -17,6 +18,7 @@ from engine_core.models.spec import ModelSpec
 from engine_core.types import Numerics
 
 _DECODE_BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
+_SAMPLE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,8 +59,14 @@ class ResolvedEngine:
         return next(b for b in self.prefill_buckets if b >= num_tokens)
 
 
-def resolve(config: EngineConfig, spec: ModelSpec, devices: list[jax.Device]) -> ResolvedEngine:
+def resolve(config: EngineConfig, spec: ModelSpec, identity: str, devices: list[jax.Device]) -> ResolvedEngine:
     """Derive sizes from the checkpoint and the devices.
+
+    Args:
+        config: what the user asked for.
+        spec: of the checkpoint.
+        identity: names the checkpoint's weights.
+        devices: visible to this process.
 
     Raises:
         ConfigError: the configuration contradicts the checkpoint.
@@ -97,7 +105,7 @@ def resolve(config: EngineConfig, spec: ModelSpec, devices: list[jax.Device]) ->
         decode_buckets=(_strict_rows(config),) if strict else _decode_buckets(config.batch.num_slots),
         prefill_buckets=() if strict else _prefill_buckets(config.batch.prefill_tokens, config.batch.prefill_seqs),
         prefill_rows=config.batch.prefill_seqs,
-        fingerprint=_fingerprint(spec, layout, config.numerics),
+        fingerprint=_fingerprint(spec, identity, layout, config.numerics),
     )
 
 
@@ -172,8 +180,22 @@ def weight_bytes(spec: ModelSpec, dtype: str) -> int:
     return (spec.num_layers * (attention + mlp) + embedding) * (4 if dtype == "float32" else 2)
 
 
-def _fingerprint(spec: ModelSpec, layout: CacheLayout, numerics: Numerics) -> str:
-    """Hash of the model's shape and the logical cache layout. Pool size and page packing may differ between workers."""
-    parts = (msgspec.to_builtins(spec), layout.num_layers, layout.num_kv_heads, layout.head_dim, layout.dtype)
-    page = layout.page_size
-    return hashlib.blake2b(repr((parts, page, str(numerics), PROTOCOL_VERSION)).encode(), digest_size=16).hexdigest()
+def _fingerprint(spec: ModelSpec, identity: str, layout: CacheLayout, numerics: Numerics) -> str:
+    """Hash of weights, their shape and the logical cache layout. Pool size and packing may differ between workers."""
+    cache = (layout.page_size, layout.num_kv_heads, layout.head_dim, layout.dtype)
+    parts = (msgspec.to_builtins(spec), identity, cache, str(numerics), PROTOCOL_VERSION)
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def checkpoint_identity(model_dir: Path) -> str:
+    """Names a checkpoint by its config, and each weight file's size, header and last bytes: cheap, and enough to tell
+    two checkpoints of one shape apart."""
+    digest = hashlib.blake2b((model_dir / "config.json").read_bytes(), digest_size=16)
+    for path in sorted(model_dir.glob("*.safetensors")):
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{path.name} {size}".encode())
+            for start in (0, size // 2, max(0, size - _SAMPLE_BYTES)):
+                file.seek(start)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

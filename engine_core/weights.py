@@ -61,7 +61,9 @@ def resolve_checkpoint(path_or_id: str, revision: str) -> Path:
             ignore_patterns=list(NOT_DOWNLOADED),
         )
     except LocalEntryNotFoundError:
-        raise CheckpointError(f"{path_or_id} is no directory, not in the hub's cache, and the hub is offline") from None
+        raise CheckpointError(
+            f"{path_or_id} is no directory, not in the hub's cache, and the hub cannot be reached"
+        ) from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path_or_id} is no directory, and the hub answered: {reason}") from None

@@ -56,7 +56,7 @@ class WorkerHost:
         secret: shared with gateways; None binds to loopback only.
         scheduler: the role's.
         accept: takes a validated Prefill or Decode, on the engine thread.
-        on_cancel: told, on the event loop, of every request that is given up.
+        on_cancel: told, on the engine thread, of every request that is given up.
         vocab_size: token ids beyond it are refused.
         max_model_len: longer sequences are refused.
         free_pages: pages that can be had, free or evictable.
@@ -157,8 +157,7 @@ class WorkerHost:
     def give_up(self, key: Key) -> None:
         """Cancel a request everywhere in this worker."""
         self._forget(key)
-        self._on_cancel(key)
-        self.post(lambda: self._scheduler.cancel(key))
+        self.post(lambda: self._cancel(key))
 
     def on_request(self, link: GatewayLink, message: Prefill | Decode | Cancel) -> None:
         """GatewayEvents: new work or a cancel."""
@@ -181,6 +180,11 @@ class WorkerHost:
         """GatewayEvents: nobody wants these any more."""
         for key in [key for key, owner in self._owners.items() if owner is link]:
             self.give_up(key)
+
+    def _cancel(self, key: Key) -> None:
+        """On the engine thread, so that the transfer layer hears of it behind whatever the scheduler asked of it."""
+        self._scheduler.cancel(key)
+        self._on_cancel(key)
 
     def _problem(self, request: Request) -> BatonError | None:
         if self.draining or self._stopping:

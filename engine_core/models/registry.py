@@ -117,7 +117,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _architecture_name(config: Json) -> str:
-    names = config.get("architectures") or []
+    names = _list(config, "architectures") or []
     for name in names:
         if name in ARCHITECTURES:
             return str(name)
@@ -126,8 +126,8 @@ def _architecture_name(config: Json) -> str:
 
 
 def _refuse_unsupported(config: Json) -> None:
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown method")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise CheckpointError(f"quantized checkpoints are not supported (quantization_config: {method})")
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
@@ -167,15 +167,17 @@ def _windows(config: Json, architecture: Architecture, num_layers: int) -> tuple
         return (window,) * num_layers
     if not config.get("use_sliding_window", False):
         window = 0
-    kinds = config.get("layer_types")
+    kinds = _list(config, "layer_types")
     if kinds is None:
         first = config.get("max_window_layers", 28)
+        if not isinstance(first, int):
+            raise CheckpointError(f"max_window_layers must be an integer, not {first!r}")
         return tuple(window if layer >= first else 0 for layer in range(num_layers))
     if len(kinds) != num_layers:
         raise CheckpointError(f"layer_types names {len(kinds)} layers, num_hidden_layers is {num_layers}")
-    unknown = set(kinds) - {"full_attention", "sliding_attention"}
+    unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
     if unknown:
-        raise CheckpointError(f"layer_types {sorted(unknown)} are not supported")
+        raise CheckpointError(f"layer_types {unknown[0]!r} is not supported")
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
@@ -186,10 +188,10 @@ def _eos(config: Json, generation: Json, architecture: Architecture) -> tuple[in
         value = config.get("eos_token_id", architecture.eos)
     if value is None:
         return ()
-    ids = (value,) if isinstance(value, int) else tuple(value)
+    ids = value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(token, int) for token in ids):
         raise CheckpointError(f"eos_token_id must be integers, not {value!r}")
-    return ids
+    return tuple(ids)
 
 
 def _dtype(config: Json) -> str:
@@ -197,6 +199,13 @@ def _dtype(config: Json) -> str:
     if dtype not in ("float32", "bfloat16", "float16"):
         raise CheckpointError(f"dtype {dtype!r} is not supported, only float32, bfloat16 and float16")
     return str(dtype)
+
+
+def _list(config: Json, key: str) -> list[Any] | None:
+    value = config.get(key)
+    if value is not None and not isinstance(value, list):
+        raise CheckpointError(f"{key} must be a list, not {value!r}")
+    return value
 
 
 def _count(config: Json, key: str, default: int | None = None) -> int:

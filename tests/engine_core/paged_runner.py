@@ -102,7 +102,7 @@ class PagedRunner:
         self.mesh = make_mesh(tp, jax.devices())
         self.model = Decoder(self.spec, choose_numbers(dtype, "cpu"), tp=tp, scan=scan)
         self.params = load_params(directory, self.model, self.mesh, None)
-        layout = CacheLayout(
+        self._layout = CacheLayout(
             num_layers=self.spec.num_layers,
             num_pages=NUM_PAGES,
             page_size=PAGE_SIZE,
@@ -111,7 +111,13 @@ class PagedRunner:
             dtype=dtype,
             head_align=1,
         )
-        self.cache = create_cache(layout, self.mesh, scan)
+        self.step = build_step(self.model, self.mesh)
+        self._forward = jax.jit(self.model.forward)
+        self.reset()
+
+    def reset(self) -> None:
+        """An empty cache and empty slots."""
+        self.cache = create_cache(self._layout, self.mesh, self.model.scan)
         vocab = self.spec.vocab_size
         slots = SlotState(
             last_tokens=jnp.zeros(NUM_SLOTS, jnp.int32),
@@ -119,15 +125,15 @@ class PagedRunner:
             in_prompt=jnp.zeros((NUM_SLOTS, vocab), bool),
         )
         self.slots = jax.device_put(slots, replicated(self.mesh))
-        self.step = build_step(self.model, self.mesh)
-        self._forward = jax.jit(self.model.forward)
 
     def inputs(self, chunks: Sequence[Chunk], num_tokens: int, num_rows: int) -> StepInputs:
         return step_inputs(chunks, num_tokens=num_tokens, num_rows=num_rows, vocab=self.spec.vocab_size)
 
     def run(self, chunks: Sequence[Chunk], num_tokens: int, num_rows: int) -> np.ndarray:
-        """One step; the drawn tokens [B]."""
-        inputs = jax.device_put(self.inputs(chunks, num_tokens, num_rows), replicated(self.mesh))
+        """One step; the drawn tokens [B]. Tokens that a slot holds are hidden from the step."""
+        inputs = self.inputs(chunks, num_tokens, num_rows)
+        inputs.tokens[inputs.token_slots < NUM_SLOTS] = 0
+        inputs = jax.device_put(inputs, replicated(self.mesh))
         self.cache, self.slots, output = self.step(self.params, self.cache, self.slots, inputs)
         return np.asarray(output.tokens)
 
