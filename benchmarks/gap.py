@@ -22,7 +22,8 @@ from benchmarks.table import Table
 from decode_worker.scheduler import DecodeScheduler
 from engine_core.config import BatchConfig, CacheConfig, EngineConfig, ModelConfig
 from engine_core.engine import PendingStep
-from engine_core.replica import Replica, open_replica
+from engine_core.replica import Replica
+from engine_core.replica_loader import open_replica
 from engine_core.step_io import StepInputs
 from engine_core.types import Request, SamplingParams
 

@@ -9,7 +9,7 @@ import jax
 
 from engine_core.batch import Chunk
 from engine_core.config import BatchConfig, CacheConfig, EngineConfig, ModelConfig
-from engine_core.replica import open_replica
+from engine_core.replica_loader import open_replica
 from engine_core.sequence import Sequence
 from engine_core.types import Request, SamplingParams
 

@@ -10,13 +10,14 @@ from decode_worker.scheduler import DecodeScheduler
 from engine_core.config import EngineConfig
 from engine_core.errors import BatonError, ProtocolError
 from engine_core.messages import Decode, Load, PeerAddress, Prefill, TokenChunk, WorkerInfo
-from engine_core.replica import open_replica
+from engine_core.replica_loader import open_replica
 from engine_core.types import FinishReason, Role
 from kv_transfer.base import Layers
+from kv_transfer.endpoint import KvIdentity
+from kv_transfer.layout import BlockLayout, fingerprint
 from kv_transfer.tcp import TcpKvReceiver
 from kv_transfer.ticket import Landing, Ticket
 from kv_transfer.worker_host import Key, WorkerHost
-from kv_transfer.worker_info import describe, kv_identity
 
 TICKET_LEASE_MS = 30_000  # without progress for that long a hand-over has failed
 
@@ -54,8 +55,16 @@ class DecodeWorker:
     ) -> None:
         self._replica = open_replica(config, model_dir, progress, decodes=True)
         resolved = self._replica.resolved
-        self._info = describe(
-            self._replica, Role.DECODE, worker_id, incarnation, PeerAddress(host, port, kv_port)
+        layout = BlockLayout.of(resolved.layout)
+        self._identity = KvIdentity(
+            worker_id=worker_id,
+            incarnation=incarnation,
+            fingerprint=fingerprint(resolved.spec, self._replica.identity, layout),
+            layout=layout,
+        )
+        self._secret = secret
+        self._info = self._replica.worker_info(
+            Role.DECODE, worker_id, incarnation, PeerAddress(host, port, kv_port), self._identity.fingerprint
         )
         self._scheduler = DecodeScheduler(self._replica, self)
         self._host = WorkerHost(
@@ -68,12 +77,12 @@ class DecodeWorker:
             free_pages=lambda: self._replica.memory.cache.num_available,
             compiles=lambda: self._replica.engine.compiles_after_warmup,
         )
-        self._receiver = TcpKvReceiver(kv_identity(self._replica, self._info), secret, self)
         self._serials = itertools.count(1)
+        self._receiver: TcpKvReceiver
 
     async def start(self) -> WorkerInfo:
         """Listen and begin to work."""
-        self._receiver.start()
+        self._receiver = TcpKvReceiver(self._identity, self._secret, self)
         self._info = await self._host.start(self._info.address.host, self._info)
         return self._info
 

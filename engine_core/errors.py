@@ -9,6 +9,7 @@ BatonError(http_status, retryable)
 ├ CapacityError               503, retryable
 │ ├ NoFreePages
 │ └ NoWorkerAvailable
+├ DeadlineExceeded            504
 ├ WorkerDied                  502, retryable: the router moves the request
 ├ ProtocolError               a peer broke the wire contract: its connection is closed
 └ TransferError
@@ -97,6 +98,13 @@ class NoWorkerAvailable(CapacityError):
     """No worker of the needed role is in the fleet."""
 
     code = "no_worker_available"
+
+
+class DeadlineExceeded(BatonError):
+    """The request took longer than it may."""
+
+    http_status = 504
+    code = "deadline_exceeded"
 
 
 class WorkerDied(BatonError):

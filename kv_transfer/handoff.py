@@ -44,6 +44,12 @@ class Send:
     peer: Peer
     message: TicketMsg | TicketCancel | KvDone | KvAbort
 
+    @property
+    def key(self) -> Key:
+        """What it is about."""
+        named = self.message.ticket if isinstance(self.message, TicketMsg) else self.message
+        return (named.request_id, named.epoch)
+
 
 @dataclass(frozen=True, slots=True)
 class SendBlocks:
@@ -54,6 +60,11 @@ class SendBlocks:
     blocks: tuple[tuple[int, int], ...]
     source: Any
     places: tuple[int, ...]
+
+    @property
+    def key(self) -> Key:
+        """What it is about."""
+        return self.ticket.key
 
 
 @dataclass(frozen=True, slots=True)

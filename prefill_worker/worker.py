@@ -7,17 +7,19 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from engine_core.config import EngineConfig
 from engine_core.errors import BatonError, ProtocolError, RequestCancelled
 from engine_core.messages import Decode, Load, PeerAddress, Prefill, TokenChunk, WorkerInfo
-from engine_core.replica import open_replica
+from engine_core.replica_loader import open_replica
 from engine_core.types import Role
+from kv_transfer.endpoint import KvIdentity
+from kv_transfer.layout import BlockLayout, fingerprint
 from kv_transfer.tcp import TcpKvSender
 from kv_transfer.ticket import Ticket
 from kv_transfer.worker_host import Key, WorkerHost
-from kv_transfer.worker_info import describe, kv_identity
 from prefill_worker.scheduler import PrefillScheduler
 
 TICKET_LEASE_S = 30.0  # a prompt that no ticket comes for is given up after this long
@@ -56,8 +58,17 @@ class PrefillWorker:
     ) -> None:
         self._replica = open_replica(config, model_dir, progress, decodes=False)
         resolved = self._replica.resolved
-        self._address = PeerAddress(host, port, kv_port)
-        self._info = describe(self._replica, Role.PREFILL, worker_id, incarnation, self._address)
+        layout = BlockLayout.of(resolved.layout)
+        self._identity = KvIdentity(
+            worker_id=worker_id,
+            incarnation=incarnation,
+            fingerprint=fingerprint(resolved.spec, self._replica.identity, layout),
+            layout=layout,
+        )
+        self._secret = secret
+        self._info = self._replica.worker_info(
+            Role.PREFILL, worker_id, incarnation, PeerAddress(host, port, kv_port), self._identity.fingerprint
+        )
         self._scheduler = PrefillScheduler(self._replica, self)
         self._host = WorkerHost(
             secret=secret,
@@ -69,23 +80,18 @@ class PrefillWorker:
             free_pages=lambda: self._replica.memory.cache.num_available,
             compiles=lambda: self._replica.engine.compiles_after_warmup,
         )
-        self._sender = TcpKvSender(kv_identity(self._replica, self._info), secret, self)
         self._waker: asyncio.Task[None] | None = None
+        self._sender: TcpKvSender
         self._loop: asyncio.AbstractEventLoop
 
     async def start(self) -> WorkerInfo:
         """Listen and begin to work."""
         self._loop = asyncio.get_running_loop()
-        address = self._address
+        address = self._info.address
+        self._sender = TcpKvSender(self._identity, self._secret, self)
         kv_port = await self._sender.start(address.host, address.kv_port)
-        info = describe(
-            self._replica,
-            Role.PREFILL,
-            self._info.worker_id,
-            self._info.incarnation,
-            PeerAddress(address.host, address.port, kv_port),
-        )
-        self._info = await self._host.start(address.host, info)
+        address = msgspec.structs.replace(address, kv_port=kv_port)
+        self._info = await self._host.start(address.host, msgspec.structs.replace(self._info, address=address))
         return self._info
 
     async def drain(self, timeout_s: float) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 
 from engine_core.batch import BatchBuilder
 from engine_core.chunking import SequenceMemory
-from engine_core.config import BatchConfig, EngineConfig
 from engine_core.kv_cache import CacheLayout
 from engine_core.models.spec import ModelSpec
 from engine_core.page_pool import PagePool
@@ -168,5 +167,4 @@ def fake_replica(
     table = SlotTable(num_slots, resolved.pages_per_seq, num_pages, VOCAB)
     cache = PrefixCache(PagePool(num_pages), page_size)
     memory = SequenceMemory(cache, table, page_size, b"test", reuse=prefix_cache)
-    config = EngineConfig(batch=BatchConfig(num_slots=num_slots))
-    return Replica(engine=FakeEngine(resolved), memory=memory, builder=BatchBuilder(table), config=config)
+    return Replica(engine=FakeEngine(resolved), memory=memory, builder=BatchBuilder(table), identity="fake")

@@ -2,7 +2,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_core.block_hash import HASH_BYTES, BlockHasher, block_hashes
@@ -22,6 +22,7 @@ def test_hashes_are_stable_across_machines_and_releases():
     assert (first.hex(), second.hex()) == ("dad093423abcb23bd9c16d34b7c9c8e4", "b9a1bd03d6d44ddbef8b9e7b38e2ce6d")
 
 
+@settings(deadline=None)
 @given(TOKENS, TOKENS, st.integers(1, 5))
 def test_hashes_agree_exactly_on_the_common_prefix(a, b, page_size):
     hashes_a, hashes_b = block_hashes(a, page_size, b"s", b"n"), block_hashes(b, page_size, b"s", b"n")
@@ -29,6 +30,7 @@ def test_hashes_agree_exactly_on_the_common_prefix(a, b, page_size):
         assert (left == right) == (a[: index * page_size] == b[: index * page_size])
 
 
+@settings(deadline=None)
 @given(TOKENS.filter(len), st.tuples(SHORT, SHORT), st.tuples(SHORT, SHORT))
 def test_salts_and_namespaces_separate(tokens, one, other):
     same = block_hashes(tokens, 1, *one)[0] == block_hashes(tokens, 1, *other)[0]
@@ -39,6 +41,7 @@ def test_salt_and_namespace_do_not_blur():
     assert block_hashes([1], 1, b"ab", b"c") != block_hashes([1], 1, b"a", b"bc")
 
 
+@settings(deadline=None)
 @given(st.lists(TOKENS, max_size=5), st.integers(1, 5))
 def test_growing_equals_hashing_the_whole(parts, page_size):
     hasher = BlockHasher(page_size, b"s", b"n")

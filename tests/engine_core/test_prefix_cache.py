@@ -114,6 +114,15 @@ def test_allocate_evicts_what_is_missing_or_changes_nothing():
     assert held == [0]
 
 
+def test_allocate_may_take_every_page():
+    pool, cache = make(4)
+    store(pool, cache, 1, 2, 3)
+    assert sorted(cache.allocate(4)) == [0, 1, 2, 3]
+    with pytest.raises(NoFreePages):
+        cache.allocate(1)
+    cache.check_integrity()
+
+
 def test_clear_leaves_holders_their_pages():
     pool, cache = make(4)
     pages = store(pool, cache, 1, 2)

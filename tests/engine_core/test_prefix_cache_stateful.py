@@ -12,7 +12,7 @@ from engine_core.errors import NoFreePages
 from engine_core.page_pool import PagePool
 from engine_core.prefix_cache import BlocksCleared, BlockStored, PrefixCache
 
-NUM_PAGES = 9
+NUM_PAGES = 7
 PAGE_SIZE = 2
 SALTS = [b"", b"tenant"]
 TOKENS = st.lists(st.integers(0, 1), max_size=9)
@@ -229,5 +229,5 @@ class CacheMachine(RuleBasedStateMachine):
         assert {self.key_of_hash[block_hash] for block_hash in self.folded} == set(self.cached)
 
 
-CacheMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+CacheMachine.TestCase.settings = settings(CacheMachine.TestCase.settings, max_examples=200, stateful_step_count=40)
 TestCacheMachine = CacheMachine.TestCase

@@ -1,0 +1,218 @@
+"""KvConnection: frames with payload over a non-blocking socket; no payload byte is copied on its way.
+
+Plain readiness callbacks instead of an asyncio transport: payload is received straight into its final buffer and sent
+from the arrays themselves (`sendmsg`), the same on asyncio and uvloop, on every Python version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import deque
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any, Protocol
+
+import msgspec
+
+from engine_core.errors import ProtocolError, TransferError
+from kv_transfer.channel import MALFORMED, set_socket_options
+from kv_transfer.wire import LENGTH, MAX_HEADER_BYTES, KvBlocks
+
+READ_BYTES = 64 << 10
+TURN_BYTES = 4 << 20  # moved per turn of the event loop at most, so that other connections get theirs
+ROOM_BYTES = 8 << 20  # `on_room` while less than this is queued
+MAX_IOV = 512
+
+
+class ConnectionEvents(Protocol):
+    """What the owner of a connection hears. Any of the first three may raise ProtocolError, which closes it."""
+
+    def on_message(self, connection: KvConnection, message: Any) -> None:
+        """A message without payload."""
+        ...
+
+    def on_header(self, connection: KvConnection, header: KvBlocks) -> memoryview | None:
+        """Where the payload shall go, all `num_bytes` of it; None: nowhere."""
+        ...
+
+    def on_payload(self, connection: KvConnection, header: KvBlocks, payload: memoryview) -> None:
+        """The payload is complete."""
+        ...
+
+    def on_room(self, connection: KvConnection) -> None:
+        """Little is queued: more may be sent."""
+        ...
+
+    def on_closed(self, connection: KvConnection, error: Exception) -> None:
+        """Gone. Fires once, never from within a call."""
+        ...
+
+
+class KvConnection:
+    """One end. Everything runs on the event-loop thread."""
+
+    def __init__(
+        self, connected: socket.socket, decoder: msgspec.msgpack.Decoder[Any], events: ConnectionEvents
+    ) -> None:
+        self.closed = False
+        self.queued_bytes = 0
+        self.max_header_bytes = MAX_HEADER_BYTES
+        self._loop = asyncio.get_running_loop()
+        self.heard_at = self.sent_at = self._loop.time()
+        self._socket = connected
+        self._decode = decoder.decode
+        self._events = events
+        self._out: deque[memoryview] = deque()
+        self._is_writing = False
+        self._in = bytearray()
+        self._header: KvBlocks | None = None
+        self._payload = memoryview(b"")
+        self._rest = 0  # bytes of the current payload still to come
+        connected.setblocking(False)
+        set_socket_options(connected)
+        self._loop.add_reader(connected, self._on_readable)
+
+    def send(self, pieces: Iterable[bytes | memoryview]) -> None:
+        """Queue one frame; its buffers must not change until they have left."""
+        if self.closed:
+            return
+        for piece in pieces:
+            self._out.append(memoryview(piece))
+            self.queued_bytes += len(piece)
+        if not self._is_writing:
+            self._write()
+
+    def close(self, error: Exception) -> None:
+        """Close at once."""
+        if self.closed:
+            return
+        self.closed = True
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        self._socket.close()
+        self._out.clear()
+        self.queued_bytes = 0
+        self._loop.call_soon(self._events.on_closed, self, error)
+
+    # Writing
+
+    def _write(self) -> None:
+        """Send until the kernel is full, the queue empty, or this turn over."""
+        budget = TURN_BYTES
+        try:
+            while self._out and budget > 0:
+                sent = self._socket.sendmsg(list(islice(self._out, MAX_IOV)))
+                budget -= sent
+                self._forget(sent)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self.close(TransferError(f"connection lost: {error}"))
+            return
+        self.sent_at = self._loop.time()
+        if bool(self._out) != self._is_writing:
+            self._is_writing = bool(self._out)
+            if self._is_writing:
+                self._loop.add_writer(self._socket, self._on_writable)
+            else:
+                self._loop.remove_writer(self._socket)
+
+    def _on_writable(self) -> None:
+        self._write()
+        if not self.closed and self.queued_bytes < ROOM_BYTES:
+            self._events.on_room(self)
+
+    def _forget(self, sent: int) -> None:
+        self.queued_bytes -= sent
+        while sent:
+            first = self._out.popleft()
+            if len(first) > sent:
+                self._out.appendleft(first[sent:])
+                return
+            sent -= len(first)
+
+    # Reading
+
+    def _on_readable(self) -> None:
+        self.heard_at = self._loop.time()
+        budget = TURN_BYTES
+        try:
+            while budget > 0 and not self.closed:
+                received = self._receive()
+                if not received:
+                    raise TransferError("the peer closed the connection")
+                budget -= received
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self.close(TransferError(f"connection lost: {error}"))
+        except (ProtocolError, TransferError) as error:
+            self.close(error)
+
+    def _receive(self) -> int:
+        if self._rest and self._payload:
+            received = self._socket.recv_into(self._payload[-self._rest :])
+            self._advance(received)
+            return received
+        fresh = self._socket.recv(READ_BYTES)
+        self._in += fresh
+        self._parse()
+        return len(fresh)
+
+    def _parse(self) -> None:
+        """Consume all that is whole in `_in`."""
+        position = 0
+        view = memoryview(self._in)
+        try:
+            while not self.closed:
+                if self._rest:
+                    taken = min(self._rest, len(view) - position)
+                    if self._payload:
+                        at = len(self._payload) - self._rest
+                        self._payload[at : at + taken] = view[position : position + taken]
+                    position += taken
+                    self._advance(taken)
+                    if self._rest:
+                        break
+                    continue
+                end = self._header_end(view, position)
+                if end < 0:
+                    break
+                self._on_frame(view[position + LENGTH.size : end])
+                position = end
+        finally:
+            view.release()
+            del self._in[:position]
+
+    def _header_end(self, view: memoryview, position: int) -> int:
+        """End of the message that begins at `position`; -1 while it is not whole."""
+        if len(view) - position < LENGTH.size:
+            return -1
+        size = LENGTH.unpack_from(view, position)[0]
+        if size > self.max_header_bytes:
+            raise ProtocolError(f"message of {size} bytes exceeds {self.max_header_bytes}")
+        end: int = position + LENGTH.size + size
+        return end if end <= len(view) else -1
+
+    def _on_frame(self, body: memoryview) -> None:
+        try:
+            message = self._decode(body)
+        except MALFORMED as error:
+            raise ProtocolError(f"malformed message: {error}") from error
+        finally:
+            body.release()
+        if isinstance(message, KvBlocks):
+            target = self._events.on_header(self, message)
+            self._header, self._rest = message, message.num_bytes
+            self._payload = memoryview(b"") if target is None else target
+        else:
+            self._events.on_message(self, message)
+
+    def _advance(self, received: int) -> None:
+        self._rest -= received
+        if received and not self._rest and self._payload:
+            assert self._header
+            header, payload = self._header, self._payload
+            self._header, self._payload = None, memoryview(b"")
+            self._events.on_payload(self, header, payload)

@@ -1,0 +1,238 @@
+"""What every transport shares: calls from any thread in, effects of a hand-off core out, host memory accounted for.
+
+A transport subclasses these two, gives each connection a link, and reports what its links hear.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from engine_core.errors import BatonError
+from engine_core.messages import PeerAddress, TokenChunk
+from kv_transfer import handoff
+from kv_transfer.base import Layers, ReceiverEvents, SenderEvents
+from kv_transfer.handoff import Effect, Key, ReceiverCore, SenderCore
+from kv_transfer.layout import BlockLayout
+from kv_transfer.ticket import Ticket
+from kv_transfer.wire import as_layers
+
+TICK_S = 0.5
+DEFAULT_INFLIGHT_BYTES = 512 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KvIdentity:
+    """Which life of which worker this is, and whom it may exchange KV with."""
+
+    worker_id: str
+    incarnation: int
+    fingerprint: str
+    layout: BlockLayout
+
+
+class OutLink(Protocol):
+    """A prefill worker's way to one decode worker: a queue."""
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Payload that has not left."""
+        ...
+
+    def put(self, item: handoff.Send | handoff.SendBlocks) -> None:
+        """Send behind all that was put before."""
+        ...
+
+    def unsend(self, key: Key) -> None:
+        """Drop what has not begun to leave."""
+        ...
+
+
+class Ticker:
+    """Calls `action` every `TICK_S` until stopped."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, action: Callable[[], None]) -> None:
+        self._loop = loop
+        self._action = action
+        self._handle = loop.call_later(TICK_S, self._tick)
+
+    def stop(self) -> None:
+        """No more ticks."""
+        self._handle.cancel()
+
+    def _tick(self) -> None:
+        self._handle = self._loop.call_later(TICK_S, self._tick)
+        self._action()
+
+
+class SenderEndpoint:
+    """A KvSender but for the connections. Construct on the event-loop thread."""
+
+    def __init__(self, identity: KvIdentity, events: SenderEvents, max_inflight_bytes: int) -> None:
+        self.identity = identity
+        self.links: set[OutLink] = set()
+        self.core = SenderCore()
+        self.loop = asyncio.get_running_loop()
+        self._events = events
+        self._max_inflight_bytes = max_inflight_bytes
+        self._lock = threading.Lock()
+        self._posted_bytes = 0  # handed over by other threads, not seen by the loop yet
+        self._settled_bytes = 0
+        self._room = asyncio.Event()
+        self._room.set()
+        self._ticker = Ticker(self.loop, self.on_tick)
+
+    @property
+    def inflight_bytes(self) -> int:
+        """See KvSender."""
+        return self._posted_bytes + self._settled_bytes
+
+    @property
+    def writable(self) -> bool:
+        """See KvSender."""
+        return self.inflight_bytes < self._max_inflight_bytes
+
+    async def wait_writable(self) -> None:
+        """See KvSender."""
+        while not self.writable:
+            self._room.clear()
+            await self._room.wait()
+
+    def offer(self, request_id: str, epoch: int, lease_s: float) -> None:
+        """See KvSender."""
+        self._post(lambda: self.core.offer(self.loop.time(), (request_id, epoch), lease_s))
+
+    def send_blocks(self, request_id: str, epoch: int, block_indices: Sequence[int], layers: Layers) -> None:
+        """See KvSender."""
+        indices = tuple(int(index) for index in block_indices)
+        views = as_bytes(layers, len(indices), self.identity.layout)
+        num_bytes = len(indices) * self.identity.layout.block_bytes
+        with self._lock:
+            self._posted_bytes += num_bytes
+
+        def act() -> list[Effect]:
+            with self._lock:
+                self._posted_bytes -= num_bytes
+            return self.core.send_blocks(self.loop.time(), (request_id, epoch), indices, views, num_bytes)
+
+        self._post(act)
+
+    def finish(self, request_id: str, epoch: int, first_token: TokenChunk) -> None:
+        """See KvSender."""
+        self._post(lambda: self.core.finish(self.loop.time(), (request_id, epoch), first_token))
+
+    def abort(self, request_id: str, epoch: int, error: BatonError) -> None:
+        """See KvSender."""
+        self._post(lambda: self.core.abort(self.loop.time(), (request_id, epoch), error))
+
+    def on_tick(self) -> None:
+        """Leases."""
+        self.apply(self.core.tick(self.loop.time()))
+
+    def apply(self, effects: list[Effect]) -> None:
+        """Carry the core's effects out."""
+        for effect in effects:
+            match effect:
+                case handoff.Send() | handoff.SendBlocks():
+                    cast(OutLink, effect.peer).put(effect)
+                case handoff.Unsend(peer, key):
+                    cast(OutLink, peer).unsend(key)
+                case handoff.Ticketed(ticket):
+                    self._events.on_ticket(ticket)
+                case handoff.Cancelled((request_id, epoch), error):
+                    self._events.on_cancel(request_id, epoch, error)
+        self.account()
+
+    def account(self) -> None:
+        """Count what is held; to be called whenever bytes have left."""
+        self._settled_bytes = self.core.held_bytes + sum(link.unsent_bytes for link in self.links)
+        if self.writable:
+            self._room.set()
+
+    def stop(self) -> None:
+        """No more ticks."""
+        self._ticker.stop()
+
+    def _post(self, act: Callable[[], list[Effect]]) -> None:
+        self.loop.call_soon_threadsafe(lambda: self.apply(act()))
+
+
+class ReceiverEndpoint(ABC):
+    """A KvReceiver but for the connections. Construct on the event-loop thread."""
+
+    def __init__(self, identity: KvIdentity, events: ReceiverEvents) -> None:
+        self.identity = identity
+        self.core = ReceiverCore()
+        self.loop = asyncio.get_running_loop()
+        self._events = events
+        self._ticker = Ticker(self.loop, self.on_tick)
+
+    def request(self, address: PeerAddress, ticket: Ticket) -> None:
+        """See KvReceiver."""
+        self.loop.call_soon_threadsafe(
+            lambda: self.apply(self.core.request(self.loop.time(), self.link_to(address), ticket))
+        )
+
+    def cancel(self, request_id: str, epoch: int) -> None:
+        """See KvReceiver."""
+        self.loop.call_soon_threadsafe(lambda: self.apply(self.core.cancel((request_id, epoch))))
+
+    def on_tick(self) -> None:
+        """Leases."""
+        self.apply(self.core.tick(self.loop.time()))
+
+    def apply(self, effects: list[Effect], payload: memoryview | None = None) -> None:
+        """Carry the core's effects out; `payload` is what a `Landed` brings."""
+        for effect in effects:
+            match effect:
+                case handoff.Send(peer, message):
+                    self.send(peer, message)
+                case handoff.Landed(header):
+                    assert payload is not None
+                    layers = as_layers(payload, len(header.blocks), self.identity.layout)
+                    self._events.on_blocks(header.request_id, header.epoch, header.blocks, layers, header.generations)
+                case handoff.Done((request_id, epoch), first_token):
+                    self._events.on_done(request_id, epoch, first_token, first_token.finish_reason)
+                case handoff.Lost((request_id, epoch), error):
+                    self._events.on_failed(request_id, epoch, error)
+
+    def stop(self) -> None:
+        """No more ticks."""
+        self._ticker.stop()
+
+    @abstractmethod
+    def link_to(self, address: PeerAddress) -> Any:
+        """The link to a prefill worker, opened if need be; its failure is reported later."""
+
+    @abstractmethod
+    def send(self, peer: Any, message: Any) -> None:
+        """Send on a link; silently dropped when it is gone."""
+
+
+def as_bytes(layers: Layers, n: int, layout: BlockLayout) -> list[memoryview]:
+    """Flat views of the arrays, checked against the layout."""
+    if len(layers) != layout.num_layers:
+        raise ValueError(f"{len(layers)} layers, expected {layout.num_layers}")
+    for layer in layers:
+        if layer.shape != (n, *layout.shape) or layer.dtype.itemsize != layout.numpy_dtype.itemsize:
+            raise ValueError(f"{layer.dtype} {layer.shape}, expected {layout.dtype} {(n, *layout.shape)}")
+    return [np.ascontiguousarray(layer).reshape(-1).view(np.uint8).data for layer in layers]
+
+
+def pick(views: Sequence[memoryview], places: Sequence[int], size: int) -> list[memoryview]:
+    """Pieces of the blocks at `places`, layer-major: `[layer * n + i]`, each of `size` bytes."""
+    return [view[place * size : (place + 1) * size] for view in views for place in places]
+
+
+def merge(views: Sequence[memoryview], places: Sequence[int], size: int) -> list[memoryview]:
+    """The same bytes as `pick` in as few pieces as they allow."""
+    first, n = places[0], len(places)
+    if list(places) == list(range(first, first + n)):
+        return [view[first * size : (first + n) * size] for view in views]
+    return pick(views, places, size)

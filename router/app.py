@@ -1,0 +1,151 @@
+"""The gateway's ASGI application."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import time
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from engine_core.errors import BatonError
+from router.dialects import ChatDialect, CompletionDialect, model_not_found
+from router.endpoint import GenerateEndpoint
+from router.http import HttpError, KeyCheck, encode_json, error_json
+from router.metrics import CONTENT_TYPE
+from router.service import Service
+
+logger = logging.getLogger(__name__)
+
+STATUS_CODES = {404: "unknown_url", 405: "method_not_allowed"}
+
+
+class GatewayApp(FastAPI):
+    """FastAPI, with the generating endpoints served before its middleware and router."""
+
+    hot_paths: dict[str, ASGIApp]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        endpoint = self.hot_paths.get(scope.get("path", ""))
+        if endpoint is not None and scope["type"] == "http":
+            await endpoint(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+def build_app(service: Service) -> FastAPI:
+    """All routes of the gateway."""
+    app = GatewayApp(title="Baton", version=version(), openapi_url="/openapi.json", redoc_url=None)
+    check_key = KeyCheck(service.config.api_keys)
+    app.hot_paths = {
+        "/v1/chat/completions": GenerateEndpoint(service, ChatDialect(service), check_key),
+        "/v1/completions": GenerateEndpoint(service, CompletionDialect(service), check_key),
+    }
+    _add_model_routes(app, service, check_key)
+    _add_operator_routes(app, service, check_key)
+    _add_error_handlers(app)
+    return app
+
+
+def version() -> str:
+    """Of the installed package."""
+    try:
+        return importlib.metadata.version("baton")
+    except importlib.metadata.PackageNotFoundError:
+        return "0.0.0"
+
+
+def _add_model_routes(app: FastAPI, service: Service, check_key: KeyCheck) -> None:
+    created = int(time.time())
+
+    def model() -> dict[str, Any]:
+        max_len = service.registry.max_model_len or None
+        return {
+            "id": service.config.model_name,
+            "object": "model",
+            "created": created,
+            "owned_by": "baton",
+            "max_model_len": max_len,
+        }
+
+    @app.get("/v1/models")
+    async def list_models(request: Request) -> Response:
+        """The model served."""
+        check_key(request.scope)
+        return _json({"object": "list", "data": [model()]})
+
+    @app.get("/v1/models/{model_id:path}")
+    async def get_model(model_id: str, request: Request) -> Response:
+        """One model."""
+        check_key(request.scope)
+        if model_id != service.config.model_name:
+            raise model_not_found(model_id)
+        return _json(model())
+
+
+def _add_operator_routes(app: FastAPI, service: Service, check_key: KeyCheck) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """Whether the process lives."""
+        return _json({"status": "ok"})
+
+    @app.get("/readiness")
+    async def readiness() -> Response:
+        """Whether requests can be served: 503 until every role is there, and while draining."""
+        registry = service.registry
+        ready = registry.ready and not service.draining
+        body = {
+            "status": "draining" if service.draining else "ready" if ready else "waiting for workers",
+            "prefill": len(registry.prefill),
+            "decode": len(registry.decode),
+        }
+        return _json(body, 200 if ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(service.metrics.expose(), headers={"content-type": CONTENT_TYPE})
+
+    @app.get("/version")
+    async def get_version() -> Response:
+        """Of this gateway."""
+        return _json({"version": version(), "system_fingerprint": service.fingerprint})
+
+    @app.get("/config")
+    async def config(request: Request) -> Response:
+        """The configuration, without secrets."""
+        check_key(request.scope)
+        return _json(service.config.public())
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    """Whatever goes wrong, the client gets OpenAI's error object."""
+
+    @app.exception_handler(BatonError)
+    async def baton_error(request: Request, error: BatonError) -> Response:
+        return _error(error)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        url = f"{request.method} {request.url.path}"
+        message = {404: f"Unknown request URL: {url}.", 405: f"Not allowed: {url}."}.get(
+            error.status_code, error.detail
+        )
+        code = STATUS_CODES.get(error.status_code, "http_error")
+        return _error(HttpError(error.status_code, message, code), error.headers)
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        return _error(BatonError("the server had an error while processing your request"))
+
+
+def _json(body: Any, status: int = 200) -> Response:
+    return Response(encode_json(body), status, media_type="application/json")
+
+
+def _error(error: BatonError, headers: Any = None) -> Response:
+    return Response(error_json(error), error.http_status, headers, "application/json")

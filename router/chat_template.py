@@ -1,0 +1,122 @@
+"""Messages to prompt text, through the checkpoint's own Jinja template, with what templates expect of transformers.
+
+Templates come with checkpoints and are code: they run in Jinja's immutable sandbox.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from engine_core.errors import CheckpointError, RequestError
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+class ChatTemplate:
+    """A compiled template.
+
+    Args:
+        source: Jinja text.
+        special_tokens: `bos_token` and the like, for the template's use.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise CheckpointError(f"the chat template does not compile: {error}") from error
+        self._special_tokens = dict(special_tokens)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
+        """Prompt text up to where the assistant's answer begins.
+
+        Raises:
+            RequestError: the template refuses these messages.
+        """
+        try:
+            return self._template.render(
+                **self._special_tokens,
+                **options,
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            raise RequestError(f"the model's chat template refuses these messages: {error}", "messages") from error
+
+
+def load_chat_template(model_dir: Path) -> ChatTemplate | None:
+    """The template of a checkpoint: chat_template.jinja, else tokenizer_config.json; None if it has neither."""
+    settings: dict[str, Any] = {}
+    settings_file = model_dir / "tokenizer_config.json"
+    try:
+        if settings_file.exists():
+            settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{settings_file} is not JSON: {error}") from error
+    template_file = model_dir / "chat_template.jinja"
+    source = template_file.read_text(encoding="utf-8") if template_file.exists() else settings.get("chat_template")
+    if isinstance(source, list):  # several, by name
+        by_name = {entry["name"]: entry["template"] for entry in source}
+        source = by_name.get("default") or next(iter(by_name.values()), None)
+    if not source:
+        return None
+    return ChatTemplate(source, _special_tokens(settings))
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    for name in SPECIAL_NAMES:
+        value = settings.get(name)
+        if isinstance(value, Mapping):
+            value = value.get("content")
+        if isinstance(value, str):
+            found[name] = value
+    return found
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)  # local time, as transformers has it
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Unlike Jinja's own filter this does not escape HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's text for training; here it is only a block."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)

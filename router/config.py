@@ -1,0 +1,50 @@
+"""Configuration of a gateway."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from engine_core.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayConfig:
+    """Everything one gateway process needs besides the model directory and the cluster's secret."""
+
+    model_name: str = "demo"  # what clients put into "model"
+    host: str = "127.0.0.1"  # address to listen on
+    port: int = 8000  # 0: any free one
+    colocated: bool = False  # the fleet has no prefill workers: ready as soon as a decode worker is there
+    api_keys: tuple[str, ...] = ()  # accepted bearer tokens; empty: no authentication
+    local_prefill_tokens: int = 0  # prompts of at most so many tokens are read by the decode worker itself
+    max_body_bytes: int = 32 << 20  # of an HTTP request
+    max_choices: int = 128  # answers of one HTTP request: prompts times n
+    max_concurrent_choices: int = 4096  # answers in progress; beyond it clients get 503
+    max_attempts: int = 3  # lives of a stream whose workers die
+    request_timeout_s: float = 600.0  # from arrival to the last token
+    worker_wait_s: float = 10.0  # how long a request waits for a worker to appear
+    suspect_after_s: float = 2.0  # a worker silent for so long gets no new requests while others are there
+    lost_after_s: float = 10.0  # a worker silent for so long loses its requests to others
+    inline_tokenize_chars: int = 8192  # longer texts are tokenized on a thread
+    special_tokens_in_prompt: bool = True  # /v1/completions parses special-token strings; chat never does
+    keep_alive_s: int = 75  # idle HTTP connections are closed after this
+
+    def __post_init__(self) -> None:
+        """Refuse what can never work."""
+        for name in ("max_body_bytes", "max_choices", "max_concurrent_choices", "max_attempts", "keep_alive_s"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("request_timeout_s", "worker_wait_s", "suspect_after_s", "lost_after_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"port must be in 0..65535, not {self.port}")
+        if not self.model_name:
+            raise ConfigError("model_name must not be empty")
+        if any(not key for key in self.api_keys):
+            raise ConfigError("api_keys must not contain an empty key")
+
+    def public(self) -> dict[str, Any]:
+        """The configuration without its secrets."""
+        return {**asdict(self), "api_keys": len(self.api_keys)}

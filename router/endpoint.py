@@ -1,0 +1,177 @@
+"""The hot path: one ASGI callable per generating endpoint, below FastAPI's middleware and dependency machinery."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from http import HTTPStatus
+
+from starlette.types import Receive, Scope, Send
+
+from engine_core.errors import BatonError
+from router.answers import usage_of
+from router.dialects import Dialect, Job
+from router.http import (
+    SSE_HEADERS,
+    ClientGone,
+    HttpError,
+    KeyCheck,
+    check_json_type,
+    error_json,
+    read_body,
+    send_error,
+    send_json,
+)
+from router.service import Generation, Service
+
+logger = logging.getLogger(__name__)
+
+
+class GenerateEndpoint:
+    """POST of one dialect."""
+
+    def __init__(self, service: Service, dialect: Dialect, check_key: KeyCheck) -> None:
+        self._service = service
+        self._dialect = dialect
+        self._check_key = check_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request. Nothing that happens here reaches another one."""
+        exchange = Exchange(self._service, send)
+        watch: DisconnectWatch | None = None
+        try:
+            if scope["method"] != "POST":
+                raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, "use POST", "method_not_allowed")
+            self._check_key(scope)
+            check_json_type(scope)
+            body = await read_body(scope, receive, self._service.config.max_body_bytes)
+            watch = DisconnectWatch(receive)
+            await exchange.run(await self._dialect.prepare(body))
+        except ClientGone:
+            exchange.status = ClientGone.http_status
+        except asyncio.CancelledError:
+            if watch is None or not watch.gone:
+                raise
+            exchange.status = ClientGone.http_status
+        except BatonError as error:
+            await exchange.fail(scope, error)
+        except Exception:
+            logger.exception("unexpected error while serving %s", self._dialect.name)
+            await exchange.fail(scope, BatonError("the server had an error while processing your request"))
+        finally:
+            if watch is not None:
+                watch.close()
+            self._service.metrics.requests[self._dialect.name, exchange.status] += 1
+            self._service.metrics.disconnects += exchange.status == ClientGone.http_status
+
+
+class DisconnectWatch:
+    """Cancels the current task when the client goes away, wherever it waits.
+
+    Attributes:
+        gone: whether that happened.
+    """
+
+    __slots__ = ("_owner", "_task", "gone")
+
+    def __init__(self, receive: Receive) -> None:
+        self.gone = False
+        self._owner = asyncio.current_task()
+        self._task = asyncio.get_running_loop().create_task(_until_disconnect(receive))
+        self._task.add_done_callback(self._on_done)
+
+    def close(self) -> None:
+        """The response is complete."""
+        self._owner = None
+        self._task.cancel()
+
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        if self._owner is not None and not task.cancelled():
+            self.gone = True
+            self._owner.cancel()
+
+
+async def _until_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Exchange:
+    """One response.
+
+    Attributes:
+        status: for the metrics.
+    """
+
+    __slots__ = ("_send", "_service", "_started", "status")
+
+    def __init__(self, service: Service, send: Send) -> None:
+        self._service = service
+        self._send = send
+        self._started = False
+        self.status = 500
+
+    async def run(self, job: Job) -> None:
+        """Generate and answer."""
+        loop = asyncio.get_running_loop()
+        generation = await self._service.generate(job.requests, loop.time())
+        try:
+            if job.stream:
+                await self._stream(job, generation)
+            else:
+                await self._whole(job, generation)
+        finally:
+            generation.close()
+
+    async def fail(self, scope: Scope, error: BatonError) -> None:
+        """The error object, as a response or as the last event of a stream."""
+        self.status = error.http_status
+        if self._started:
+            event = b"data: " + error_json(error) + b"\n\n"
+            await self._send({"type": "http.response.body", "body": event, "more_body": False})
+        else:
+            await send_error(scope, self._send, error)
+
+    async def _whole(self, job: Job, generation: Generation) -> None:
+        remaining = len(job.choices)
+        while remaining:
+            for index, chunk in await generation.take():
+                choice = job.choices[index]
+                if choice.finish_reason is None:
+                    job.writer.write(index, chunk)
+                    if choice.finish_reason is not None:
+                        remaining -= 1
+                        if choice.stopped:
+                            generation.stop(index)
+        self.status = 200
+        self._started = True
+        await send_json(self._send, 200, job.writer.end(_usage(job, generation)))
+
+    async def _stream(self, job: Job, generation: Generation) -> None:
+        """Headers leave with the first tokens, and all that one wake-up finds leaves at once."""
+        send, write, choices = self._send, job.writer.write, job.choices
+        remaining = len(choices)
+        while remaining:
+            out = []
+            for index, chunk in await generation.take():
+                choice = choices[index]
+                if choice.finish_reason is None:
+                    out.append(write(index, chunk))
+                    if choice.finish_reason is not None:
+                        remaining -= 1
+                        if choice.stopped:
+                            generation.stop(index)
+            if not self._started:
+                self._started = True
+                self.status = 200
+                await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
+            if not remaining:
+                out.append(job.writer.end(_usage(job, generation)))
+            body = b"".join(out)
+            if body:
+                await send({"type": "http.response.body", "body": body, "more_body": remaining > 0})
+
+
+def _usage(job: Job, generation: Generation) -> dict[str, object]:
+    num_tokens = sum(choice.num_tokens for choice in job.choices)
+    return usage_of(job.num_prompt_tokens, num_tokens, generation.cached_tokens(job.n))

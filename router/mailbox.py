@@ -1,0 +1,49 @@
+"""Where the connections to workers leave chunks for the task that serves an HTTP request."""
+
+from __future__ import annotations
+
+import asyncio
+
+from engine_core.errors import BatonError
+from engine_core.messages import TokenChunk
+
+Item = tuple[int, TokenChunk]
+
+
+class Mailbox:
+    """A queue with one reader, who takes all there is at once: many chunks cost one task switch."""
+
+    __slots__ = ("_error", "_items", "_waiter")
+
+    def __init__(self) -> None:
+        self._items: list[Item] = []
+        self._error: BatonError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, index: int, chunk: TokenChunk) -> None:
+        """Leave a chunk of choice `index`."""
+        self._items.append((index, chunk))
+        waiter = self._waiter
+        if waiter is not None:
+            self._waiter = None
+            waiter.set_result(None)
+
+    def fail(self, error: BatonError) -> None:
+        """Raise `error` in the reader once it has taken what came before."""
+        self._error = self._error or error
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            waiter.set_result(None)
+
+    async def take(self) -> list[Item]:
+        """Wait for chunks; take them all, in the order of arrival."""
+        while not self._items:
+            if self._error is not None:
+                raise self._error
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        items, self._items = self._items, []
+        return items

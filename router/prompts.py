@@ -1,0 +1,104 @@
+"""Prompts of validated request bodies to token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from engine_core.errors import RequestError
+from router.openai_types import ChatBody, ChatMessage, CompletionBody
+from router.sampling import too_long
+from router.tokenizer import TextCodec
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+RESERVED_KWARGS = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+
+
+async def completion_prompts(
+    body: CompletionBody, codec: TextCodec, max_len: int, parse_special: bool
+) -> list[list[int]]:
+    """One list of ids per prompt."""
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return [await _encode(prompt, "prompt", codec, max_len, parse_special)]
+    if not prompt:
+        raise RequestError("prompt must be a string, token ids, or a list of either, and not empty", "prompt")
+    if isinstance(prompt[0], int):
+        return [_check_ids(prompt, "prompt", codec.vocab_size)]
+    prompts = []
+    for index, item in enumerate(prompt):
+        name = f"prompt[{index}]"
+        if type(item) is not type(prompt[0]):
+            raise RequestError("prompt must not mix strings and token ids", name, "invalid_type")
+        if isinstance(item, str):
+            prompts.append(await _encode(item, name, codec, max_len, parse_special))
+        elif isinstance(item, list):
+            prompts.append(_check_ids(item, name, codec.vocab_size))
+    return prompts
+
+
+async def chat_prompt(body: ChatBody, codec: TextCodec, max_len: int) -> list[int]:
+    """Ids of the rendered chat."""
+    if not body.messages:
+        raise RequestError("messages must not be empty", "messages", "empty_prompt")
+    options: Mapping[str, Any] = body.chat_template_kwargs or {}
+    if not RESERVED_KWARGS.isdisjoint(options):
+        raise RequestError(f"{sorted(RESERVED_KWARGS & set(options))} cannot be set", "chat_template_kwargs")
+    messages = [_message(message, index) for index, message in enumerate(body.messages)]
+    _check_chars(sum(len(message["content"]) for message in messages), "messages", codec, max_len)
+    return await codec.encode_chat(messages, options)
+
+
+def _message(message: ChatMessage, index: int) -> dict[str, str]:
+    """What the template sees."""
+    where = f"messages[{index}]"
+    role = ROLES.get(message.role)
+    if role is None:
+        raise RequestError(
+            f"unknown role {message.role!r}; this server takes {', '.join(ROLES)}", f"{where}.role", "invalid_value"
+        )
+    if message.tool_calls or message.function_call is not None or message.audio is not None:
+        raise RequestError("tool calls and audio are not supported", where, "unsupported_value")
+    content = message.content
+    if content is None:
+        raise RequestError("content is missing", f"{where}.content", "missing_required_parameter")
+    if not isinstance(content, str):
+        texts = []
+        for part_index, part in enumerate(content):
+            if part.type != "text" or part.text is None:
+                raise RequestError(
+                    "only content parts of type text, with a text, are supported",
+                    f"{where}.content[{part_index}]",
+                    "unsupported_value",
+                )
+            texts.append(part.text)
+        content = "\n".join(texts)
+    return {"role": role, "content": content, **({"name": message.name} if message.name else {})}
+
+
+async def _encode(text: str, name: str, codec: TextCodec, max_len: int, parse_special: bool) -> list[int]:
+    if not text:
+        raise RequestError("the prompt is empty", name, "empty_prompt")
+    _check_chars(len(text), name, codec, max_len)
+    return await codec.encode_prompt(text, parse_special)
+
+
+def _check_chars(chars: int, name: str, codec: TextCodec, max_len: int) -> None:
+    """Refuse what is too long however it is tokenized, without tokenizing megabytes.
+
+    A token stands for at most `max_token_bytes` bytes; 4 allows for normalizers that shorten the text first.
+    """
+    at_least = chars // (4 * codec.max_token_bytes)
+    if at_least >= max_len:
+        raise too_long(at_least, max_len, name, "at least ")
+
+
+def _check_ids(ids: Sequence[Any], name: str, vocab_size: int) -> list[int]:
+    if not ids:
+        raise RequestError("the prompt is empty", name, "empty_prompt")
+    for index, token_id in enumerate(ids):
+        if type(token_id) is not int:
+            raise RequestError("prompt must not mix strings and token ids", f"{name}[{index}]", "invalid_type")
+        if token_id >= vocab_size:
+            raise RequestError(f"token ids must be below {vocab_size}, not {token_id}", f"{name}[{index}]")
+    return list(ids)

@@ -1,0 +1,141 @@
+"""The gateway process: a socket, uvicorn, the service; started and stopped inside a running event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import uvicorn
+
+from engine_core.errors import ConfigError
+from engine_core.messages import WorkerInfo
+from router.app import build_app
+from router.clients import MakeClient, connect_with
+from router.config import GatewayConfig
+from router.service import Service
+from router.tokenizer import TextCodec
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 2048
+TOKENIZER_THREADS = 2
+START_POLL_S = 0.01
+STOP_S = 0.5
+
+
+class Gateway:
+    """One gateway. Use uvloop for speed: the caller's event loop is taken as it is.
+
+    Args:
+        model_dir: holds tokenizer.json, and the chat template if there is one.
+        secret: shared with the workers; None on loopback only.
+        make_client: how to reach workers; None: over TCP.
+    """
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        model_dir: Path,
+        secret: bytes | None = None,
+        make_client: MakeClient | None = None,
+    ) -> None:
+        self._config = config
+        self._threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenize")
+        codec = TextCodec.load(model_dir, config.inline_tokenize_chars, self._threads)
+        self._make_client = make_client or connect_with(secret, f"gateway-{socket.gethostname()}-{os.getpid()}")
+        self._codec = codec
+        self._socket: socket.socket | None = None
+        self._server: _Server
+        self._serving: asyncio.Task[None]
+        self.service: Service
+        self.port = config.port
+
+    async def start(self) -> None:
+        """Listen; returns when requests are accepted.
+
+        Raises:
+            ConfigError: the address cannot be had.
+        """
+        self.service = Service(self._config, self._codec, self._make_client)
+        self.service.start()
+        self._socket = _listen(self._config.host, self._config.port)
+        self.port = self._socket.getsockname()[1]
+        self._server = _Server(
+            uvicorn.Config(
+                build_app(self.service),
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                backlog=BACKLOG,
+                timeout_keep_alive=self._config.keep_alive_s,
+            )
+        )
+        self._serving = asyncio.get_running_loop().create_task(self._server.serve([self._socket]))
+        while not self._server.started and not self._serving.done():  # noqa: ASYNC110  # uvicorn has no event for it
+            await asyncio.sleep(START_POLL_S)
+        gc.collect()
+        gc.freeze()  # what lives as long as the process need not be traversed again
+        logger.info("listening on %s:%d", self._config.host, self.port)
+
+    def follow(self, workers: Sequence[WorkerInfo]) -> None:
+        """These workers serve, and no others."""
+        self.service.follow(workers)
+
+    def check_health(self) -> None:
+        """Raises if the server has ended."""
+        if self._serving.done():
+            self._serving.result()
+            raise RuntimeError("the HTTP server has stopped")
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new requests, finish the running ones within the time, close."""
+        self.service.draining = True
+        self._server.config.timeout_graceful_shutdown = timeout_s  # type: ignore[assignment]  # any number will do
+        self._server.should_exit = True
+        await self._serving
+        await self.service.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def stop(self) -> None:
+        """Close now."""
+        await self.drain(STOP_S)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: signals belong to whoever owns the process."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """See uvicorn."""
+        yield
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket that other gateways of this machine may share."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted connections inherit it
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
+    return listener

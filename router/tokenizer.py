@@ -1,0 +1,147 @@
+"""Text to token ids and back, for one checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from engine_core.errors import CheckpointError, RequestError
+from router.chat_template import ChatTemplate, load_chat_template
+from router.detokenizer import ByteTable, Detokenizer, TableDetokenizer, WindowDetokenizer, byte_table
+
+CONTEXT_TOKENS = 8  # of the prompt, for decoders that look back
+MARK = "\ue000"
+
+
+class TextCodec:
+    """Encodes prompts, renders chats, makes detokenizers.
+
+    A prompt of messages is encoded so that special-token strings in a message stay plain text: no user can end his
+    turn, or speak as the system, by writing `<|im_end|>`.
+
+    Args:
+        template: None if the checkpoint has none: chats are refused.
+        vocab_size: of the model; ids beyond it are refused.
+        inline_chars: longer texts are encoded on `executor`.
+    """
+
+    def __init__(
+        self,
+        tokenizer_json: str,
+        template: ChatTemplate | None,
+        vocab_size: int,
+        inline_chars: int,
+        executor: Executor | None,
+    ) -> None:
+        try:
+            self._tokenizer = Tokenizer.from_str(tokenizer_json)
+            self._plain = Tokenizer.from_str(tokenizer_json)
+        except Exception as error:  # the library raises nothing narrower
+            raise CheckpointError(f"tokenizer.json cannot be read: {error}") from error
+        for tokenizer in (self._tokenizer, self._plain):
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+        self._plain.encode_special_tokens = True
+        self._template = template
+        self._table: ByteTable | None = byte_table(self._tokenizer)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = {token_id: token.content for token_id, token in added.items() if token.special}
+        ordered = sorted(self._special.values(), key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+        self._inline_chars = inline_chars
+        self._executor = executor
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = vocab_size or max(vocab.values(), default=-1) + 1
+        self.max_token_bytes = max((len(token.encode()) for token in vocab), default=1)
+
+    @classmethod
+    def load(cls, model_dir: Path, inline_chars: int, executor: Executor | None) -> TextCodec:
+        """Read a checkpoint's tokenizer.json, chat template and vocabulary size."""
+        tokenizer_file = model_dir / "tokenizer.json"
+        if not tokenizer_file.exists():
+            raise CheckpointError(f"{tokenizer_file} does not exist")
+        vocab_size = 0
+        config_file = model_dir / "config.json"
+        if config_file.exists():
+            vocab_size = int(json.loads(config_file.read_text(encoding="utf-8")).get("vocab_size") or 0)
+        text = tokenizer_file.read_text(encoding="utf-8")
+        return cls(text, load_chat_template(model_dir), vocab_size, inline_chars, executor)
+
+    async def encode_prompt(self, text: str, parse_special: bool) -> list[int]:
+        """Ids of a whole prompt, with the tokens the checkpoint puts around one (such as a leading BOS)."""
+        tokenizer = self._tokenizer if parse_special else self._plain
+        return await self._encode(tokenizer, text, True)
+
+    async def encode_chat(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[int]:
+        """Ids of a chat up to where the answer begins."""
+        if self._template is None:
+            raise RequestError("this model has no chat template: use /v1/completions", "messages", "no_chat_template")
+        search = self._special_pattern.search
+        if options and search(json.dumps(options, ensure_ascii=False)):
+            raise RequestError("special tokens are not allowed here", "chat_template_kwargs")
+        if not any(search(value) for message in messages for value in message.values() if type(value) is str):
+            return await self._encode(self._tokenizer, self._template.render(messages, options), False)
+        return await self._encode_marked(messages, options)
+
+    def detokenizer(self, prompt: Sequence[int], is_chat: bool) -> Detokenizer:
+        """For the answer to `prompt`."""
+        if self._table is not None:
+            return TableDetokenizer(self._table, is_chat)
+        return WindowDetokenizer(self._tokenizer, prompt[-CONTEXT_TOKENS:])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token by itself, special ones spelled out."""
+        if token_id in self._special:
+            return self._special[token_id].encode()
+        if self._table is not None:
+            return self._table.of((token_id,))
+        text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return text.encode()
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of a whole prompt, for `echo`."""
+        text: str = self._tokenizer.decode(token_ids)
+        return text
+
+    async def _encode(self, tokenizer: Tokenizer, text: str, add_special: bool) -> list[int]:
+        if len(text) <= self._inline_chars or self._executor is None:
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special).ids
+            return ids
+        loop = asyncio.get_running_loop()
+        encoding = await loop.run_in_executor(self._executor, tokenizer.encode, text, None, False, add_special)
+        ids = encoding.ids
+        return ids
+
+    async def _encode_marked(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[int]:
+        """As `encode_chat`, where some message contains the string of a special token.
+
+        Each such string is rendered as an unguessable mark, and encoded by itself as plain text.
+        """
+        assert self._template is not None
+        literals: list[str] = []
+        nonce = secrets.token_hex(8)
+
+        def mark(match: re.Match[str]) -> str:
+            literals.append(match[0])
+            return f"{MARK}{nonce}{len(literals) - 1}{MARK}"
+
+        marked = [
+            {name: self._special_pattern.sub(mark, value) if type(value) is str else value for name, value in m.items()}
+            for m in messages
+        ]
+        rendered = self._template.render(marked, options)
+        ids: list[int] = []
+        for index, piece in enumerate(re.split(f"{MARK}{nonce}([0-9]+){MARK}", rendered)):
+            if index % 2:
+                ids += await self._encode(self._plain, literals[int(piece)], False)
+            elif piece:
+                ids += await self._encode(self._tokenizer, piece, False)
+        return ids
