@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from deploy.config import DEMO
 from engine_core.errors import CheckpointError
 from engine_core.models.registry import load_spec, read_json
 from engine_core.models.spec import ModelSpec
 
-DEMO = "demo"
 DEMO_DIR = Path(__file__).parent / "demo_model"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")

@@ -40,7 +40,7 @@ examples:
   baton serve --colocated                       no prefill workers: decode workers read the prompts
   baton serve --config baton.toml --cache.page_size 64 --batch.num_slots 16
 
-Any field of the configuration can be set as --section.field VALUE, or in the TOML file:
+Any field of the configuration can be set as --section.field VALUE (--help-config lists them), or in the TOML file:
   [engine.model]  [engine.cache]  [engine.batch]  [engine]  [fleet]  [gateway]
 The sections of `engine` need no prefix on the command line. Flags win over the file, the file over the defaults.
 
@@ -142,6 +142,7 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--numerics", choices=["fast", "strict"], help="strict: token ids independent of placement")
     serve.add_argument("--config", type=Path, metavar="FILE", help="configuration in TOML")
     serve.add_argument("--verbose", action="store_true", help="a timeline of the start-up")
+    serve.add_argument("--help-config", action="store_true", help="list every configuration field, and exit")
 
 
 def _add_chat(chat: argparse.ArgumentParser) -> None:
@@ -166,15 +167,18 @@ def _add_port(parser: argparse.ArgumentParser) -> None:
 
 def _serve(known: argparse.Namespace, unknown: list[str]) -> int:
     launch = importlib.import_module("deploy.launch")
+    if known.help_config:
+        sys.stdout.write(launch.describe_fields())
+        return 0
     checkpoint = importlib.import_module("deploy.checkpoint")
     flags = list(unknown)
     for name in ("model", "prefill", "decode", "tp", "host", "port", "numerics"):
         if (value := getattr(known, name)) is not None:
             flags += [f"--{name}", value]
     if known.colocated:
-        flags += ["--colocated", "true"]
+        flags.append("--colocated")
     config = launch.read_config(flags, known.config)
-    launch.check_port(config.host, config.port)
+    launch.check_port(config.gateway.host, config.gateway.port)
     model = config.engine.model
     model_dir = checkpoint.resolve(model.path, model.revision, lambda text: sys.stderr.write(f"{text}\n"))
     checkpoint.validate(model_dir)

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from engine_core.config import EngineConfig
 from engine_core.errors import ConfigError
 from engine_core.types import Role
+from router.config import GatewayConfig
+
+DEMO = "demo"  # name of the embedded model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +61,5 @@ class ServeConfig:
 
     engine: EngineConfig = field(default_factory=EngineConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
-    host: str = "127.0.0.1"  # address on which the gateway listens
-    port: int = 8000  # of the gateway
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
     log_dir: str = ""  # directory for logs; empty: a temporary one, removed after a clean stop

@@ -113,7 +113,7 @@ class FleetCore:
     async def scale(self, wanted: dict[Role, int]) -> FleetStatus:
         """Change how many workers there should be; new ones start and surplus ones drain in the background."""
         for role, count in wanted.items():
-            least = 1 if role is Role.DECODE else 0
+            least = 0 if role is Role.PREFILL and self._config.count(role) == 0 else 1
             if count < least:
                 raise ConfigError(f"{role} must be at least {least}, not {count}")
         self._wanted.update(wanted)
@@ -220,6 +220,7 @@ class FleetCore:
             await self._publish(member, info)
             await self._enter(member, MemberState.READY)
             await self._until_death_or_retirement(member, handle)
+            await self._withdraw(member)  # gateways give it nothing new, and wait for what it has
             await self._enter(member, MemberState.DRAINING)
             with contextlib.suppress(WorkerLost, TimeoutError):
                 await asyncio.wait_for(handle.drain(self._drain_timeout_s), self._drain_timeout_s + DRAIN_GRACE_S)

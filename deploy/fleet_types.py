@@ -101,13 +101,11 @@ class GatewayPlan(msgspec.Struct, frozen=True):
     """How to construct a gateway.
 
     Attributes:
-        gateway_class: `module:class` of a `Gateway`, imported in the replica's process only.
+        gateway_class: `module:class`, imported in the replica's process only.
     """
 
     gateway_class: str
     config: ServeConfig
-    host: str
-    port: int
     model_dir: str
     log_dir: str
     drain_timeout_s: float

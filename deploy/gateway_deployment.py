@@ -29,12 +29,12 @@ RETRY_S = 1.0
 
 
 class Gateway(Protocol):
-    """A gateway process."""
+    """A gateway: constructed from a GatewayConfig, a model directory and the secret; see `router.server`."""
 
     async def start(self) -> None:
         """Listen."""
 
-    async def follow(self, workers: Sequence[WorkerInfo]) -> None:
+    def follow(self, workers: Sequence[WorkerInfo]) -> None:
         """These workers serve, and no others."""
 
     def check_health(self) -> None:
@@ -64,7 +64,7 @@ async def follow_fleet(fleet: FleetFollower, gateway: Gateway, retry_s: float) -
         if membership.version != version:
             version = membership.version
             logger.info("membership %d: %s", version, [(w.worker_id, w.incarnation) for w in membership.workers])
-            await gateway.follow(membership.workers)
+            gateway.follow(membership.workers)
 
 
 class GatewayReplica:
@@ -74,7 +74,8 @@ class GatewayReplica:
         log_to_file(Path(plan.log_dir), "gateway")
         module, _, name = plan.gateway_class.partition(":")
         self._plan = plan
-        self._gateway: Gateway = getattr(importlib.import_module(module), name)(plan)
+        gateway_class = getattr(importlib.import_module(module), name)
+        self._gateway: Gateway = gateway_class(plan.config.gateway, Path(plan.model_dir), plan.secret)
         await self._gateway.start()
         self._following = asyncio.create_task(follow_fleet(FleetClient.find(), self._gateway, RETRY_S))
         logger.info("listening; event loop %s", type(asyncio.get_running_loop()))

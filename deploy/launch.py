@@ -8,44 +8,61 @@ import socket
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from deploy import ray_local, run_file
-from deploy.config import ServeConfig
+from deploy.config import DEMO, ServeConfig
 from deploy.log import log_to_file
 from deploy.progress import Progress
 from engine_core import config_loader
-from engine_core.config import EngineConfig
 from engine_core.errors import ConfigError
 from engine_core.types import Role
 
-GATEWAY_CLASS = "deploy.gateway:RouterGateway"
+GATEWAY_CLASS = "router.server:Gateway"
 WORKER_CLASSES = {
     Role.PREFILL: "prefill_worker.worker:PrefillWorker",
     Role.DECODE: "decode_worker.worker:DecodeWorker",
 }
 ALIASES = {
+    "model": "engine.model.path",
     "prefill": "fleet.prefill",
     "decode": "fleet.decode",
     "colocated": "fleet.colocated",
-    "model": "engine.model.path",
-    **{name: f"engine.{name}" for name in EngineConfig.__dataclass_fields__ if name != "model"},
+    "host": "gateway.host",
+    "port": "gateway.port",
+    "": "engine.",
 }
 
 
 def read_config(flags: Sequence[str], toml_path: Path | None) -> ServeConfig:
-    """Defaults < TOML < flags. Short flags stand for long ones: `--cache.page_size` for `--engine.cache.page_size`."""
-    return config_loader.load(ServeConfig, [_lengthen(flag) for flag in flags], toml_path)
+    """Defaults < TOML < flags. Fields of `engine` need no prefix on the command line."""
+    return complete(config_loader.load(ServeConfig, flags, toml_path, ALIASES))
 
 
-def _lengthen(flag: str) -> str:
-    if not flag.startswith("--"):
-        return flag
-    name, equals, value = flag[2:].partition("=")
-    head, dot, rest = name.partition(".")
-    if dot and head in EngineConfig.__dataclass_fields__:
-        return f"--engine.{head}.{rest}{equals}{value}"
-    return f"--{ALIASES.get(name, name)}{equals}{value}"
+def complete(config: ServeConfig) -> ServeConfig:
+    """Tell the gateway what the other sections imply."""
+    gateway = config.gateway
+    path = config.engine.model.path
+    name = gateway.model_name if gateway.model_name != DEMO or path == DEMO else model_name(path)
+    colocated = config.fleet.count(Role.PREFILL) == 0
+    return replace(config, gateway=replace(gateway, model_name=name, colocated=colocated))
+
+
+def model_name(path: str) -> str:
+    """What clients call a model: its hub id, or its directory's name."""
+    directory = Path(path).expanduser()
+    return directory.resolve().name if directory.is_dir() else path
+
+
+def describe_fields() -> str:
+    """Every field of the configuration, for --help-config."""
+    lines = []
+    for field in config_loader.field_help(ServeConfig):
+        name = field.name.removeprefix("engine.")
+        default = "" if field.default in (None, "") else f" (default {field.default})"
+        lines.append(f"--{name} {field.type}{default}\n      {field.comment}".rstrip())
+    return "\n".join(lines) + "\n"
 
 
 def launch(
@@ -59,7 +76,7 @@ def launch(
 ) -> int:
     """Serve until a signal comes; returns the exit status."""
     progress = Progress(timeline=timeline, started=time.monotonic())
-    check_port(config.host, config.port)
+    check_port(config.gateway.host, config.gateway.port)
     run_dir = Path(tempfile.mkdtemp(prefix="baton-"))
     log_dir = Path(config.log_dir).expanduser() if config.log_dir else run_dir / "logs"
     log_to_file(log_dir, "serve")

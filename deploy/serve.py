@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Coroutine, Iterator
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 EXIT_FAILED, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
 STOP_GRACE_S = 10.0  # on top of the drain timeout
 READINESS_S = 60.0
+SAME_SIGNAL_S = 0.3  # `timeout` and some shells deliver one Ctrl-C twice
+PRESTARTED = 5  # fleet, a worker of each role, Serve's controller, the gateway
 WATCH_S = 30.0
 
 
@@ -57,8 +60,9 @@ class ServePlan(msgspec.Struct, frozen=True):
     @property
     def url(self) -> str:
         """What clients use as base URL."""
-        host = "127.0.0.1" if self.config.host in ("0.0.0.0", "::", "") else self.config.host
-        return f"http://{host}:{self.config.port}/v1"
+        gateway = self.config.gateway
+        host = "127.0.0.1" if gateway.host in ("0.0.0.0", "::", "") else gateway.host
+        return f"http://{host}:{gateway.port}/v1"
 
 
 class Interrupts:
@@ -70,6 +74,7 @@ class Interrupts:
 
     def __init__(self, leave: Callable[[], None]) -> None:
         self._leave = leave
+        self._first_at = 0.0
         self.count = 0
         self._stop: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -89,11 +94,14 @@ class Interrupts:
         self.count = max(self.count, 1)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.count and time.monotonic() - self._first_at < SAME_SIGNAL_S:
+            return
         self.count += 1
         if self.count > 1:
             ray_local.end(ray_local.descendants(), 0)
             self._leave()
             os._exit(EXIT_INTERRUPTED)
+        self._first_at = time.monotonic()
         if self._stop is None or self._loop is None:
             raise KeyboardInterrupt
         self._loop.call_soon_threadsafe(self._stop.set)
@@ -118,7 +126,7 @@ def run(plan: ServePlan, progress: Progress) -> int:
 
 def _remove(plan: ServePlan) -> None:
     """Leave no file behind."""
-    run_file.path(plan.run_files, plan.config.port).unlink(missing_ok=True)
+    run_file.path(plan.run_files, plan.config.gateway.port).unlink(missing_ok=True)
     shutil.rmtree(plan.run_dir, ignore_errors=True)
 
 
@@ -147,7 +155,7 @@ def _run(plan: ServePlan, progress: Progress, interrupts: Interrupts) -> int:
 def start_ray(run_dir: Path) -> str:
     """Start Ray's processes as children of this one; `ray_local.prepare` has set the environment."""
     context = ray.init(
-        num_cpus=os.cpu_count(),
+        num_cpus=min(os.cpu_count() or 1, PRESTARTED),  # our actors ask for none: it only says how many to prestart
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
@@ -248,11 +256,11 @@ class Serving:
         run_file_ = run_file.RunFile(
             server=server or ray_local.Process(os.getpid(), 0),
             url=self._plan.url,
-            model=self._plan.config.engine.model.path,
+            model=self._plan.config.gateway.model_name,
             ray_address=self._ray_address,
             token_path=str(self._plan.run_dir / ray_local.TOKEN),
         )
-        return run_file.write(self._plan.run_files, self._plan.config.port, run_file_)
+        return run_file.write(self._plan.run_files, self._plan.config.gateway.port, run_file_)
 
     def _fleet_plan(self) -> FleetPlan:
         plan = self._plan
@@ -263,8 +271,6 @@ class Serving:
         return GatewayPlan(
             gateway_class=plan.gateway_class,
             config=plan.config,
-            host=plan.config.host,
-            port=plan.config.port,
             model_dir=plan.model_dir,
             log_dir=str(plan.log_dir),
             drain_timeout_s=plan.config.fleet.drain_timeout_s,

@@ -7,24 +7,24 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.fleet_types import GatewayPlan
 from engine_core.errors import ConfigError
 from engine_core.messages import WorkerInfo
 from engine_core.types import Role
+from router.config import GatewayConfig
 
 
 class FakeGateway:
-    def __init__(self, plan: GatewayPlan) -> None:
-        if (Path(plan.model_dir) / "gateway_refuses").exists():
+    def __init__(self, config: GatewayConfig, model_dir: Path, secret: bytes | None) -> None:
+        if (model_dir / "gateway_refuses").exists():
             raise ConfigError("the chat template is broken")
-        self._host, self._port = plan.host, plan.port
+        self._host, self._port = config.host, config.port
         self._workers: Sequence[WorkerInfo] = ()
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
         self._server = await asyncio.start_server(self._answer, self._host, self._port, reuse_port=True)
 
-    async def follow(self, workers: Sequence[WorkerInfo]) -> None:
+    def follow(self, workers: Sequence[WorkerInfo]) -> None:
         self._workers = workers
 
     def check_health(self) -> None:

@@ -46,7 +46,22 @@ def test_short_flags_stand_for_long_ones() -> None:
     assert config.engine.batch.num_slots == 8
     assert config.engine.numerics == "strict"
     assert config.engine.tp == 2
-    assert (config.fleet.prefill, config.fleet.drain_timeout_s, config.port) == (3, 3.0, 9)
+    assert (config.fleet.prefill, config.fleet.drain_timeout_s, config.gateway.port) == (3, 3.0, 9)
+
+
+def test_the_gateway_learns_what_other_sections_imply(tmp_path: Path) -> None:
+    assert read_config([], None).gateway.model_name == "demo"
+    assert read_config(["--model", "Qwen/Qwen3-0.6B"], None).gateway.model_name == "Qwen/Qwen3-0.6B"
+    assert read_config(["--model", str(tmp_path)], None).gateway.model_name == tmp_path.name
+    named = read_config(["--model", str(tmp_path), "--gateway.model_name", "mine"], None)
+    assert named.gateway.model_name == "mine" and not named.gateway.colocated
+    assert read_config(["--colocated"], None).gateway.colocated
+    assert read_config(["--prefill", "0"], None).gateway.colocated
+
+
+def test_every_field_is_listed_with_its_meaning() -> None:
+    shown = baton("serve", "--help-config").stdout
+    assert "--cache.page_size int" in shown and "--fleet.pin_cores" in shown and "--gateway.port" in shown
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,7 @@ async def test_scale_up_and_down_drains() -> None:
     await lab.core.scale({Role.PREFILL: 2})
     await lab.until(lambda: leaving.drained_with is not None)
     assert not leaving.killed
+    assert "prefill-2" not in [w.worker_id for w in (await lab.core.wait_for_change(0, 1)).workers]
     leaving.drain_gate.set()
     await lab.until(lambda: leaving.killed)
     assert lab.serving() == [("decode-0", 1), ("prefill-0", 1), ("prefill-1", 1)]

@@ -30,7 +30,7 @@ class Recorder:
 
     async def start(self) -> None: ...
 
-    async def follow(self, workers: Sequence[WorkerInfo]) -> None:
+    def follow(self, workers: Sequence[WorkerInfo]) -> None:
         self.seen.append([worker.worker_id for worker in workers])
 
     def check_health(self) -> None: ...

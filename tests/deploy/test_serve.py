@@ -194,7 +194,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
         announced = next((tmp_path / ".cache/baton/run").iterdir())
         run_dir = Path(json.loads(announced.read_text())["token_path"]).parent
         running.signal(signal.SIGINT)
-        time.sleep(0.1)
+        time.sleep(0.5)
         running.signal(signal.SIGINT)
         assert running.process.wait(5) == 130
         until(lambda: not [member for member in family if process(member.pid) == member], 5)
