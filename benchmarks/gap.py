@@ -96,16 +96,16 @@ class Gaps:
 
 def measure(replica: Replica, batch: int, steps: int, *, overlap: bool) -> Gaps:
     """Decode `steps` steps of `batch` greedy sequences through the real scheduler."""
-    engine = _TimedEngine(replica.engine)
-    timed: Any = replace(replica, engine=engine)
-    scheduler = DecodeScheduler(timed, _Silent(), overlap=overlap)
+    engine: Any = _TimedEngine(replica.engine)
+    scheduler = DecodeScheduler(replace(replica, engine=engine), _Silent(), overlap=overlap)
     sampling = SamplingParams(temperature=0.0, max_tokens=steps + 8, ignore_eos=True)
     for i in range(batch):
         tokens = [(i * 7919 + j * 104729) % 1000 for j in range(PROMPT)]
         scheduler.add(Request(f"gap-{i}", tokens, PROMPT, sampling), None)
     while scheduler.tick():
         pass
-    return engine.gaps(batch, replica.resolved.decode_bucket(batch))
+    gaps: Gaps = engine.gaps(batch, replica.resolved.decode_bucket(batch))
+    return gaps
 
 
 class _Silent:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine_core.config import EngineConfig
-from engine_core.messages import WorkerInfo
+from engine_core.messages import PeerAddress, WorkerInfo
 from engine_core.types import Role
 from router.config import GatewayConfig
 
@@ -97,7 +97,7 @@ def _run_worker(pipe: Connection, config: EngineConfig, model_dir: Path, spec: W
     from prefill_worker.worker import PrefillWorker  # noqa: PLC0415
 
     kind = PrefillWorker if spec.role is Role.PREFILL else DecodeWorker
-    worker = kind(config, model_dir, spec.name, 1, "127.0.0.1")
+    worker = kind(config, model_dir, spec.name, 1, PeerAddress("127.0.0.1", 0, 0))
 
     async def serve() -> None:
         pipe.send(await worker.start())

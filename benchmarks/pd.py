@@ -155,9 +155,7 @@ def _measure_itl(args: argparse.Namespace) -> dict[str, object]:
     return {"itl_p99_ratio": ratio["apart"], "itl_p99_ratio_colocated": ratio["together"]}
 
 
-async def _itl_samples(
-    ports: dict[str, int], args: argparse.Namespace
-) -> dict[str, tuple[list[float], list[float]]]:
+async def _itl_samples(ports: dict[str, int], args: argparse.Namespace) -> dict[str, tuple[list[float], list[float]]]:
     rng = random.Random(0)
     samples: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ports}
     for port in ports.values():

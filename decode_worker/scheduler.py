@@ -5,8 +5,8 @@ Life of a sequence here:
             -> ready -> takes a slot -> running
     local:  add -> (chunk queue) pages and slot -> chunks dispatched -> running as soon as its last chunk is dispatched
     running -> one row of each decode step -> stop token, limit or cancel: pages released, at most one wasted row
-    preempted (no page for the next token, youngest first): in-flight steps are read, pages released, back to the head of
-            the chunk queue with all tokens it has, to be recomputed locally
+    preempted (no page for the next token, youngest first): in-flight steps are read, pages released, back to the head
+            of the chunk queue with all tokens it has, to be recomputed locally
 
 Sampled tokens stay on the device as the next step's input. A page released here may be written once more by a step in
 flight; that write is dispatched before any by the page's next owner, so device order keeps them apart.
@@ -111,9 +111,7 @@ class DecodeScheduler:
         else:
             self._waiting.append(_Landing(sequence, prefill))
 
-    def land(
-        self, key: Key, indices: Sequence[int], layers: Sequence[np.ndarray], generations: Sequence[int]
-    ) -> None:
+    def land(self, key: Key, indices: Sequence[int], layers: Sequence[np.ndarray], generations: Sequence[int]) -> None:
         """Verified blocks arrived: queue their write. What no longer matches its page's generation is dropped."""
         landing = self._landing.get(key)
         if landing is None:

@@ -30,9 +30,7 @@ class DecodeWorker:
         model_dir: the checkpoint.
         worker_id: its name in the fleet.
         incarnation: which life of that name this is.
-        host: address to listen on.
-        port: for gateways; 0 takes any free one.
-        kv_port: not used by this role, which calls out.
+        listen: host, port for gateways and for decode workers; a port of 0 takes any free one.
         secret: shared by gateways and workers; None binds to loopback only.
         progress: told short sentences while weights load and buckets compile.
 
@@ -46,10 +44,8 @@ class DecodeWorker:
         model_dir: Path,
         worker_id: str,
         incarnation: int,
-        host: str,
+        listen: PeerAddress,
         *,
-        port: int = 0,
-        kv_port: int = 0,
         secret: bytes | None = None,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -63,9 +59,7 @@ class DecodeWorker:
             layout=layout,
         )
         self._secret = secret
-        self._info = self._replica.worker_info(
-            Role.DECODE, worker_id, incarnation, PeerAddress(host, port, kv_port), self._identity.fingerprint
-        )
+        self._info = self._replica.worker_info(Role.DECODE, worker_id, incarnation, listen, self._identity.fingerprint)
         self._scheduler = DecodeScheduler(self._replica, self)
         self._host = WorkerHost(
             secret=secret,

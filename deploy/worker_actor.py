@@ -16,7 +16,7 @@ import msgspec
 from deploy.fleet_types import WorkerReport
 from deploy.log import log_to_file
 from engine_core.config import EngineConfig
-from engine_core.messages import Load, WorkerInfo
+from engine_core.messages import Load, PeerAddress, WorkerInfo
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def build_worker(plan: WorkerPlan, progress: Callable[[str], None]) -> Worker:
         Path(plan.model_dir),
         plan.worker_id,
         plan.incarnation,
-        plan.host,
+        PeerAddress(plan.host, 0, 0),
         secret=plan.secret,
         progress=progress,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +18,9 @@ import numpy as np
 from engine_core.sequence import Sequence
 from engine_core.slot_table import SlotTable
 from engine_core.step_io import SamplingInputs, StepInputs
+
+HostArray = Any
+"""A numpy array that stands where `StepInputs` declares a jax.Array: the call of the step moves it to the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +105,7 @@ class BatchBuilder:
                 out_slots[i] = chunk.sequence.slot
             at = end
         token_slots = np.full(num_tokens, table.num_slots, np.int32)
-        return self._inputs(
-            tokens, token_slots, positions, rows, kv_lens, table_rows, out_slots, _cumulative(q_lens)
-        )
+        return self._inputs(tokens, token_slots, positions, rows, kv_lens, table_rows, out_slots, _cumulative(q_lens))
 
     def strict_prefill(self, chunks: Seq[Chunk], bucket: int) -> StepInputs:
         """Chunks as decode rows: `chunk.count` rows of the same sequence for each, at most `bucket` together."""
@@ -133,22 +135,23 @@ class BatchBuilder:
 
     def _inputs(
         self,
-        tokens: np.ndarray,
-        token_slots: np.ndarray,
-        positions: np.ndarray,
-        rows: np.ndarray,
-        kv_lens: np.ndarray,
-        table_rows: np.ndarray,
-        out_slots: np.ndarray,
-        cu_q_lens: np.ndarray,
+        tokens: HostArray,
+        token_slots: HostArray,
+        positions: HostArray,
+        rows: HostArray,
+        kv_lens: HostArray,
+        table_rows: HostArray,
+        out_slots: HostArray,
+        cu_q_lens: HostArray,
     ) -> StepInputs:
-        draw = kv_lens - self._table.num_prompt[table_rows]
+        draw: HostArray = kv_lens - self._table.num_prompt[table_rows]
+        page_table: HostArray = self._table.page_table[table_rows]
         return StepInputs(
             tokens=tokens,
             token_slots=token_slots,
             positions=positions,
             rows=rows,
-            page_table=self._table.page_table[table_rows],
+            page_table=page_table,
             kv_lens=kv_lens,
             cu_q_lens=cu_q_lens,
             logits_rows=np.maximum(cu_q_lens[1:] - 1, 0),
@@ -156,7 +159,7 @@ class BatchBuilder:
             sampling=replace(self._sampling_rows(table_rows), position=draw),
         )
 
-    def _sampling_rows(self, table_rows: np.ndarray) -> SamplingInputs:
+    def _sampling_rows(self, table_rows: HostArray) -> SamplingInputs:
         """Sampling rows of these slots, kept on the device until the batch changes: most steps reuse the last ones."""
         key = (self._table.version, table_rows.tobytes())
         if self._sampling is None or key != self._sampling_key:
@@ -164,8 +167,8 @@ class BatchBuilder:
             self._sampling_key = key
         return self._sampling
 
-    def _gather_sampling(self, table_rows: np.ndarray) -> SamplingInputs:
-        t = self._table
+    def _gather_sampling(self, table_rows: HostArray) -> SamplingInputs:
+        t: Any = self._table
         temperature, top_k, top_p, min_p = (a[table_rows] for a in (t.temperature, t.top_k, t.top_p, t.min_p))
         presence, frequency, repetition = (
             a[table_rows] for a in (t.presence_penalty, t.frequency_penalty, t.repetition_penalty)
@@ -181,17 +184,17 @@ class BatchBuilder:
             frequency_penalty=frequency,
             repetition_penalty=repetition,
             seed=t.seed[table_rows],
-            position=np.zeros(len(table_rows), np.int32),
+            position=t.num_prompt[table_rows],  # a place holder: every step brings its own
             bias_ids=bias_ids,
             bias_values=t.bias_values[table_rows],
-            any_sampled=np.bool_((temperature > 0).any()),
-            any_filtered=np.bool_(((top_k > 0) | (top_p < 1) | (min_p > 0)).any()),
-            any_adjusted=np.bool_(penalised.any() or (bias_ids < t.vocab_size).any()),
-            any_logprobs=np.bool_(t.logprobs[table_rows].any()),
+            any_sampled=(temperature > 0).any(),
+            any_filtered=((top_k > 0) | (top_p < 1) | (min_p > 0)).any(),
+            any_adjusted=penalised.any() | (bias_ids < t.vocab_size).any(),
+            any_logprobs=t.logprobs[table_rows].any(),
         )
 
 
-def _cumulative(lengths: np.ndarray) -> np.ndarray:
+def _cumulative(lengths: HostArray) -> HostArray:
     """`[0, l0, l0 + l1, ...]` as i32."""
     out = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths, out=out[1:])

@@ -10,7 +10,7 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class CompileCounter:
-    """Counts from `start` on. Compilation is a property of the process, so all engines of a process share what it sees."""
+    """Counts from `start` on. Compilation is a property of the process: all engines in it share what is seen."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -21,6 +21,6 @@ class CompileCounter:
         """Warm-up is over."""
         self._counting = True
 
-    def _on_event(self, event: str, duration: float, **_: Any) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
         if self._counting and event == _COMPILE_EVENT:
             self.count += 1

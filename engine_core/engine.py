@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ class PendingStep:
 
     def is_ready(self) -> bool:
         """Whether the device has finished the step."""
-        return bool(self.output.tokens.is_ready())
+        return _is_ready(self.output.tokens)
 
     def tokens(self) -> list[int]:
         """Sampled token of each sequence row; waits for the device."""
@@ -161,7 +162,7 @@ class PendingPages:
 
     def is_ready(self) -> bool:
         """Whether `wait` would return at once."""
-        return all(layer.is_ready() for layers in self.pieces for layer in layers)
+        return all(_is_ready(layer) for layers in self.pieces for layer in layers)
 
     def wait(self) -> list[np.ndarray]:
         """Per layer `[n, page_size, 2K, H]`, in the order of the page ids asked for."""
@@ -179,6 +180,11 @@ def create_slots(num_slots: int, vocab_size: int, mesh: Mesh) -> SlotState:
     )
     placed: SlotState = jax.device_put(slots, replicated(mesh))
     return placed
+
+
+def _is_ready(array: Any) -> bool:
+    """`jax.Array.is_ready`, which the type stubs lack."""
+    return bool(array.is_ready())
 
 
 def _share_reporter(progress: Callable[[str], None]) -> Callable[[int, int], None]:

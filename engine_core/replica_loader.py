@@ -23,9 +23,7 @@ from engine_core.strict import prove
 from engine_core.types import Numerics
 
 
-def open_replica(
-    config: EngineConfig, model_dir: Path, progress: Callable[[str], None], *, decodes: bool
-) -> Replica:
+def open_replica(config: EngineConfig, model_dir: Path, progress: Callable[[str], None], *, decodes: bool) -> Replica:
     """Load a checkpoint and compile every bucket.
 
     Args:
@@ -41,9 +39,7 @@ def open_replica(
     progress("reading the checkpoint")
     resolved = resolve(config, load_spec(model_dir), checkpoint_identity(model_dir), jax.local_devices())
     engine = Engine(config, resolved, model_dir, progress)
-    table = SlotTable(
-        resolved.num_slots, resolved.pages_per_seq, resolved.layout.num_pages, resolved.spec.vocab_size
-    )
+    table = SlotTable(resolved.num_slots, resolved.pages_per_seq, resolved.layout.num_pages, resolved.spec.vocab_size)
     cache = PrefixCache(PagePool(resolved.layout.num_pages), resolved.layout.page_size)
     namespace = bytes.fromhex(resolved.fingerprint)
     memory = SequenceMemory(cache, table, resolved.layout.page_size, namespace, reuse=config.prefix_cache)

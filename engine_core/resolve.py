@@ -17,7 +17,7 @@ from engine_core.messages import PROTOCOL_VERSION
 from engine_core.models.spec import ModelSpec
 from engine_core.types import Numerics
 
-_DECODE_BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
+_DECODE_BUCKETS = (1, 8, 32, 64, 128, 256, 512)
 _SAMPLE_BYTES = 1 << 16
 
 
@@ -145,7 +145,7 @@ def _num_pages(
     num_pages = asked or budget // layout.page_bytes
     if num_pages < pages_per_seq:
         raise CheckpointError(
-            f"the model does not fit: weights take {weights / 2**30:.2f} GiB, and the cache would have {num_pages} pages "
+            f"the model does not fit: weights take {weights / 2**30:.2f} GiB, and the cache has {num_pages} pages "
             f"of {layout.page_size} tokens where one sequence of batch.max_model_len needs {pages_per_seq}; "
             "lower batch.max_model_len, raise cache.num_pages or use more devices"
         )
@@ -188,8 +188,10 @@ def _fingerprint(spec: ModelSpec, identity: str, layout: CacheLayout, numerics: 
 
 
 def checkpoint_identity(model_dir: Path) -> str:
-    """Names a checkpoint by its config, and each weight file's size, header and last bytes: cheap, and enough to tell
-    two checkpoints of one shape apart."""
+    """Names a checkpoint by its config and each weight file's size and samples of its bytes.
+
+    Cheap, and enough to tell two checkpoints of one shape apart.
+    """
     digest = hashlib.blake2b((model_dir / "config.json").read_bytes(), digest_size=16)
     for path in sorted(model_dir.glob("*.safetensors")):
         with path.open("rb") as file:

@@ -50,9 +50,7 @@ def prove(replica: Replica) -> str:
     return hashlib.blake2b(first, digest_size=16, key=hashlib.sha256(identity).digest()).hexdigest()
 
 
-def _compute(
-    replica: Replica, prompt: list[int], neighbour: list[int], sizes: Sequence[int], lead: int
-) -> bytes:
+def _compute(replica: Replica, prompt: list[int], neighbour: list[int], sizes: Sequence[int], lead: int) -> bytes:
     """KV bytes and log probabilities of `prompt`, with `lead` rows of a neighbour in front of it in every step."""
     subject, other = _open(replica, "subject", prompt), _open(replica, "other", neighbour)
     probabilities = b""

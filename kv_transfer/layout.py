@@ -18,7 +18,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16"
 
 
 class CacheShape(Protocol):
-    """What of `engine_core.kv_cache.CacheLayout` reaches the wire (that module imports jax, this package never does)."""
+    """What of `engine_core.kv_cache.CacheLayout` reaches the wire; that module imports jax, this package never does."""
 
     @property
     def num_layers(self) -> int:

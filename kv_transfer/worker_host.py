@@ -88,6 +88,7 @@ class WorkerHost:
         self._owners: dict[Key, GatewayLink] = {}
         self._deadlines: dict[Key, asyncio.TimerHandle] = {}
         self._stopping = False
+        self._at_rest = asyncio.Event()
         self._beats: asyncio.Task[None]
         self._loop: asyncio.AbstractEventLoop
 
@@ -103,9 +104,10 @@ class WorkerHost:
         """Take no new work and wait for what runs, at most `timeout_s`."""
         self.draining = True
         self._server.broadcast(self.load())
-        deadline = self._loop.time() + timeout_s
-        while self._owners and self._loop.time() < deadline:
-            await asyncio.sleep(0.02)
+        if self._owners:
+            self._at_rest.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._at_rest.wait(), timeout_s)
 
     async def stop(self) -> None:
         """Hang up and end the engine thread."""
@@ -233,6 +235,8 @@ class WorkerHost:
         handle = self._deadlines.pop(key, None)
         if handle is not None:
             handle.cancel()
+        if not self._owners:
+            self._at_rest.set()
 
     def _on_crash(self, error: BaseException) -> None:
         self._call_back(self._fail_all, WorkerDied(f"the engine stopped: {type(error).__name__}: {error}"))

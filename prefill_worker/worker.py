@@ -1,4 +1,4 @@
-"""A prefill worker: one replica, a scheduler, ears for gateways and for decode workers. Plain Python; deploy/ wraps it."""
+"""A prefill worker: one replica, a scheduler, ears for gateways and decode workers. Plain Python; deploy/ wraps it."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ class PrefillWorker:
         model_dir: the checkpoint.
         worker_id: its name in the fleet.
         incarnation: which life of that name this is.
-        host: address to listen on.
-        port: for gateways; 0 takes any free one.
-        kv_port: for decode workers; likewise.
+        listen: host, port for gateways and for decode workers; a port of 0 takes any free one.
         secret: shared by gateways and workers; None binds to loopback only.
         progress: told short sentences while weights load and buckets compile.
 
@@ -49,10 +47,8 @@ class PrefillWorker:
         model_dir: Path,
         worker_id: str,
         incarnation: int,
-        host: str,
+        listen: PeerAddress,
         *,
-        port: int = 0,
-        kv_port: int = 0,
         secret: bytes | None = None,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -66,9 +62,7 @@ class PrefillWorker:
             layout=layout,
         )
         self._secret = secret
-        self._info = self._replica.worker_info(
-            Role.PREFILL, worker_id, incarnation, PeerAddress(host, port, kv_port), self._identity.fingerprint
-        )
+        self._info = self._replica.worker_info(Role.PREFILL, worker_id, incarnation, listen, self._identity.fingerprint)
         self._scheduler = PrefillScheduler(self._replica, self)
         self._host = WorkerHost(
             secret=secret,
@@ -175,4 +169,3 @@ class PrefillWorker:
     async def _wake(self) -> None:
         await self._sender.wait_writable()
         self._host.post(lambda: None)
-

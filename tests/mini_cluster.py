@@ -9,7 +9,7 @@ from pathlib import Path
 
 from decode_worker.worker import DecodeWorker
 from engine_core.config import BatchConfig, CacheConfig, EngineConfig, ModelConfig
-from engine_core.messages import Cancel, Decode, Failed, Load, Prefill, TokenChunk, Tokens, WorkerInfo
+from engine_core.messages import Cancel, Decode, Failed, Load, PeerAddress, Prefill, TokenChunk, Tokens, WorkerInfo
 from engine_core.types import Numerics, Request
 from kv_transfer.control import ControlClient
 from prefill_worker.worker import PrefillWorker
@@ -22,9 +22,7 @@ def tiny_config(numerics: Numerics, *, num_pages: int = 64, num_slots: int = 4, 
     return EngineConfig(
         model=ModelConfig(path=str(GOLDEN / "qwen3")),
         cache=CacheConfig(num_pages=num_pages, page_size=changes.pop("page_size", 4)),
-        batch=BatchConfig(
-            num_slots=num_slots, max_model_len=120, prefill_tokens=16, prefill_seqs=2, strict_rows=8
-        ),
+        batch=BatchConfig(num_slots=num_slots, max_model_len=120, prefill_tokens=16, prefill_seqs=2, strict_rows=8),
         numerics=numerics,
         compile_cache="",
         **changes,
@@ -128,7 +126,7 @@ class MiniCluster:
     async def start(cls, config: EngineConfig) -> MiniCluster:
         model = Path(config.model.path)
         kinds = [("p", PrefillWorker), ("d", DecodeWorker), ("c", DecodeWorker)]
-        workers = [kind(config, model, name, 1, "127.0.0.1") for name, kind in kinds]
+        workers = [kind(config, model, name, 1, PeerAddress("127.0.0.1", 0, 0)) for name, kind in kinds]
         client = Client()
         connections = [await client.connect(await worker.start()) for worker in workers]
         return cls(client, workers, *connections)
@@ -140,7 +138,7 @@ class MiniCluster:
 
     @property
     def num_compiles(self) -> int:
-        """Compilations in this process since the first worker was warm; those of the other workers' warm-up count too."""
+        """Compilations in this process since the first worker was warm, those of other workers' warm-up included."""
         return self.workers[0].load().compiles_after_warmup
 
     async def assert_at_rest(self, within_s: float = 1.0) -> None:

@@ -87,9 +87,7 @@ class FakeWorker:
         model_dir: Path,
         worker_id: str,
         incarnation: int,
-        host: str,
-        port: int = 0,
-        kv_port: int = 0,
+        listen: PeerAddress,
         secret: bytes | None = None,
         progress: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -103,8 +101,8 @@ class FakeWorker:
         for bucket in range(3):
             progress(f"compiling {bucket}/3 buckets")
             time.sleep(seconds / 3)
-        self._id, self._incarnation, self._host = worker_id, incarnation, host
-        self._port, self._kv_port = port, kv_port
+        self._id, self._incarnation, self._host = worker_id, incarnation, listen.host
+        self._port, self._kv_port = listen.port, listen.kv_port
         self._server: asyncio.Server | None = None
         self._draining = False
         self.healthy = True

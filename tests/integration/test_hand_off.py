@@ -53,12 +53,8 @@ async def test_disaggregated_tokens_equal_colocated_tokens(cluster, record_prope
     for start in range(0, total, 12):
         requests = [mixed_request(rng, f"{start + i:032x}") for i in range(12)]
         shuffled = rng.sample(requests, len(requests))
-        apart = await asyncio.gather(
-            *(cluster.client.run(r, cluster.decode, cluster.prefill) for r in requests)
-        )
-        together = await asyncio.gather(
-            *(cluster.client.run(rename(r), cluster.colocated, None) for r in shuffled)
-        )
+        apart = await asyncio.gather(*(cluster.client.run(r, cluster.decode, cluster.prefill) for r in requests))
+        together = await asyncio.gather(*(cluster.client.run(rename(r), cluster.colocated, None) for r in shuffled))
         by_name = {r.request_id: answer for r, answer in zip(shuffled, together, strict=True)}
         for request, answer in zip(requests, apart, strict=True):
             other = by_name[request.request_id]

@@ -44,7 +44,7 @@ class Cluster:
 
     async def until(self, condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
         async with asyncio.timeout(timeout_s):
-            while not condition():
+            while not condition():  # noqa: ASYNC110  any condition, not an event of ours
                 await asyncio.sleep(0.005)
 
     def follow_all(self) -> None:
