@@ -294,3 +294,51 @@ def test_a_closed_connection_takes_no_more():
             await asyncio.sleep(0.01)
 
     asyncio.run(scenario())
+
+
+async def read_message(reader: asyncio.StreamReader, decoder: Any) -> Any:
+    size = LENGTH.unpack(await reader.readexactly(LENGTH.size))[0]
+    return decoder.decode(await reader.readexactly(size))
+
+
+async def test_the_listener_itself_refuses_another_layout():
+    async with open_pair("tcp") as pair:
+        reader, writer = await asyncio.open_connection("127.0.0.1", pair.address.kv_port)
+        challenge = await read_message(reader, from_prefill)
+        proof = make_proof(b"secret", Side.KV_CALLER, challenge.nonce, b"n" * 16)
+        writer.write(encode(KvHello(PROTOCOL_VERSION, "other", 1, "g", proof, b"n" * 16)))
+        refused = await read_message(reader, from_prefill)
+        assert refused.code == "layout_mismatch"
+        assert await reader.read() == b""
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_before_the_handshake_a_message_is_small():
+    async with open_pair("tcp") as pair:
+        reader, writer = await asyncio.open_connection("127.0.0.1", pair.address.kv_port)
+        await read_message(reader, from_prefill)
+        writer.write(LENGTH.pack(tcp.HANDSHAKE_BYTES + 1))
+        assert await asyncio.wait_for(reader.read(), 3) == b""
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_an_absurd_size_is_refused_before_memory_is_taken_for_it():
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(encode(tcp.Challenge(b"p" * 16)))
+        hello = await read_message(reader, from_decode)
+        proof = make_proof(b"secret", Side.KV_LISTENER, b"p" * 16, hello.nonce)
+        writer.write(encode(KvHello(PROTOCOL_VERSION, "evil", 1, "f", proof, b"")))
+        await read_message(reader, from_decode)
+        writer.write(encode(msgspec.structs.replace(frame()[0], num_bytes=1 << 45)))
+        await reader.read()
+        writer.close()
+
+    async with open_pair("tcp") as pair:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        pair.receiver.request(PeerAddress("127.0.0.1", 0, server.sockets[0].getsockname()[1]), TICKET)
+        await until(lambda: pair.decode.failed)
+        assert "expected" in str(pair.decode.failed["r", 0])
+        server.close()
+        await asyncio.sleep(0.01)
