@@ -45,6 +45,7 @@ class SequenceMemory:
         sequence.pages = self.cache.match(sequence.hashes)
         sequence.num_cached = len(sequence.pages) * self.page_size
         sequence.num_dispatched = sequence.num_cached
+        sequence.num_stored = len(sequence.pages)
 
     def grow(self, sequence: Sequence, num_tokens: int) -> None:
         """Make sure the sequence has pages for `num_tokens` tokens.
@@ -71,7 +72,9 @@ class SequenceMemory:
             return
         self._extend_hashes(sequence, num_tokens)
         count = num_tokens // self.page_size
-        self.cache.insert(sequence.hashes[:count], sequence.pages[:count])
+        if count > sequence.num_stored:
+            self.cache.insert(sequence.hashes[:count], sequence.pages[:count], start=sequence.num_stored)
+            sequence.num_stored = count
 
     def release(self, sequence: Sequence) -> None:
         """Return everything the sequence holds. Calling it again does nothing."""
@@ -80,7 +83,7 @@ class SequenceMemory:
             sequence.slot = -1
         pages, sequence.pages = sequence.pages, []
         self.cache.pool.release(pages)
-        sequence.num_cached = sequence.num_dispatched = 0
+        sequence.num_cached = sequence.num_dispatched = sequence.num_stored = 0
 
     def _extend_hashes(self, sequence: Sequence, num_tokens: int) -> None:
         """Hash the full blocks among the first `num_tokens` tokens that have not been hashed yet."""
@@ -178,3 +181,4 @@ class ChunkQueue:
         self._memory.cache.pool.release([page])
         sequence.num_cached -= self._memory.page_size
         sequence.num_dispatched = sequence.num_cached
+        sequence.num_stored = len(sequence.pages)

@@ -19,6 +19,7 @@ class Sequence:
         token_ids: prompt and, behind it, every token generated so far and read by the host.
         num_cached: leading tokens found in the prefix cache when the sequence was admitted.
         num_dispatched: tokens whose KV is in the cache or will be once the steps dispatched so far have run.
+        num_stored: leading blocks that have been put into the prefix cache.
         num_sampled: generated tokens, counting those dispatched and not read yet.
         slot: row of the slot state, -1 while it has none.
         hashes: block hashes of the full blocks of `token_ids`, as far as they have been needed.
@@ -30,6 +31,7 @@ class Sequence:
     token_ids: list[int]
     num_cached: int = 0
     num_dispatched: int = 0
+    num_stored: int = 0
     num_sampled: int = 0
     slot: int = -1
     pages: list[int] = field(default_factory=list)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +37,8 @@ def step(
     sampled = slots.last_tokens.at[inputs.token_slots].get(mode="fill", fill_value=0)
     tokens = jnp.where(inputs.token_slots < slots.last_tokens.shape[0], sampled, inputs.tokens)
     logits, cache = model.forward(params, cache, tokens, inputs)
-    output, slots = sample(logits, slots, inputs)
-    last_tokens = slots.last_tokens.at[inputs.slots].set(output.tokens, mode="drop")
-    return cache, replace(slots, last_tokens=last_tokens), output
+    output, slots = sample(logits, slots, inputs.slots, inputs.sampling)
+    return cache, slots, output
 
 
 def build_step(model: Decoder, mesh: Mesh) -> Step:
@@ -57,15 +56,17 @@ def build_step(model: Decoder, mesh: Mesh) -> Step:
         return step(model, params, cache, slots, inputs)
 
     cache_spec = P(*meshes.cache_axes(model.scan))
-    run = local
-    if model.tp > 1:
-        specs = jax.tree.map(lambda plan: P(*plan.axes), model.plan())
-        run = jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=(specs, cache_spec, P(), P()),
-            out_specs=(cache_spec, P(), P()),
-            check_vma=False,  # all_gather leaves equal values on every device, which the type system cannot see
-        )
+    run = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(param_specs(model), cache_spec, P(), P()),
+        out_specs=(cache_spec, P(), P()),
+        check_vma=False,  # all_gather leaves equal values on every device, which the type system cannot see
+    )
     whole = meshes.replicated(mesh)
     return jax.jit(run, donate_argnums=(1, 2), out_shardings=(NamedSharding(mesh, cache_spec), whole, whole))
+
+
+def param_specs(model: Decoder) -> Any:
+    """A `PartitionSpec` for each leaf of the model's params."""
+    return jax.tree.map(lambda plan: P(*plan.axes), model.plan())

@@ -9,13 +9,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from engine_core.kv_cache import CacheLayout, create_cache
 from engine_core.layers.linear import choose_numbers
-from engine_core.mesh import make_mesh, replicated
+from engine_core.mesh import cache_axes, make_mesh, replicated
 from engine_core.models.decoder import Decoder
 from engine_core.models.registry import load_spec
-from engine_core.step import build_step
+from engine_core.step import build_step, param_specs
 from engine_core.step_io import SamplingInputs, SlotState, StepInputs
 from engine_core.weights import load_params
 
@@ -112,7 +113,15 @@ class PagedRunner:
             head_align=1,
         )
         self.step = build_step(self.model, self.mesh)
-        self._forward = jax.jit(self.model.forward)
+        cache_spec = P(*cache_axes(scan))
+        forward = jax.shard_map(
+            self.model.forward,
+            mesh=self.mesh,
+            in_specs=(param_specs(self.model), cache_spec, P(), P()),
+            out_specs=(P(), cache_spec),
+            check_vma=False,
+        )
+        self._forward = jax.jit(forward)
         self.reset()
 
     def reset(self) -> None:
@@ -138,14 +147,14 @@ class PagedRunner:
         return np.asarray(output.tokens)
 
     def logits(self, chunks: Sequence[Chunk], num_tokens: int, num_rows: int) -> np.ndarray:
-        """[T, V] logits that the step would compute; changes nothing. Only for tp 1."""
+        """[T, V] logits that the step would compute; changes nothing."""
         inputs = self.inputs(chunks, num_tokens, num_rows)
         inputs = replace(inputs, logits_rows=np.arange(num_tokens, dtype=np.int32))
         logits, _ = self._forward(self.params, self.cache, inputs.tokens, inputs)
         return np.asarray(logits)
 
 
-def replay(runner: PagedRunner, tokens_a: list[int], tokens_b: list[int], lengths: tuple[int, int], shared: int):
+def replay(tokens_a: list[int], tokens_b: list[int], lengths: tuple[int, int], shared: int):
     """Serve two sequences whose prompts share `shared` tokens: chunks of odd sizes, packed, then decode steps.
 
     Yields:

@@ -20,7 +20,7 @@ def check_parity(directory: Path, expected: Expected, scan: bool) -> None:
     runner = PagedRunner(directory, scan=scan)
     (tokens_a, _), (tokens_b, _) = expected
     checked = 0
-    for chunks, num_tokens, num_rows, places in replay(runner, tokens_a, tokens_b, (LENGTH_A, LENGTH_B), SHARED):
+    for chunks, num_tokens, num_rows, places in replay(tokens_a, tokens_b, (LENGTH_A, LENGTH_B), SHARED):
         logits = runner.logits(chunks, num_tokens, num_rows)
         drawn = runner.run(chunks, num_tokens, num_rows)
         at = 0

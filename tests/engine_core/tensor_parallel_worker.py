@@ -18,21 +18,21 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = [("mistral", 4, False), ("qwen2", 2, True), ("qwen3", 2, False), ("llama", 2, True)]
 
 
-def serve(case: str, tp: int, scan: bool) -> tuple[list[list[int]], list[np.ndarray], PagedRunner]:
-    """Tokens of every step, the final cache, and the runner."""
+def serve(case: str, tp: int, scan: bool) -> tuple[list[list[int]], np.ndarray, list[np.ndarray], PagedRunner]:
+    """Tokens of every step, the logits of the last, the cache after it, and the runner."""
     stored = np.load(GOLDEN / case / "expected.npz")
     runner = PagedRunner(GOLDEN / case, scan=scan, tp=tp)
     sequences = [stored[f"tokens_{x}"].tolist() for x in "ab"]
-    drawn = [
-        runner.run(chunks, num_tokens, num_rows)[: len(chunks)].tolist()
-        for chunks, num_tokens, num_rows, _ in replay(runner, *sequences, (LENGTH_A, LENGTH_B), SHARED)
-    ]
-    return drawn, [np.asarray(array) for array in runner.cache.layers], runner
+    drawn = []
+    for chunks, num_tokens, num_rows, _ in replay(*sequences, (LENGTH_A, LENGTH_B), SHARED):
+        drawn.append(runner.run(chunks, num_tokens, num_rows)[: len(chunks)].tolist())
+    logits = runner.logits(chunks, num_tokens, num_rows)
+    return drawn, logits, [np.asarray(array) for array in runner.cache.layers], runner
 
 
 def compare(case: str, tp: int, scan: bool) -> dict:
-    one_tokens, one_cache, _ = serve(case, 1, scan)
-    tokens, cache, runner = serve(case, tp, scan)
+    one_tokens, one_logits, one_cache, _ = serve(case, 1, scan)
+    tokens, logits, cache, runner = serve(case, tp, scan)
     plan = jax.tree.leaves(runner.model.plan())
     shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(runner.params)]
     text = runner.step.lower(runner.params, runner.cache, runner.slots, runner.inputs([], 4, 4)).as_text()
@@ -41,6 +41,8 @@ def compare(case: str, tp: int, scan: bool) -> dict:
         "tp": tp,
         "scan": scan,
         "same_tokens": tokens == one_tokens,
+        "vocab": logits.shape[1],
+        "logits_difference": float(np.abs(logits - one_logits).max()),
         "cache_difference": max(float(np.abs(a - b).max()) for a, b in zip(cache, one_cache, strict=True)),
         "split_leaves": sum(
             int(np.prod(shape)) * tp == int(np.prod(leaf.shape)) for leaf, shape in zip(plan, shapes, strict=True)

@@ -55,11 +55,11 @@ def test_padding_writes_nothing(runner: PagedRunner) -> None:
 
 def test_a_step_writes_only_its_own_places(runner: PagedRunner) -> None:
     before = [np.asarray(array) for array in runner.cache.layers]
-    runner.run([Chunk([5, 2], 0, [7, 8, 9, 10, 11])], 8, 2)
+    runner.run([Chunk([5, 2], 0, [7, 8, 9, 10, 11]), Chunk([9], 1, [6])], 8, 2)
     for old, new in zip(before, runner.cache.layers, strict=True):
         changed = (old != np.asarray(new)).any(axis=(-3, -2, -1)).reshape(-1, NUM_PAGES, PAGE_SIZE)
         for layer in changed:
-            assert np.argwhere(layer).tolist() == [[2, 0], [5, 0], [5, 1], [5, 2], [5, 3]]
+            assert np.argwhere(layer).tolist() == [[2, 0], [5, 0], [5, 1], [5, 2], [5, 3], [9, 1]]
 
 
 def test_data_never_compiles_again(runner: PagedRunner) -> None:

@@ -14,6 +14,7 @@ from engine_core.errors import ConfigError
 from engine_core.layers.linear import choose_numbers
 from engine_core.models.decoder import Decoder
 from engine_core.models.registry import load_spec
+from tests.golden.cases import VOCAB
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -41,10 +42,12 @@ def test_covers_two_and_four_devices(results: list[dict]) -> None:
     assert {result["scan"] for result in results} == {False, True}
 
 
-def test_tokens_and_cache_equal_one_device(results: list[dict]) -> None:
+def test_tokens_logits_and_cache_equal_one_device(results: list[dict]) -> None:
     for result in results:
         assert result["same_tokens"], result
-        assert result["cache_difference"] < 2e-4, result
+        assert result["cache_difference"] < 1e-4, result
+        assert result["logits_difference"] < 1e-4, result
+        assert result["vocab"] == VOCAB, result
 
 
 def test_weights_and_cache_are_split(results: list[dict]) -> None:
