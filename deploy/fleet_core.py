@@ -289,7 +289,10 @@ class FleetCore:
         if state is MemberState.READY:
             member.progress = ""
             self._was_ready = self._was_ready or self._is_ready()
-        await self._log_event(f"{member.name} is {state}")
+        if state is MemberState.WAITING:  # its death was told
+            await self._notify()
+        else:
+            await self._log_event(f"{member.name} is {state}")
 
     async def _fail(self, error: Exception) -> None:
         """Record why the fleet can never be ready."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -139,6 +140,19 @@ class TestRunning:
         os.kill(victim, signal.SIGKILL)
         until(lambda: baton.get("/workers") == [["decode-0", 2], ["prefill-0", 1]])
         assert "decode-0 (incarnation 1) died" in baton.log.read_text()
+
+    def test_a_killed_gateway_is_replaced_and_finds_the_workers(self, baton: Baton) -> None:
+        lines = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in (member.pid for member in baton.family())}
+        victim = next(pid for pid, line in lines.items() if line.startswith("ray::ServeReplica"))
+        os.kill(victim, signal.SIGKILL)
+
+        def back() -> bool:
+            with contextlib.suppress(OSError):
+                return len(baton.get("/workers")) == 2
+            return False
+
+        until(lambda: process(victim) is None)
+        until(back)
 
     def test_scale_up_and_down(self, baton: Baton) -> None:
         up = baton.cli("scale", "--prefill", "3")
