@@ -48,13 +48,32 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     max_model_len: int
 
 
+class Challenge(Message, frozen=True):
+    """Worker -> gateway, first of all: random bytes that the gateway's `Hello.secret_proof` must cover."""
+
+    nonce: bytes
+
+
 class Hello(Message, frozen=True):
-    """First message in both directions. A worker answers a gateway with its `WorkerInfo`."""
+    """First message of a gateway, answered by the worker's, which carries its `WorkerInfo`.
+
+    Attributes:
+        secret_proof: HMAC over both nonces where the cluster has a secret, else empty.
+        nonce: the gateway's random bytes, covered by the worker's proof.
+    """
 
     protocol: int
     peer: str
     info: WorkerInfo | None = None
     secret_proof: bytes = b""
+    nonce: bytes = b""
+
+
+class Refused(Message, frozen=True):
+    """Listener -> peer: why the connection is about to be closed. `code` is from `engine_core.errors`."""
+
+    code: str
+    message: str
 
 
 class Prefill(Message, frozen=True):
@@ -127,4 +146,4 @@ class Load(Message, frozen=True):
 
 
 GatewayToWorker = Hello | Prefill | Decode | Cancel
-WorkerToGateway = Hello | Tokens | Failed | Load
+WorkerToGateway = Challenge | Hello | Refused | Tokens | Failed | Load

@@ -1,0 +1,376 @@
+"""The hand-off's two state machines. No I/O, no clock, no threads: messages and time go in, effects come out.
+
+`tcp` and `inproc` carry effects out; the seeded simulator in the tests runs the same code through reordering, loss,
+duplicates and page reuse.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine_core import errors
+from engine_core.errors import (
+    BatonError,
+    ChecksumMismatch,
+    RequestCancelled,
+    TicketExpired,
+    TransferError,
+    TransferTimeout,
+)
+from engine_core.messages import TokenChunk
+from kv_transfer.ticket import Ticket
+from kv_transfer.wire import KvAbort, KvBlocks, KvDone, TicketCancel, TicketMsg
+
+Key = tuple[str, int]
+"""(request_id, epoch)."""
+Peer = Hashable
+"""Names a connection; the transport's own."""
+
+TOMBSTONE_S = 120.0
+MAX_TOMBSTONES = 100_000
+MAX_PARKED_TICKETS = 10_000
+
+
+# Effects
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Put a message on the way, behind all that was sent to this peer before."""
+
+    peer: Peer
+    message: TicketMsg | TicketCancel | KvDone | KvAbort
+
+
+@dataclass(frozen=True, slots=True)
+class SendBlocks:
+    """Likewise the blocks of `source` at `places`, as (block_index, generation) `blocks`."""
+
+    peer: Peer
+    ticket: Ticket
+    blocks: tuple[tuple[int, int], ...]
+    source: Any
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unsend:
+    """Forget what is queued for this request and has not begun to leave."""
+
+    peer: Peer
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class Ticketed:
+    """To the prefill worker: `on_ticket`."""
+
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """To the prefill worker: `on_cancel`."""
+
+    key: Key
+    error: BatonError
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """To the decode worker: `on_blocks`."""
+
+    header: KvBlocks
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """To the decode worker: `on_done`."""
+
+    key: Key
+    first_token: TokenChunk
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """To the decode worker: `on_failed`."""
+
+    key: Key
+    error: BatonError
+
+
+Effect = Send | SendBlocks | Unsend | Ticketed | Cancelled | Landed | Done | Lost
+
+
+# Prefill side
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    """One hand-off at the prefill worker: from the first of (offer, ticket) until its end, however it ends."""
+
+    lease_s: float
+    expires_at: float
+    offered: bool = False
+    peer: Peer = None
+    ticket: Ticket | None = None
+    wanted: dict[int, int] = field(default_factory=dict)  # block index -> generation, not sent yet
+    held: list[tuple[tuple[int, ...], Any, int]] = field(default_factory=list)  # blocks, source, bytes: before a ticket
+    first_token: TokenChunk | None = None
+
+
+class SenderCore:
+    """Prefill side: pairs offers with tickets, sends what the ticket names, each block once."""
+
+    def __init__(self) -> None:
+        self.held_bytes = 0
+        self._open: dict[Key, _Outgoing] = {}
+        self._tombstones: OrderedDict[Key, tuple[float, BatonError]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def offer(self, now: float, key: Key, lease_s: float) -> list[Effect]:
+        """The request is here."""
+        if key in self._tombstones:
+            return [Cancelled(key, self._tombstones[key][1])]
+        entry = self._entry(now, key, lease_s)
+        if entry.offered:
+            return []
+        entry.offered = True
+        return [Ticketed(entry.ticket)] if entry.ticket else []
+
+    def send_blocks(
+        self, now: float, key: Key, block_indices: Sequence[int], source: Any, num_bytes: int
+    ) -> list[Effect]:
+        """Blocks are ready; `source` travels in the effects untouched."""
+        entry = self._open.get(key)
+        if entry is None or not entry.offered:
+            return []
+        entry.expires_at = now + entry.lease_s
+        if entry.ticket is None:
+            entry.held.append((tuple(block_indices), source, num_bytes))
+            self.held_bytes += num_bytes
+            return []
+        return self._send_wanted(entry, block_indices, source)
+
+    def finish(self, now: float, key: Key, first_token: TokenChunk) -> list[Effect]:
+        """Everything has been sent."""
+        entry = self._open.get(key)
+        if entry is None or not entry.offered:
+            return []
+        entry.expires_at = now + entry.lease_s
+        entry.first_token = first_token
+        return self._complete(now, key, entry)
+
+    def abort(self, now: float, key: Key, error: BatonError) -> list[Effect]:
+        """The prefill worker gives up."""
+        return self._end(now, key, error, tell_decode=True, tell_worker=False)
+
+    def on_message(self, now: float, peer: Peer, message: TicketMsg | TicketCancel) -> list[Effect]:
+        """From a decode worker."""
+        if isinstance(message, TicketMsg):
+            return self._on_ticket(now, peer, message.ticket)
+        key = (message.request_id, message.epoch)
+        error = RequestCancelled("decode cancelled")
+        return [Unsend(peer, key), *self._end(now, key, error, tell_decode=False, tell_worker=True)]
+
+    def on_peer_lost(self, now: float, peer: Peer) -> list[Effect]:
+        """The connection to a decode worker is gone, and with it whatever it was promised."""
+        effects: list[Effect] = []
+        for key in [key for key, entry in self._open.items() if entry.ticket and entry.peer == peer]:
+            error = TransferError("lost the connection to the decode worker")
+            effects += self._end(now, key, error, tell_decode=False, tell_worker=True)
+        return effects
+
+    def tick(self, now: float) -> list[Effect]:
+        """End what has made no progress for its lease; forget old tombstones."""
+        effects: list[Effect] = []
+        for key in [key for key, entry in self._open.items() if now >= entry.expires_at]:
+            error = TicketExpired(f"{'no ticket' if self._open[key].offered else 'no request'} within the lease")
+            effects += self._end(now, key, error, tell_decode=True, tell_worker=True)
+        while self._tombstones and next(iter(self._tombstones.values()))[0] <= now:
+            self._tombstones.popitem(last=False)
+        return effects
+
+    def _on_ticket(self, now: float, peer: Peer, ticket: Ticket) -> list[Effect]:
+        if ticket.key in self._tombstones:
+            former = self._tombstones[ticket.key][1]
+            is_cancel = isinstance(former, RequestCancelled)  # of an earlier ticket; this one may be tried elsewhere
+            return [_abort_message(peer, ticket, TicketExpired(str(former)) if is_cancel else former)]
+        if ticket.key not in self._open and len(self._open) >= MAX_PARKED_TICKETS:
+            return [_abort_message(peer, ticket, TransferError("too many tickets without a request"))]
+        entry = self._entry(now, ticket.key, ticket.lease_ms / 1000)
+        if entry.ticket is not None:
+            return [] if ticket == entry.ticket else [_abort_message(peer, ticket, TransferError("a second ticket"))]
+        entry.peer, entry.ticket = peer, ticket
+        entry.wanted = {landing.block_index: landing.generation for landing in ticket.landing}
+        effects: list[Effect] = [Ticketed(ticket)] if entry.offered else []
+        for block_indices, source, num_bytes in entry.held:
+            self.held_bytes -= num_bytes
+            effects += self._send_wanted(entry, block_indices, source)
+        entry.held = []
+        return effects + self._complete(now, ticket.key, entry)
+
+    def _entry(self, now: float, key: Key, lease_s: float) -> _Outgoing:
+        entry = self._open.get(key)
+        if entry is None:
+            entry = self._open[key] = _Outgoing(lease_s, now + lease_s)
+        entry.lease_s = max(entry.lease_s, lease_s)
+        entry.expires_at = now + entry.lease_s
+        return entry
+
+    def _send_wanted(self, entry: _Outgoing, block_indices: Iterable[int], source: Any) -> list[Effect]:
+        assert entry.ticket
+        found = [(place, index) for place, index in enumerate(block_indices) if index in entry.wanted]
+        if not found:
+            return []
+        blocks = tuple((index, entry.wanted.pop(index)) for _, index in found)
+        return [SendBlocks(entry.peer, entry.ticket, blocks, source, tuple(place for place, _ in found))]
+
+    def _complete(self, now: float, key: Key, entry: _Outgoing) -> list[Effect]:
+        if entry.ticket is None or entry.first_token is None:
+            return []
+        if entry.wanted:
+            error = TransferError(f"prefill finished without {len(entry.wanted)} of the blocks wanted")
+            return self._end(now, key, error, tell_decode=True, tell_worker=False)
+        done = Send(entry.peer, KvDone(*key, entry.ticket.serial, entry.first_token))
+        self._bury(now, key, TicketExpired("this hand-off has ended"))
+        return [done]
+
+    def _end(self, now: float, key: Key, error: BatonError, *, tell_decode: bool, tell_worker: bool) -> list[Effect]:
+        entry = self._open.get(key)
+        if key not in self._tombstones:
+            self._bury(now, key, error)
+        if entry is None:
+            return []
+        effects: list[Effect] = []
+        if entry.ticket:
+            effects.append(Unsend(entry.peer, key))
+            if tell_decode:
+                effects.append(_abort_message(entry.peer, entry.ticket, error))
+        if tell_worker and entry.offered:
+            effects.append(Cancelled(key, error))
+        return effects
+
+    def _bury(self, now: float, key: Key, error: BatonError) -> None:
+        """Forget the hand-off but its end: a ticket or offer that comes late is answered with `error`."""
+        entry = self._open.pop(key, None)
+        self.held_bytes -= sum(num_bytes for _, _, num_bytes in entry.held) if entry else 0
+        self._tombstones[key] = (now + TOMBSTONE_S, error)
+        if len(self._tombstones) > MAX_TOMBSTONES:
+            self._tombstones.popitem(last=False)
+
+
+def _abort_message(peer: Peer, ticket: Ticket, error: BatonError) -> Send:
+    return Send(peer, KvAbort(*ticket.key, ticket.serial, error.code, str(error), error.retryable))
+
+
+# Decode side
+
+
+@dataclass(slots=True)
+class _Incoming:
+    """One open landing at the decode worker, until done, failed or cancelled."""
+
+    peer: Peer
+    ticket: Ticket
+    expires_at: float
+    missing: dict[int, int]  # block index -> generation
+
+
+class ReceiverCore:
+    """Decode side: accepts a block only for an open landing of the same generation; needs no tombstones."""
+
+    def __init__(self) -> None:
+        self.num_stale = 0
+        self._open: dict[Key, _Incoming] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def request(self, now: float, peer: Peer, ticket: Ticket) -> list[Effect]:
+        """Open the landing and send the ticket. Replaces an earlier ticket of the same key."""
+        missing = {landing.block_index: landing.generation for landing in ticket.landing}
+        assert len(missing) == len(ticket.landing), "a block is named twice"
+        former = self._open.pop(ticket.key, None)
+        self._open[ticket.key] = _Incoming(peer, ticket, now + ticket.lease_ms / 1000, missing)
+        effects: list[Effect] = [Send(former.peer, TicketCancel(*ticket.key))] if former else []
+        return [*effects, Send(peer, TicketMsg(ticket))]
+
+    def cancel(self, key: Key) -> list[Effect]:
+        """No longer wanted."""
+        entry = self._open.pop(key, None)
+        return [Send(entry.peer, TicketCancel(*key))] if entry else []
+
+    def wants(self, header: KvBlocks) -> bool:
+        """Whether the payload is worth reading; `on_blocks` decides again once it is here."""
+        entry = self._open.get((header.request_id, header.epoch))
+        return entry is not None and _fits(entry, header)
+
+    def on_blocks(self, now: float, header: KvBlocks, is_intact: bool) -> list[Effect]:
+        """A frame has arrived in full; `is_intact`: its checksums are right."""
+        key = (header.request_id, header.epoch)
+        entry = self._open.get(key)
+        if entry is None or not _fits(entry, header):
+            self.num_stale += 1
+            return []
+        if not is_intact:
+            return self._fail(key, ChecksumMismatch(f"blocks {header.blocks} arrived damaged"))
+        for index in header.blocks:
+            del entry.missing[index]
+        entry.expires_at = now + entry.ticket.lease_ms / 1000
+        return [Landed(header)]
+
+    def on_message(self, now: float, message: KvDone | KvAbort) -> list[Effect]:
+        """From a prefill worker."""
+        key = (message.request_id, message.epoch)
+        entry = self._open.get(key)
+        if entry is None or entry.ticket.serial != message.serial:
+            self.num_stale += 1
+            return []
+        if isinstance(message, KvAbort):
+            del self._open[key]
+            return [Lost(key, as_error(message))]
+        if entry.missing:
+            return self._fail(key, TransferError(f"{len(entry.missing)} blocks never arrived"))
+        del self._open[key]
+        return [Done(key, message.first_token)]
+
+    def on_peer_lost(self, peer: Peer, error: BatonError) -> list[Effect]:
+        """The connection is gone, and with it every landing behind it."""
+        keys = [key for key, entry in self._open.items() if entry.peer == peer]
+        for key in keys:
+            del self._open[key]
+        return [Lost(key, error) for key in keys]
+
+    def tick(self, now: float) -> list[Effect]:
+        """Give up what has made no progress for its lease."""
+        effects: list[Effect] = []
+        for key in [key for key, entry in self._open.items() if now >= entry.expires_at]:
+            effects += self._fail(key, TransferTimeout("no block within the lease"))
+        return effects
+
+    def _fail(self, key: Key, error: BatonError) -> list[Effect]:
+        entry = self._open.pop(key)
+        return [Lost(key, error), Send(entry.peer, TicketCancel(*key))]
+
+
+def _fits(entry: _Incoming, header: KvBlocks) -> bool:
+    """The fence: an answer to this very ticket, every block still missing, every page of the generation reserved."""
+    named = zip(header.blocks, header.generations, strict=True)
+    return header.serial == entry.ticket.serial and all(
+        entry.missing.get(index) == generation for index, generation in named
+    )
+
+
+def as_error(message: KvAbort) -> BatonError:
+    """The exception that `message.code` names; TransferError for a code we do not know."""
+    kinds = (kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, BatonError))
+    kind = next((kind for kind in kinds if kind.code == message.code), TransferError)
+    error = kind(message.message)
+    error.retryable = message.retryable
+    return error

@@ -1,0 +1,71 @@
+"""What a block looks like on the wire, and the fingerprint that two workers must share before they exchange one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import ml_dtypes
+import msgspec
+import numpy as np
+
+from engine_core.errors import ConfigError
+from engine_core.messages import PROTOCOL_VERSION
+from engine_core.models.spec import ModelSpec
+
+_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BlockLayout:
+    """Logical heads, unpadded: per layer `[page_size, 2K, H]`, heads in the order K0, V0, K1, V1, ...
+
+    Whole rows travel even where the last block of a prompt is partial: the receiver knows the prompt's length.
+    """
+
+    num_layers: int
+    page_size: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str  # float32 | bfloat16
+
+    def __post_init__(self) -> None:
+        """Refuse what has no wire form."""
+        if self.dtype not in _DTYPES:
+            raise ConfigError(f"no wire format for KV of dtype {self.dtype!r}")
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """Of host arrays."""
+        return _DTYPES[self.dtype]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """One block of one layer."""
+        return (self.page_size, 2 * self.num_kv_heads, self.head_dim)
+
+    @property
+    def layer_bytes(self) -> int:
+        """One block of one layer."""
+        return self.page_size * 2 * self.num_kv_heads * self.head_dim * self.numpy_dtype.itemsize
+
+    @property
+    def block_bytes(self) -> int:
+        """One block of all layers."""
+        return self.num_layers * self.layer_bytes
+
+
+def fingerprint(spec: ModelSpec, revision: str, layout: BlockLayout) -> str:
+    """Sixteen hex digits over all that two workers must agree on: model, revision, wire layout, protocol.
+
+    Args:
+        revision: names the weights; two checkpoints of one shape must differ in it.
+    """
+    fields = {
+        "spec": dataclasses.asdict(spec),
+        "revision": revision,
+        "layout": dataclasses.asdict(layout),
+        "protocol": PROTOCOL_VERSION,
+    }
+    return hashlib.blake2b(msgspec.json.encode(fields, order="sorted"), digest_size=8).hexdigest()

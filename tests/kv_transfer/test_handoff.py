@@ -1,0 +1,234 @@
+"""The hand-off's state machines, case by case and in the simulator."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+
+from engine_core.errors import (
+    ChecksumMismatch,
+    NoFreePages,
+    RequestCancelled,
+    TicketExpired,
+    TransferError,
+    TransferTimeout,
+)
+from engine_core.messages import TokenChunk
+from kv_transfer import handoff
+from kv_transfer.handoff import (
+    Cancelled,
+    Done,
+    Landed,
+    Lost,
+    ReceiverCore,
+    Send,
+    SendBlocks,
+    SenderCore,
+    Ticketed,
+    Unsend,
+)
+from kv_transfer.ticket import Landing, Ticket
+from kv_transfer.wire import KvAbort, KvBlocks, KvDone, TicketCancel, TicketMsg
+from tests.kv_transfer.simulation import Broken, World
+
+KEY = ("r", 0)
+TICKET = Ticket("r", 0, 7, (Landing(1, 41), Landing(2, 42)), 1000)
+TOKEN = TokenChunk("r", 0, 0, [5])
+DONE = Send("d", KvDone("r", 0, 7, TOKEN))
+
+
+def header(*blocks: tuple[int, int], serial: int = 7) -> KvBlocks:
+    indices, generations = zip(*blocks, strict=True)
+    return KvBlocks("r", 0, serial, indices, generations, (0, 1), (0, 1), "float32", (0,) * len(blocks), 64)
+
+
+def codes(effects: list[Any]) -> list[Any]:
+    return [effect.error.code if isinstance(effect, (Cancelled, Lost)) else type(effect) for effect in effects]
+
+
+class TestSender:
+    def test_ticket_first(self):
+        core = SenderCore()
+        assert core.on_message(0, "d", TicketMsg(TICKET)) == []
+        assert core.offer(0, KEY, 1) == [Ticketed(TICKET)]
+        assert core.send_blocks(0, KEY, [0, 1], "chunk", 10) == [SendBlocks("d", TICKET, ((1, 41),), "chunk", (1,))]
+        assert core.send_blocks(0, KEY, [1, 2, 3], "chunk2", 10) == [
+            SendBlocks("d", TICKET, ((2, 42),), "chunk2", (1,))
+        ]
+        assert core.finish(0, KEY, TOKEN) == [DONE]
+        assert len(core) == 0
+
+    def test_ticket_last(self):
+        core = SenderCore()
+        core.offer(0, KEY, 1)
+        core.send_blocks(0, KEY, [0], "a", 10)
+        core.send_blocks(0, KEY, [1, 2], "b", 20)
+        core.finish(0, KEY, TOKEN)
+        assert core.held_bytes == 30
+        sent = SendBlocks("d", TICKET, ((1, 41), (2, 42)), "b", (0, 1))
+        assert core.on_message(0, "d", TicketMsg(TICKET)) == [Ticketed(TICKET), sent, DONE]
+        assert core.held_bytes == 0
+
+    def test_finish_without_a_wanted_block_is_an_abort(self):
+        core = SenderCore()
+        core.on_message(0, "d", TicketMsg(TICKET))
+        core.offer(0, KEY, 1)
+        core.send_blocks(0, KEY, [1], "a", 10)
+        unsend, abort = core.finish(0, KEY, TOKEN)
+        assert unsend == Unsend("d", KEY)
+        assert abort.message.code == TransferError.code
+
+    @pytest.mark.parametrize("order", ["cancel, offer", "offer, cancel"])
+    def test_cancel_from_decode(self, order):
+        core = SenderCore()
+        core.on_message(0, "d", TicketMsg(TICKET))
+        if order == "offer, cancel":
+            core.offer(0, KEY, 1)
+            effects = core.on_message(0, "d", TicketCancel(*KEY))
+        else:
+            assert core.on_message(0, "d", TicketCancel(*KEY)) == [Unsend("d", KEY), Unsend("d", KEY)]
+            effects = core.offer(0, KEY, 1)
+        assert codes(effects)[-1] == RequestCancelled.code
+        assert core.send_blocks(0, KEY, [1], "a", 10) == []
+        assert core.finish(0, KEY, TOKEN) == []
+        assert len(core) == core.held_bytes == 0
+
+    def test_a_late_ticket_learns_why(self):
+        core = SenderCore()
+        core.offer(0, KEY, 1)
+        assert core.abort(0, KEY, NoFreePages("full")) == []
+        (answer,) = core.on_message(0, "d", TicketMsg(TICKET))
+        assert answer.message == KvAbort("r", 0, 7, NoFreePages.code, "full", True)
+
+    def test_leases_end(self):
+        core = SenderCore()
+        core.offer(0, ("no ticket", 0), 1)
+        core.send_blocks(0.5, ("no ticket", 0), [0], "a", 10)
+        core.on_message(0, "d", TicketMsg(TICKET))
+        assert codes(core.tick(1.0)) == [Unsend, Send]
+        assert core.tick(1.4) == []
+        assert codes(core.tick(1.5)) == [TicketExpired.code]
+        assert len(core) == core.held_bytes == 0
+        assert len(core._tombstones) == 2
+        core.tick(1.5 + handoff.TOMBSTONE_S)
+        assert not core._tombstones
+
+    def test_lost_connection(self):
+        core = SenderCore()
+        core.on_message(0, "d", TicketMsg(TICKET))
+        core.offer(0, KEY, 1)
+        core.offer(0, ("other", 0), 1)
+        assert core.on_peer_lost(0, "elsewhere") == []
+        assert codes(core.on_peer_lost(0, "d")) == [Unsend, TransferError.code]
+        assert len(core) == 1
+
+    def test_parked_tickets_are_bounded(self, monkeypatch):
+        monkeypatch.setattr(handoff, "MAX_PARKED_TICKETS", 3)
+        core = SenderCore()
+        answers = [core.on_message(0, "d", TicketMsg(Ticket(str(i), 0, i, (), 1000))) for i in range(5)]
+        assert [codes(answer) for answer in answers] == [[], [], [], [Send], [Send]]
+
+
+class TestReceiver:
+    def opened(self) -> ReceiverCore:
+        core = ReceiverCore()
+        assert core.request(0, "p", TICKET) == [Send("p", TicketMsg(TICKET))]
+        return core
+
+    def test_blocks_then_done(self):
+        core = self.opened()
+        assert core.on_blocks(0, header((2, 42)), True) == [Landed(header((2, 42)))]
+        assert core.on_blocks(0, header((1, 41)), True) == [Landed(header((1, 41)))]
+        assert core.on_message(0, DONE.message) == [Done(KEY, TOKEN)]
+        assert len(core) == 0
+
+    @pytest.mark.parametrize("blocks", [[(1, 40)], [(3, 41)], [(1, 41), (2, 41)], [(2, 41)]])
+    def test_the_fence(self, blocks):
+        core = self.opened()
+        assert not core.wants(header(*blocks))
+        assert core.on_blocks(0, header(*blocks), True) == []
+        assert core.num_stale == 1
+        assert codes(core.on_message(0, DONE.message)) == [TransferError.code, Send]
+
+    def test_blocks_of_an_earlier_ticket_are_stale_even_if_the_generation_is_the_same(self):
+        core = self.opened()
+        assert not core.wants(header((1, 41), serial=6))
+        assert core.on_blocks(0, header((1, 41), serial=6), True) == []
+
+    def test_a_block_lands_once(self):
+        core = self.opened()
+        core.on_blocks(0, header((1, 41)), True)
+        assert core.on_blocks(0, header((1, 41)), True) == []
+
+    def test_damage_fails_the_request_and_stops_the_sender(self):
+        core = self.opened()
+        effects = core.on_blocks(0, header((1, 41)), False)
+        assert codes(effects) == [ChecksumMismatch.code, Send]
+        assert effects[1].message == TicketCancel(*KEY)
+
+    def test_answers_to_an_earlier_ticket_are_stale(self):
+        core = self.opened()
+        core.cancel(KEY)
+        core.request(0, "q", Ticket("r", 0, 8, (), 1000))
+        assert core.on_message(0, DONE.message) == []
+        assert core.on_message(0, KvAbort("r", 0, 7, "overloaded", "", True)) == []
+        assert core.on_message(0, KvDone("r", 0, 8, TOKEN)) == [Done(KEY, TOKEN)]
+
+    def test_abort_brings_its_error(self):
+        (lost,) = self.opened().on_message(0, KvAbort("r", 0, 7, NoFreePages.code, "full", True))
+        assert isinstance(lost.error, NoFreePages)
+        (lost,) = self.opened().on_message(0, KvAbort("r", 0, 7, "from the future", "?", False))
+        assert isinstance(lost.error, TransferError)
+        assert not lost.error.retryable
+
+    def test_the_lease_counts_from_the_last_progress(self):
+        core = self.opened()
+        core.on_blocks(0.9, header((1, 41)), True)
+        core.on_blocks(1.0, header((1, 41)), True)
+        assert core.tick(1.8) == []
+        assert codes(core.tick(1.9)) == [TransferTimeout.code, Send]
+
+
+def first_broken(seeds: range, sender: Any, receiver: Any) -> str:
+    for seed in seeds:
+        try:
+            World(seed, sender, receiver).run()
+        except Broken as error:
+            return f"seed {seed}: {error}"
+    return ""
+
+
+def test_thousands_of_histories():
+    assert first_broken(range(3000), SenderCore, ReceiverCore) == ""
+
+
+def without_fence(entry: Any, frame: KvBlocks) -> bool:
+    return set(frame.blocks) <= set(entry.missing)
+
+
+def generation_alone(entry: Any, frame: KvBlocks) -> bool:
+    return all(entry.missing.get(i) == g for i, g in zip(frame.blocks, frame.generations, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("fence", "harm"),
+    [(without_fence, "page with a new owner"), (generation_alone, "another prefill worker lands")],
+)
+def test_the_simulation_notices_a_weak_fence(monkeypatch, fence, harm):
+    monkeypatch.setattr(handoff, "_fits", fence)
+    assert harm in first_broken(range(3000), SenderCore, ReceiverCore)
+
+
+def test_the_simulation_notices_missing_tombstones():
+    class Forgetful(OrderedDict[Any, Any]):
+        def __setitem__(self, key: Any, value: Any) -> None:
+            pass
+
+    class Sender(SenderCore):
+        def __init__(self) -> None:
+            super().__init__()
+            self._tombstones = Forgetful()
+
+    assert "though decode cancelled it" in first_broken(range(3000), Sender, ReceiverCore)
