@@ -4,9 +4,8 @@ Axes: "data" (replicas of a batch), "expert" (MoE experts), "tensor" (heads, ffw
 "tensor" only; the others have size 1.
 
 The step runs inside one `shard_map`, so its code sees local arrays, and each collective is a line of source that calls
-`all_reduce` or `all_gather` below. The axes are Explicit: outside the step an array's type says how it is sharded, and
-an operation that would need a collective is an error. `axis_types` is always passed, since its default differs between
-jax versions.
+`all_reduce` or `all_gather` below. Outside the step (page gathers, cache creation) the axes are Auto, so that such code
+needs no annotation; `axis_types` is always passed, since its default differs between jax versions.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def make_mesh(tp: int, devices: Sequence[jax.Device]) -> Mesh:
     if tp > len(devices):
         raise ConfigError(f"tp {tp} needs {tp} devices, there are {len(devices)}")
     grid = np.array(devices[:tp], dtype=object).reshape(1, 1, tp)
-    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def tensor_parallelism(mesh: Mesh) -> int:

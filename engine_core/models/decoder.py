@@ -7,7 +7,7 @@ dimension, or *unrolled* over per-layer arrays.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import jax
@@ -146,7 +146,7 @@ class Decoder:
                 arrays = cache.layers[segment.start : segment.start + segment.num_layers]
                 x, updated = self._unroll(segment, leaves, x, arrays, shared)
                 layers.extend(updated)
-        return shell.logits(x[inputs.logits_rows]), KVCache(layers=tuple(layers))
+        return shell.logits(x[inputs.logits_rows]), replace(cache, layers=tuple(layers))
 
     def _unroll(
         self,

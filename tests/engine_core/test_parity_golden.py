@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 
-from tests.engine_core.parity import check_parity
+from tests.engine_core.parity import GOLDEN, check_parity, load_expected
 from tests.golden.cases import CASES
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("case", CASES)
 def test_matches_transformers(case: str, scan: bool) -> None:
-    stored = np.load(GOLDEN / case / "expected.npz")
-    expected = [(stored[f"tokens_{x}"].tolist(), stored[f"logits_{x}"]) for x in "ab"]
-    check_parity(GOLDEN / case, expected, scan)
+    check_parity(GOLDEN / case, load_expected(case), scan=scan, tp=1)
