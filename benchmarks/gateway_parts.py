@@ -1,5 +1,6 @@
-"""The processes of `baton bench gateway`: python -m benchmarks.gateway_parts ROLE [JSON]. Each prints its port(s) as one
-line of JSON and ends when its standard input does.
+"""The processes of `baton bench gateway`: python -m benchmarks.gateway_parts ROLE JSON.
+
+Each prints its port (or ports) as one line of JSON and ends when its standard input does.
 """
 
 from __future__ import annotations
@@ -40,7 +41,16 @@ class FakeEngine:
     async def start(self) -> WorkerInfo:
         """Listen on a free port."""
         info = WorkerInfo(
-            f"bench-{self._role}", 1, self._role, PeerAddress("127.0.0.1", 0, 1), "bench", Numerics.FAST, 64, 999, 16, 4096
+            f"bench-{self._role}",
+            1,
+            self._role,
+            PeerAddress("127.0.0.1", 0, 1),
+            "bench",
+            Numerics.FAST,
+            64,
+            999,
+            16,
+            4096,
         )
         info = await self._server.start("127.0.0.1", info)
         self._server.broadcast(Load(0, 0, 0, 999, False, 0))

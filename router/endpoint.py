@@ -54,10 +54,10 @@ class GenerateEndpoint:
                 raise
             exchange.status = ClientGone.http_status
         except BatonError as error:
-            await exchange.fail(scope, error)
+            await exchange.fail(error)
         except Exception:
             logger.exception("unexpected error while serving %s", self._dialect.name)
-            await exchange.fail(scope, BatonError("the server had an error while processing your request"))
+            await exchange.fail(BatonError("the server had an error while processing your request"))
         finally:
             if watch is not None:
                 watch.close()
@@ -123,14 +123,14 @@ class Exchange:
         finally:
             generation.close()
 
-    async def fail(self, scope: Scope, error: BatonError) -> None:
+    async def fail(self, error: BatonError) -> None:
         """The error object, as a response or as the last event of a stream."""
         self.status = error.http_status
         if self._started:
             event = b"data: " + error_json(error) + b"\n\n"
             await self._send({"type": "http.response.body", "body": event, "more_body": False})
         else:
-            await send_error(scope, self._send, error)
+            await send_error(self._send, error)
 
     async def _whole(self, job: Job, generation: Generation) -> None:
         remaining = len(job.choices)

@@ -19,16 +19,21 @@ SSE_HEADERS: Headers = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-MAX_DISCARD_BYTES = 256 << 20  # of a refused body, so that the client gets to read the refusal
+MAX_DISCARD_BYTES = 256 << 20  # of a refused body; what is larger is cut off
 
 encode_json = msgspec.json.Encoder().encode
 
 
 class HttpError(RequestError):
-    """A request that fails for how it was sent."""
+    """A request that fails for how it was sent.
 
-    def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
+    Args:
+        close: end the connection with the answer.
+    """
+
+    def __init__(self, status: int, message: str, code: str, param: str | None = None, *, close: bool = False) -> None:
         super().__init__(message, param, code)
+        self.close = close
         self.http_status = int(status)
 
 
@@ -68,25 +73,29 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
     """The whole body.
 
     Raises:
-        HttpError: it is longer than `max_bytes`; at most that much was kept.
+        HttpError: it is longer than `max_bytes`; at most that much was ever kept.
         ClientGone: the client left before its end.
     """
     length = header(scope, b"content-length")
     if length is not None and int(length) > max_bytes:
-        raise _too_large(max_bytes)
+        raise _too_large(max_bytes, int(length) > MAX_DISCARD_BYTES)
     message = await receive()
     if message["type"] == "http.request" and not message.get("more_body", False):
         body: bytes = message.get("body", b"")
         if len(body) > max_bytes:
-            raise _too_large(max_bytes)
+            raise _too_large(max_bytes, False)
         return body
-    pieces, size = [], 0
+    pieces: list[bytes] = []
+    size = 0
     while message["type"] == "http.request":
         piece = message.get("body", b"")
         size += len(piece)
         if size > max_bytes:
-            raise _too_large(max_bytes)
-        pieces.append(piece)
+            pieces.clear()
+        else:
+            pieces.append(piece)
+        if size > MAX_DISCARD_BYTES or (size > max_bytes and not message.get("more_body", False)):
+            raise _too_large(max_bytes, size > MAX_DISCARD_BYTES)
         if not message.get("more_body", False):
             return b"".join(pieces)
         message = await receive()
@@ -132,7 +141,7 @@ async def send_json(send: Send, status: int, body: bytes, extra: Headers | None 
     await send({"type": "http.response.body", "body": body})
 
 
-async def send_error(scope: Scope, send: Send, error: BatonError) -> None:
+async def send_error(send: Send, error: BatonError) -> None:
     """The OpenAI error object with its status."""
     extra: Headers = []
     status = error.http_status
@@ -140,12 +149,12 @@ async def send_error(scope: Scope, send: Send, error: BatonError) -> None:
         extra.append((b"retry-after", b"1"))
     elif status == 401:
         extra.append((b"www-authenticate", b"Bearer"))
-    elif status == 413 and int(header(scope, b"content-length") or MAX_DISCARD_BYTES + 1) > MAX_DISCARD_BYTES:
+    elif isinstance(error, HttpError) and error.close:
         extra.append((b"connection", b"close"))
     await send_json(send, status, error_json(error), extra)
 
 
-def _too_large(max_bytes: int) -> HttpError:
-    return HttpError(
-        HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the request body exceeds {max_bytes} bytes", "request_too_large"
-    )
+def _too_large(max_bytes: int, close: bool) -> HttpError:
+    """A client that still sends would not read an answer on a connection that is closed: only the largest are."""
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    return HttpError(status, f"the request body exceeds {max_bytes} bytes", "request_too_large", close=close)

@@ -44,7 +44,11 @@ class Cluster:
 
     async def until(self, condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
         async with asyncio.timeout(timeout_s):
+<<<<<<< HEAD
             while not condition():  # noqa: ASYNC110  any condition, not an event of ours
+=======
+            while not condition():  # noqa: ASYNC110
+>>>>>>> router
                 await asyncio.sleep(0.005)
 
     def follow_all(self) -> None:
@@ -62,7 +66,7 @@ async def run_cluster(
                 worker = await FakeWorker(role, f"{role}-{index}", answer_ids).start()
                 stack.push_async_callback(worker.stop)
                 workers[role].append(worker)
-        config = GatewayConfig(port=0, worker_wait_s=0.5, **settings)  # type: ignore[arg-type]
+        config = GatewayConfig(**{"port": 0, "worker_wait_s": 0.5, **settings})  # type: ignore[arg-type]
         gateway = Gateway(config, model_dir)
         await gateway.start()
         stack.push_async_callback(gateway.stop)

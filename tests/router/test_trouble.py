@@ -1,0 +1,222 @@
+"""Clients that leave, workers that die: nothing stays held, no token is lost or repeated."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from engine_core.messages import Cancel, Decode, Load, Prefill
+from engine_core.types import Role
+from tests.fakes import FakeWorker, make_tokenizer
+from tests.router.conftest import Cluster, run_cluster
+
+BODY = {"model": "demo", "prompt": "Once upon", "temperature": 0, "max_tokens": 40}
+
+
+@pytest.fixture
+async def pair(model_dir: Path, answer_ids: list[int]) -> AsyncIterator[Cluster]:
+    async with run_cluster(model_dir, answer_ids, prefill=2, decode=2) as running:
+        yield running
+
+
+def said(answer_ids: list[int], num_tokens: int) -> str:
+    return make_tokenizer().decode(answer_ids[:num_tokens])
+
+
+async def collect(cluster: Cluster, **extra: object) -> tuple[str, list[dict]]:
+    reply = await cluster.http.post("/v1/completions", json={**BODY, "stream": True, **extra})
+    assert reply.status_code == 200, reply.text
+    events = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
+    return "".join(event["choices"][0]["text"] for event in events if "choices" in event), events
+
+
+def assert_idle(cluster: Cluster) -> None:
+    assert not cluster.service._streams
+    for worker in cluster.service.registry.workers.values():
+        assert (worker.reserved_requests, worker.reserved_tokens, len(worker.streams)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("stage", ["reading", "decoding"])
+async def test_disconnect_cancels_on_both_workers_at_once(cluster: Cluster, stream: bool, stage: str) -> None:
+    cluster.prefill[0].silent = stage == "reading"
+    cluster.decode[0].step_s = 0.05
+    body = {**BODY, "max_tokens": 400, "stream": stream}
+    call = asyncio.create_task(cluster.http.post("/v1/completions", json=body))
+    await cluster.until(lambda: bool(cluster.decode[0].active))
+    if stage == "decoding":
+        await cluster.until(lambda: any(len(s.journal.token_ids) > 2 for s in cluster.service._streams.values()))
+    left_at = time.monotonic()
+    call.cancel()
+    await cluster.until(lambda: bool(cluster.decode[0].cancelled))
+    if stage == "reading":
+        await cluster.until(lambda: bool(cluster.prefill[0].cancelled))
+    assert time.monotonic() - left_at < 1
+    assert not cluster.decode[0].active
+    assert_idle(cluster)
+    assert cluster.service.metrics.disconnects == 1
+
+
+async def test_disconnect_while_waiting_for_a_worker(model_dir: Path, answer_ids: list[int]) -> None:
+    async with run_cluster(model_dir, answer_ids, prefill=0, decode=0, worker_wait_s=20.0) as cluster:
+        call = asyncio.create_task(cluster.http.post("/v1/completions", json=BODY))
+        await asyncio.sleep(0.1)
+        call.cancel()
+        await cluster.until(lambda: cluster.service.metrics.disconnects == 1)
+
+
+async def test_no_worker_is_503(model_dir: Path, answer_ids: list[int]) -> None:
+    async with run_cluster(model_dir, answer_ids, prefill=0, decode=0) as cluster:
+        reply = await cluster.http.post("/v1/completions", json=BODY)
+        assert reply.status_code == 503
+        assert reply.json()["error"]["code"] == "no_worker_available"
+        assert reply.headers["retry-after"]
+        assert (await cluster.http.get("/readiness")).status_code == 503
+
+
+async def test_waits_for_a_worker_to_appear(model_dir: Path, answer_ids: list[int]) -> None:
+    async with run_cluster(model_dir, answer_ids, prefill=0, decode=0, worker_wait_s=5.0) as cluster:
+        call = asyncio.create_task(cluster.http.post("/v1/completions", json=BODY))
+        await asyncio.sleep(0.05)
+        worker = await FakeWorker(Role.DECODE, "late", answer_ids).start()
+        cluster.gateway.follow([worker.info])
+        assert (await call).json()["choices"][0]["text"] == said(answer_ids, 40)
+        await worker.stop()
+
+
+@pytest.mark.parametrize("died", ["decode", "prefill"])
+@pytest.mark.parametrize("position", [0, 1, 17])
+async def test_worker_death_is_invisible(pair: Cluster, answer_ids: list[int], died: str, position: int) -> None:
+    """Whichever worker dies, at whatever point: the stream goes on elsewhere with the very next token."""
+    (pair.prefill if died == "prefill" else pair.decode)[0].die_at = position
+    texts = await asyncio.gather(*(collect(pair) for _ in range(4)))
+    assert {text for text, _ in texts} == {said(answer_ids, 40)}
+    assert_idle(pair)
+    if position == 17 and died == "decode":
+        retried = [r for worker in pair.prefill for r in worker.requests() if r.epoch > 0]
+        assert retried
+        assert all(
+            r.token_ids[r.num_prompt_tokens :] == answer_ids[: len(r.token_ids) - r.num_prompt_tokens] for r in retried
+        )
+        assert all(len(r.token_ids) > r.num_prompt_tokens for r in retried)
+
+
+async def test_failed_and_retryable_goes_elsewhere(pair: Cluster, answer_ids: list[int]) -> None:
+    pair.decode[0].fail = pair.decode[1].fail = 1
+    text, _ = await collect(pair)
+    assert text == said(answer_ids, 40)
+    assert sum(pair.service.metrics.retries.values()) == 2
+    cancels = [message for worker in pair.prefill for message in worker.received if isinstance(message, Cancel)]
+    assert {message.epoch for message in cancels} <= {0, 1}
+    assert_idle(pair)
+
+
+async def test_gives_up_after_three_attempts(pair: Cluster) -> None:
+    for worker in pair.decode:
+        worker.fail = 99
+    reply = await pair.http.post("/v1/completions", json=BODY)
+    assert reply.status_code == 503
+    assert reply.json()["error"]["code"] == "no_free_pages"
+    epochs = [m.request.epoch for worker in pair.decode for m in worker.received if isinstance(m, Decode)]
+    assert sorted(epochs) == [0, 1, 2]
+    assert_idle(pair)
+
+
+async def test_not_retryable_is_final(pair: Cluster) -> None:
+    for worker in pair.prefill:
+        worker.fail, worker.fail_code, worker.fail_retryable = 1, "layout_mismatch", False
+    reply = await pair.http.post("/v1/completions", json=BODY)
+    assert reply.status_code == 502
+    assert reply.json()["error"]["type"] == "server_error"
+    assert sum(isinstance(m, Prefill) for worker in pair.prefill for m in worker.received) == 1
+    await pair.until(lambda: not any(worker.active for worker in pair.decode))
+    assert_idle(pair)
+
+
+async def test_failure_in_mid_stream_is_one_error_event(cluster: Cluster) -> None:
+    cluster.decode[0].die_at = 5
+    reply = await cluster.http.post("/v1/completions", json={**BODY, "stream": True})
+    events = reply.text.strip().split("\n\n")
+    assert json.loads(events[-1].removeprefix("data: "))["error"]["code"]
+    assert "[DONE]" not in reply.text
+    assert sum('"error"' in event for event in events) == 1
+    cluster.decode[0].die_at = 5
+    with pytest.raises(openai.APIError):
+        stream = await cluster.client.completions.create(**BODY, stream=True)
+        [chunk async for chunk in stream]
+
+
+async def test_first_token_may_come_last(cluster: Cluster, answer_ids: list[int]) -> None:
+    cluster.prefill[0].step_s = 0.2
+    await asyncio.sleep(0.01)
+    text, _ = await collect(cluster)
+    assert text == said(answer_ids, 40)
+
+
+async def test_hung_worker_loses_its_requests(model_dir: Path, answer_ids: list[int]) -> None:
+    settings = {"suspect_after_s": 0.2, "lost_after_s": 0.5}
+    async with run_cluster(model_dir, answer_ids, prefill=1, decode=2, **settings) as cluster:
+        cluster.decode[0].silent = True
+
+        async def beats() -> None:
+            while True:
+                for worker in (cluster.prefill[0], cluster.decode[1]):
+                    worker.beat(Load(0, 0, 0, 100, False, 0))
+                await asyncio.sleep(0.05)
+
+        beating = asyncio.create_task(beats())
+        texts = await asyncio.gather(collect(cluster), collect(cluster))
+        assert {text for text, _ in texts} == {said(answer_ids, 40)}
+        cluster.decode[0].beat(Load(0, 0, 0, 100, False, 0))
+        await cluster.until(lambda: len(cluster.service.registry.decode) == 2)
+        beating.cancel()
+
+
+async def test_deadline(model_dir: Path, answer_ids: list[int]) -> None:
+    async with run_cluster(model_dir, answer_ids, request_timeout_s=0.2) as cluster:
+        cluster.decode[0].silent = True
+        reply = await cluster.http.post("/v1/completions", json=BODY)
+        assert reply.status_code == 504
+        await cluster.until(lambda: not cluster.decode[0].active)
+        assert_idle(cluster)
+
+
+async def test_too_many_at_once(model_dir: Path, answer_ids: list[int]) -> None:
+    async with run_cluster(model_dir, answer_ids, max_concurrent_choices=3) as cluster:
+        reply = await cluster.http.post("/v1/completions", json={**BODY, "n": 4})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "overloaded")
+        reply = await cluster.http.post("/v1/completions", json={**BODY, "n": 3})
+        assert reply.status_code == 200
+
+
+async def test_drain_finishes_streams_and_takes_no_more(model_dir: Path, answer_ids: list[int]) -> None:
+    async with run_cluster(model_dir, answer_ids) as cluster:
+        cluster.decode[0].step_s = 0.02
+        call = asyncio.create_task(collect(cluster))
+        await cluster.until(lambda: bool(cluster.decode[0].active))
+        draining = asyncio.create_task(cluster.gateway.drain(10))
+        await asyncio.sleep(0.3)
+        with pytest.raises(openai.APIConnectionError):
+            await cluster.client.completions.create(**BODY)
+        assert (await call)[0] == said(answer_ids, 40)
+        async with asyncio.timeout(3):
+            await draining
+        await asyncio.sleep(0.05)
+        assert not any(worker._server.links for worker in cluster.prefill + cluster.decode)
+
+
+async def test_scaling_down_lets_streams_finish(pair: Cluster, answer_ids: list[int]) -> None:
+    for worker in pair.decode:
+        worker.step_s = 0.01
+    calls = [asyncio.create_task(collect(pair)) for _ in range(4)]
+    await pair.until(lambda: all(worker.active for worker in pair.decode))
+    pair.gateway.follow([pair.prefill[0].info, pair.decode[0].info])
+    assert {text for text, _ in await asyncio.gather(*calls)} == {said(answer_ids, 40)}
+    assert not pair.service.metrics.retries
+    assert len(pair.service.registry.workers) == 2
