@@ -44,11 +44,7 @@ class Cluster:
 
     async def until(self, condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
         async with asyncio.timeout(timeout_s):
-<<<<<<< HEAD
-            while not condition():  # noqa: ASYNC110  any condition, not an event of ours
-=======
             while not condition():  # noqa: ASYNC110
->>>>>>> router
                 await asyncio.sleep(0.005)
 
     def follow_all(self) -> None:
