@@ -149,6 +149,9 @@ class KvConnection:
             self.close(TransferError(f"connection lost: {error}"))
         except (ProtocolError, TransferError) as error:
             self.close(error)
+        except BaseException:
+            self.close(TransferError("internal error while receiving"))  # our own bug: the loop logs it
+            raise
 
     def _receive(self) -> int:
         if self._rest and self._payload:

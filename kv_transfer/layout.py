@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import msgspec
@@ -15,6 +15,30 @@ from engine_core.messages import PROTOCOL_VERSION
 from engine_core.models.spec import ModelSpec
 
 _DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class CacheShape(Protocol):
+    """What of `engine_core.kv_cache.CacheLayout` reaches the wire; that module imports jax, this package never does."""
+
+    @property
+    def num_layers(self) -> int:
+        """Layers."""
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K."""
+
+    @property
+    def head_dim(self) -> int:
+        """H."""
+
+    @property
+    def dtype(self) -> str:
+        """float32 or bfloat16."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +58,17 @@ class BlockLayout:
         """Refuse what has no wire form."""
         if self.dtype not in _DTYPES:
             raise ConfigError(f"no wire format for KV of dtype {self.dtype!r}")
+
+    @classmethod
+    def of(cls, cache: CacheShape) -> BlockLayout:
+        """The wire layout of a device cache."""
+        return cls(
+            num_layers=cache.num_layers,
+            page_size=cache.page_size,
+            num_kv_heads=cache.num_kv_heads,
+            head_dim=cache.head_dim,
+            dtype=cache.dtype,
+        )
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:

@@ -23,7 +23,7 @@ class GatewayConfig:
     max_concurrent_choices: int = 4096  # answers in progress; beyond it clients get 503
     max_attempts: int = 3  # lives of a stream whose workers die
     request_timeout_s: float = 600.0  # from arrival to the last token
-    worker_wait_s: float = 10.0  # how long a request waits for a worker to appear
+    worker_wait_s: float = 60.0  # how long a request waits for a worker to appear; a replacement has to start
     suspect_after_s: float = 2.0  # a worker silent for so long gets no new requests while others are there
     lost_after_s: float = 10.0  # a worker silent for so long loses its requests to others
     inline_tokenize_chars: int = 8192  # longer texts are tokenized on a thread

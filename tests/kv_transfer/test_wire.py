@@ -342,3 +342,31 @@ async def test_an_absurd_size_is_refused_before_memory_is_taken_for_it():
         assert "expected" in str(pair.decode.failed["r", 0])
         server.close()
         await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("early", [TicketMsg(TICKET), TicketCancel("r", 0), KvBeat()])
+async def test_nothing_is_heard_before_the_handshake(early):
+    async with open_pair("tcp") as pair:
+        pair.sender.offer("r", 0, 30)
+        reader, writer = await asyncio.open_connection("127.0.0.1", pair.address.kv_port)
+        await read_message(reader, from_prefill)
+        writer.write(encode(early))
+        assert await asyncio.wait_for(reader.read(), 3) == b""
+        assert not pair.prefill.tickets
+        assert not pair.prefill.cancelled
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_a_bug_of_the_worker_fails_the_request_and_not_the_transport():
+    async with open_pair("tcp") as pair:
+        logged: list[Any] = []
+        pair.receiver.loop.set_exception_handler(lambda _, context: logged.append(context["exception"]))
+        on_blocks, pair.decode.on_blocks = pair.decode.on_blocks, lambda *_: 1 / 0
+        pair.receiver.request(pair.address, TICKET)
+        pair.sender.offer("r", 0, 30)
+        pair.sender.send_blocks("r", 0, [0, 1], pair.layers([0, 1]))
+        await until(lambda: pair.decode.failed)
+        assert isinstance(logged[0], ZeroDivisionError)
+        pair.decode.on_blocks = on_blocks
+        await hand_over(pair, "next")

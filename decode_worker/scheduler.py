@@ -1,0 +1,281 @@
+"""The decode role's overlap scheduler: step i+1 is dispatched before step i's tokens are read. On the engine thread.
+
+Life of a sequence here:
+    remote: add -> waits for pages -> ticket -> blocks land, are scattered between steps -> landed with its first token
+            -> ready -> takes a slot -> running
+    local:  add -> (chunk queue) pages and slot -> chunks dispatched -> running as soon as its last chunk is dispatched
+    running -> one row of each decode step -> stop token, limit or cancel: pages released, at most one wasted row
+    preempted (no page for the next token, youngest first): in-flight steps are read, pages released, back to the head
+            of the chunk queue with all tokens it has, to be recomputed locally
+
+Sampled tokens stay on the device as the next step's input. A page released here may be written once more by a step in
+flight; that write is dispatched before any by the page's next owner, so device order keeps them apart.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from engine_core.batch import Chunk
+from engine_core.chunking import ChunkQueue
+from engine_core.engine import PendingStep
+from engine_core.errors import BatonError, NoFreePages
+from engine_core.messages import PeerAddress, TokenChunk
+from engine_core.replica import Replica
+from engine_core.sequence import Sequence as Seq
+from engine_core.types import Request
+
+Key = tuple[str, int]
+
+
+class DecodeEvents(Protocol):
+    """What the scheduler tells its worker; called on the engine thread."""
+
+    def reserved(self, key: Key, prefill: PeerAddress, wanted: list[tuple[int, int]]) -> None:
+        """Pages are reserved: ask `prefill` for these (block index, page generation)."""
+
+    def tokens(self, chunks: list[TokenChunk]) -> None:
+        """What one step produced."""
+
+    def failed(self, key: Key, error: BatonError) -> None:
+        """The sequence is gone."""
+
+
+@dataclass(slots=True, eq=False)
+class _Landing:
+    """A sequence whose KV comes from elsewhere."""
+
+    sequence: Seq
+    prefill: PeerAddress
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A dispatched step and whose rows it holds: (sequence, row, first token of this worker)."""
+
+    step: PendingStep
+    rows: list[tuple[Seq, int, bool]] = field(default_factory=list)
+
+
+class DecodeScheduler:
+    """Continuous batching over one replica.
+
+    Args:
+        replica: engine and host state.
+        events: where results go.
+        overlap: dispatch a step before reading the one before it. Off only in benchmarks.
+    """
+
+    def __init__(self, replica: Replica, events: DecodeEvents, *, overlap: bool = True) -> None:
+        self._replica = replica
+        self._events = events
+        self._depth = 1 if overlap else 0
+        self._queue = ChunkQueue(replica.memory)
+        self._sequences: dict[Key, Seq] = {}
+        self._waiting: deque[_Landing] = deque()
+        self._landing: dict[Key, _Landing] = {}
+        self._ready: deque[Seq] = deque()
+        self._running: list[Seq] = []
+        self._inflight: deque[_Flight] = deque()
+        self._eos = frozenset(replica.resolved.spec.eos_token_ids)
+        self.num_preemptions = 0
+
+    @property
+    def num_running(self) -> int:
+        """Rows of the decode batch in use."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that do not decode yet."""
+        return len(self._sequences) - len(self._running)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens of local prefill still to be computed."""
+        return self._queue.queued_tokens
+
+    def add(self, request: Request, prefill: PeerAddress | None) -> None:
+        """Take a request; `prefill` is who computes its prompt, None for this worker. Duplicates are ignored."""
+        sequence = Seq.of(request)
+        if sequence.key in self._sequences:
+            return
+        self._sequences[sequence.key] = sequence
+        if prefill is None:
+            self._queue.add(sequence)
+        else:
+            self._waiting.append(_Landing(sequence, prefill))
+
+    def land(self, key: Key, indices: Sequence[int], layers: Sequence[np.ndarray], generations: Sequence[int]) -> None:
+        """Verified blocks arrived: queue their write. What no longer matches its page's generation is dropped."""
+        landing = self._landing.get(key)
+        if landing is None:
+            return
+        pages = [landing.sequence.pages[i] for i in indices]
+        generation = self._replica.memory.cache.pool.generation
+        if [generation(page) for page in pages] == list(generations):
+            self._replica.engine.scatter(pages, layers)
+
+    def landed(self, key: Key, first_token: TokenChunk) -> None:
+        """All wanted blocks have landed and the prefill worker has told the gateway the first token."""
+        landing = self._landing.pop(key, None)
+        if landing is None:
+            return
+        sequence = landing.sequence
+        sequence.num_dispatched = len(sequence.token_ids)
+        self._replica.memory.store(sequence, sequence.num_dispatched)
+        if first_token.finish_reason is not None:
+            self._drop(sequence)
+            return
+        sequence.token_ids += first_token.token_ids
+        sequence.num_sampled += len(first_token.token_ids)
+        sequence.token_on_host = True
+        self._ready.append(sequence)
+
+    def fail(self, key: Key, error: BatonError) -> None:
+        """The hand-over failed: free the sequence and say so; the gateway places it again."""
+        if key in self._sequences:
+            self.cancel(key)
+            self._events.failed(key, error)
+
+    def cancel(self, key: Key) -> None:
+        """Free everything the sequence holds. Unknown keys are fine."""
+        sequence = self._sequences.get(key)
+        if sequence is None:
+            return
+        self._landing.pop(key, None)
+        self._waiting = deque(entry for entry in self._waiting if entry.sequence is not sequence)
+        if sequence in self._ready:
+            self._ready.remove(sequence)
+        if sequence in self._running:
+            self._running.remove(sequence)
+        self._queue.remove(sequence)
+        self._drop(sequence)
+
+    def tick(self) -> bool:
+        """One round: reserve landings, admit, dispatch a prefill chunk and a decode step, read the steps before."""
+        self._reserve_landings()
+        self._admit_ready()
+        before = len(self._inflight)
+        self._dispatch_prefill()
+        self._dispatch_decode()
+        dispatched = len(self._inflight) > before
+        chunks: list[TokenChunk] = []
+        while len(self._inflight) > (self._depth if dispatched else 0):
+            self._read(self._inflight.popleft(), chunks)
+        if chunks:
+            self._events.tokens(chunks)
+        return dispatched or bool(chunks)
+
+    def _reserve_landings(self) -> None:
+        memory = self._replica.memory
+        while self._waiting:
+            entry = self._waiting[0]
+            sequence = entry.sequence
+            memory.match_prefix(sequence)
+            try:
+                memory.grow(sequence, len(sequence.token_ids))
+            except NoFreePages:
+                memory.release(sequence)
+                return
+            self._waiting.popleft()
+            self._landing[sequence.key] = entry
+            first = sequence.num_cached // memory.page_size
+            generation = memory.cache.pool.generation
+            wanted = [(i, generation(sequence.pages[i])) for i in range(first, len(sequence.pages))]
+            self._events.reserved(sequence.key, entry.prefill, wanted)
+
+    def _admit_ready(self) -> None:
+        memory = self._replica.memory
+        while self._ready and memory.table.num_free > 0:
+            sequence = self._ready.popleft()
+            memory.take_slot(sequence)
+            self._replica.prepare_slot(sequence)
+            self._running.append(sequence)
+
+    def _dispatch_prefill(self) -> None:
+        chunks = self._queue.next_chunks(*self._replica.prefill_budget)
+        if not chunks:
+            return
+        for chunk in chunks:
+            if chunk.start == chunk.sequence.num_cached:
+                self._replica.prepare_slot(chunk.sequence)
+        flight = _Flight(self._dispatch_chunks(chunks))
+        for row, chunk in zip(self._replica.output_rows(chunks), chunks, strict=True):
+            self._replica.memory.store(chunk.sequence, chunk.sequence.num_dispatched)
+            if chunk.is_last:
+                chunk.sequence.token_on_host = False
+                self._running.append(chunk.sequence)
+                flight.rows.append((chunk.sequence, row, True))
+        self._inflight.append(flight)
+
+    def _dispatch_chunks(self, chunks: list[Chunk]) -> PendingStep:
+        step = self._replica.dispatch_prefill(chunks)
+        step.start_copy()
+        return step
+
+    def _dispatch_decode(self) -> None:
+        batch = self._with_pages([s for s in self._running if s.wants_more])
+        if not batch:
+            return
+        step = self._replica.dispatch_decode(batch)
+        step.start_copy()
+        for sequence in batch:
+            sequence.num_dispatched += 1
+            sequence.num_sampled += 1
+            sequence.token_on_host = False
+        self._inflight.append(_Flight(step, [(sequence, row, False) for row, sequence in enumerate(batch)]))
+
+    def _with_pages(self, batch: list[Seq]) -> list[Seq]:
+        """Those of `batch` that have a page for their next token, once the youngest have made room."""
+        for sequence in list(batch):
+            while sequence in batch:
+                try:
+                    self._replica.memory.grow(sequence, sequence.num_dispatched + 1)
+                    break
+                except NoFreePages:
+                    self._make_room()
+                    batch = [s for s in batch if s in self._running and s.wants_more]
+        return batch
+
+    def _make_room(self) -> None:
+        """Read what is in flight: a sequence may end, and the host then knows all tokens. Else preempt the youngest."""
+        if self._inflight:
+            chunks: list[TokenChunk] = []
+            while self._inflight:
+                self._read(self._inflight.popleft(), chunks)
+            self._events.tokens(chunks)
+            return
+        victim = self._running.pop()
+        self._replica.memory.store(victim, victim.num_valid)
+        self._replica.memory.release(victim)
+        self._queue.add(victim, first=True)
+        self.num_preemptions += 1
+
+    def _read(self, flight: _Flight, chunks: list[TokenChunk]) -> None:
+        if not flight.rows:
+            return
+        tokens = flight.step.tokens()
+        for sequence, row, is_first in flight.rows:
+            if sequence.finished:
+                continue
+            num_top = sequence.request.sampling.logprobs
+            logprobs = flight.step.logprobs(row, num_top) if num_top is not None else None
+            cached = sequence.num_cached if is_first else 0
+            chunks.append(sequence.accept(tokens[row], self._eos, logprobs, cached))
+            if sequence.finished:
+                self._running.remove(sequence)
+                self._drop(sequence)
+
+    def _drop(self, sequence: Seq) -> None:
+        """Return what a finished or cancelled sequence holds; what it computed stays in the prefix cache."""
+        sequence.finished = True
+        if sequence.slot >= 0:
+            self._replica.memory.store(sequence, sequence.num_valid)
+        self._replica.memory.release(sequence)
+        del self._sequences[sequence.key]

@@ -1,0 +1,250 @@
+"""The command line. It imports neither ray nor jax itself: `baton --help` must be fast."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine_core.errors import ConfigError
+
+EXIT_CONFIG, EXIT_INTERRUPTED = 2, 130
+BENCHMARKS = {
+    "pd": "time to first token and between tokens, disaggregated against colocated",
+    "gap": "host time between decode steps in which the device is idle",
+    "engine": "decode and prefill tokens/s against Hugging Face transformers",
+    "gateway": "requests/s, streamed chunks/s and added latency of the gateway",
+}
+DEFAULT_URL = "http://127.0.0.1:8000/v1"
+
+TOP_EPILOG = """\
+examples:
+  baton serve                                   the embedded demo model, 1 prefill + 1 decode worker, port 8000
+  baton serve --model Qwen/Qwen3-0.6B           a model of the Hugging Face hub (or any checkpoint directory)
+  baton chat                                    talk to it
+  baton status                                  which workers live
+  baton scale --prefill 3                       more prefill workers, while it runs
+  baton bench pd                                what disaggregation costs and gains on this machine
+
+`baton COMMAND --help` explains a command."""
+
+SERVE_EPILOG = """\
+examples:
+  baton serve
+  baton serve --model ./Qwen3-0.6B --prefill 2 --decode 2 --port 8080
+  baton serve --colocated                       no prefill workers: decode workers read the prompts
+  baton serve --config baton.toml --cache.page_size 64 --batch.num_slots 16
+
+Any field of the configuration can be set as --section.field VALUE (--help-config lists them), or in the TOML file:
+  [engine.model]  [engine.cache]  [engine.batch]  [engine]  [fleet]  [gateway]
+The sections of `engine` need no prefix on the command line. Flags win over the file, the file over the defaults.
+
+Ctrl-C (or SIGTERM) lets running requests finish and stops every process; a second Ctrl-C stops at once.
+Exit status: 0 stopped as asked, 1 something failed (the path of the logs is told), 2 the configuration cannot work."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["bench"] and len(arguments) > 1 and arguments[1] in BENCHMARKS:
+        return _bench(arguments[1], arguments[2:])
+    parser = build_parser()
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown and known.command != "serve":
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    try:
+        return int(known.run(known, unknown))
+    except ConfigError as error:
+        sys.stderr.write(f"baton: error: {error}\n")
+        return EXIT_CONFIG
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole grammar but for the configuration fields, which `engine_core.config_loader` knows."""
+    parser = argparse.ArgumentParser(
+        prog="baton",
+        description="Serve large language models with prefill and decode on separate workers.",
+        epilog=TOP_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_serve(_command(commands, "serve", "start gateway and workers, and serve until Ctrl-C", SERVE_EPILOG, _serve))
+    _add_chat(_command(commands, "chat", "chat with a running Baton in this terminal", CHAT_EPILOG, _chat))
+    bench = _command(commands, "bench", "measure Baton on this machine", BENCH_EPILOG, _bench_usage)
+    bench.add_argument("name", choices=list(BENCHMARKS), metavar="NAME", help=", ".join(BENCHMARKS))
+    _add_scale(_command(commands, "scale", "change the number of workers while Baton runs", SCALE_EPILOG, _scale))
+    status = _command(commands, "status", "show the workers of a running Baton", STATUS_EPILOG, _status)
+    status.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    _add_port(status)
+    _command(commands, "version", "print the version", "", _version)
+    return parser
+
+
+CHAT_EPILOG = """\
+In the chat: /clear forgets the conversation, /system TEXT sets the system message, /exit (or Ctrl-D) leaves,
+Ctrl-C stops an answer.
+
+examples:
+  baton chat
+  baton chat --url http://gpu-box:8000/v1 --system "Answer in one sentence." --temperature 0"""
+
+BENCH_EPILOG = "benchmarks (each has its own --help; --json prints one JSON object as the last line):\n" + "\n".join(
+    f"  baton bench {name:<8} {text}" for name, text in BENCHMARKS.items()
+)
+
+SCALE_EPILOG = """\
+New workers load the model and join; surplus ones finish what they run and leave.
+
+examples:
+  baton scale --prefill 3
+  baton scale --prefill 1 --decode 2 --no-wait"""
+
+STATUS_EPILOG = """\
+Exit status: 0 when every wanted worker serves, 1 when not, 2 when no Baton runs.
+
+examples:
+  baton status
+  baton status --json | jq '.members[].state'"""
+
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def _command(commands: Commands, name: str, text: str, epilog: str, run: object) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_serve(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument("--model", metavar="DIR_OR_HUB_ID", help="checkpoint directory, hub id, or demo (the default)")
+    serve.add_argument("--prefill", metavar="N", help="prefill workers (default 1)")
+    serve.add_argument("--decode", metavar="N", help="decode workers (default 1)")
+    serve.add_argument("--tp", metavar="N", help="tensor-parallel degree of each worker (default 1)")
+    serve.add_argument("--host", help="address of the HTTP endpoint (default 127.0.0.1: this machine only)")
+    serve.add_argument("--port", metavar="N", help="port of the HTTP endpoint (default 8000)")
+    serve.add_argument("--colocated", action="store_true", help="no prefill workers: decode workers do both")
+    serve.add_argument("--numerics", choices=["fast", "strict"], help="strict: token ids independent of placement")
+    serve.add_argument("--config", type=Path, metavar="FILE", help="configuration in TOML")
+    serve.add_argument("--verbose", action="store_true", help="a timeline of the start-up")
+    serve.add_argument("--help-config", action="store_true", help="list every configuration field, and exit")
+
+
+def _add_chat(chat: argparse.ArgumentParser) -> None:
+    chat.add_argument("--url", default=DEFAULT_URL, help="base URL of the OpenAI API (default %(default)s)")
+    chat.add_argument("--model", help="which model (default: the first one served)")
+    chat.add_argument("--system", default="", metavar="TEXT", help="system message")
+    chat.add_argument("--temperature", type=float, help="0 always takes the likeliest token")
+    chat.add_argument("--max-tokens", type=int, dest="max_tokens", help="longest answer")
+
+
+def _add_scale(scale: argparse.ArgumentParser) -> None:
+    scale.add_argument("--prefill", type=int, metavar="N", help="prefill workers")
+    scale.add_argument("--decode", type=int, metavar="N", help="decode workers, at least 1")
+    scale.add_argument("--no-wait", action="store_true", help="return at once")
+    scale.add_argument("--timeout", type=float, default=600.0, metavar="S", help="how long to wait (default 600)")
+    _add_port(scale)
+
+
+def _add_port(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--port", type=int, metavar="N", help="of which Baton (needed only where several run)")
+
+
+def _serve(known: argparse.Namespace, unknown: list[str]) -> int:
+    launch = importlib.import_module("deploy.launch")
+    if known.help_config:
+        sys.stdout.write(launch.describe_fields())
+        return 0
+    checkpoint = importlib.import_module("deploy.checkpoint")
+    flags = list(unknown)
+    for name in ("model", "prefill", "decode", "tp", "host", "port", "numerics"):
+        if (value := getattr(known, name)) is not None:
+            flags += [f"--{name}", value]
+    if known.colocated:
+        flags.append("--colocated")
+    config = launch.read_config(flags, known.config)
+    launch.check_port(config.gateway.host, config.gateway.port)
+    model = config.engine.model
+    model_dir = checkpoint.resolve(model.path, model.revision, lambda text: sys.stderr.write(f"{text}\n"))
+    checkpoint.validate(model_dir)
+    return int(
+        launch.launch(
+            config,
+            model_dir=model_dir,
+            run_files=launch.default_run_files(),
+            worker_classes=launch.WORKER_CLASSES,
+            gateway_class=launch.GATEWAY_CLASS,
+            timeline=known.verbose,
+        )
+    )
+
+
+def _chat(known: argparse.Namespace, unknown: list[str]) -> int:
+    options = {"temperature": known.temperature, "max_tokens": known.max_tokens}
+    given = {name: value for name, value in options.items() if value is not None}
+    return int(importlib.import_module("deploy.chat").run(known.url, known.model, known.system, given))
+
+
+def _scale(known: argparse.Namespace, unknown: list[str]) -> int:
+    types = importlib.import_module("engine_core.types")
+    wanted = {types.Role.PREFILL: known.prefill, types.Role.DECODE: known.decode}
+    wanted = {role: count for role, count in wanted.items() if count is not None}
+    if not wanted:
+        raise ConfigError("say how many: --prefill N, --decode N, or both")
+    admin, run = _connect(known.port)
+    return int(admin.scale(run, wanted, not known.no_wait, known.timeout))
+
+
+def _status(known: argparse.Namespace, unknown: list[str]) -> int:
+    admin, run = _connect(known.port)
+    return int(admin.status(run, known.json))
+
+
+def _connect(port: int | None) -> tuple[Any, Any]:
+    """The admin module, and which Baton it shall talk to."""
+    run_file = importlib.import_module("deploy.run_file")
+    run = run_file.find(run_file.DIRECTORY.expanduser(), port)
+    importlib.import_module("deploy.ray_local").prepare(Path(run.token_path))
+    return importlib.import_module("deploy.admin"), run
+
+
+def _bench(name: str, argv: list[str]) -> int:
+    try:
+        module = importlib.import_module(f"benchmarks.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("benchmarks", f"benchmarks.{name}"):
+            raise
+        sys.stderr.write(f"baton: error: the benchmark {name} is not installed; run it from a checkout\n")
+        return EXIT_CONFIG
+    return int(module.main(argv) or 0)
+
+
+def _bench_usage(known: argparse.Namespace, unknown: list[str]) -> int:
+    return _bench(known.name, unknown)
+
+
+def _version(known: argparse.Namespace, unknown: list[str]) -> int:
+    number = "unknown"
+    with contextlib.suppress(PackageNotFoundError):
+        number = version("baton")
+    sys.stdout.write(f"baton {number}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""The fleet as a Ray actor: `FleetCore` with worker actors as its processes, and how others reach it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from deploy.config import ServeConfig
+from deploy.fleet_core import FleetCore
+from deploy.fleet_types import FleetStatus, Membership, StartFailed, WorkerLost, WorkerReport, WorkerSpec
+from deploy.log import log_to_file
+from deploy.worker_actor import WorkerActor, WorkerPlan
+from engine_core.errors import ConfigError
+from engine_core.messages import WorkerInfo
+from engine_core.types import Role
+
+logger = logging.getLogger(__name__)
+
+FLEET = "baton-fleet"
+NAMESPACE = "baton"
+
+
+class FleetPlan(msgspec.Struct, frozen=True):
+    """What the fleet actor is told when it is made."""
+
+    config: ServeConfig
+    model_dir: str
+    log_dir: str
+    worker_classes: dict[Role, str]
+    secret: bytes | None = None
+
+
+class RayWorkerHandle:
+    """One life of a worker as a Ray actor; see `WorkerHandle`."""
+
+    def __init__(self, plan: WorkerPlan, gpus: float, tpus: float) -> None:
+        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0}
+        if gpus:
+            options["num_gpus"] = gpus
+        if tpus:
+            options["resources"] = {"TPU": tpus}
+        self._worker_id = plan.worker_id
+        self._actor = ray.remote(WorkerActor).options(**options).remote(plan)
+
+    async def start(self) -> WorkerInfo:
+        """Load and compile. Raises ConfigError or StartFailed with the reason in one line."""
+        try:
+            info: WorkerInfo = await self._actor.start.remote()
+        except RayTaskError as error:
+            cause = error.cause
+            logger.error("%s failed to start: %s", self._worker_id, error)
+            if isinstance(cause, ConfigError):
+                raise ConfigError(str(cause)) from None
+            raise StartFailed(f"{self._worker_id} failed to start: {type(cause).__name__}: {cause}") from None
+        except RayActorError as error:
+            raise WorkerLost(_first_line(error)) from None
+        return info
+
+    async def report(self) -> WorkerReport:
+        """Answer the health check."""
+        report: WorkerReport = await _alive(self._actor.report.remote())
+        return report
+
+    async def drain(self, timeout_s: float) -> None:
+        """Finish what runs, then close."""
+        await _alive(self._actor.drain.remote(timeout_s))
+
+    async def kill(self) -> None:
+        """End the process."""
+        ray.kill(self._actor)
+
+
+class FleetActor:
+    """Thin: every method is FleetCore's."""
+
+    def __init__(self, plan: FleetPlan) -> None:
+        log_to_file(Path(plan.log_dir), "fleet")
+        self._plan = plan
+        self._core = FleetCore(plan.config.fleet, self._launch)
+
+    def _launch(self, spec: WorkerSpec) -> RayWorkerHandle:
+        config = self._plan.config
+        num_places = sum(config.fleet.count(role) for role in Role) if config.fleet.pin_cores else 0
+        plan = WorkerPlan(
+            worker_class=self._plan.worker_classes[spec.role],
+            engine=config.engine,
+            model_dir=self._plan.model_dir,
+            worker_id=spec.worker_id,
+            incarnation=spec.incarnation,
+            host=config.fleet.host,
+            log_dir=self._plan.log_dir,
+            secret=self._plan.secret,
+            place=spec.place,
+            num_places=num_places,
+        )
+        return RayWorkerHandle(plan, config.fleet.gpus_per_worker, config.fleet.tpus_per_worker)
+
+    async def start(self) -> int:
+        """Start every worker in the background; returns this process's id."""
+        await self._core.start()
+        return os.getpid()
+
+    async def scale(self, wanted: dict[Role, int]) -> FleetStatus:
+        """See FleetCore."""
+        return await self._core.scale(wanted)
+
+    async def stop(self, drain_timeout_s: float) -> None:
+        """See FleetCore."""
+        await self._core.stop(drain_timeout_s)
+
+    async def wait_for_change(self, version: int, timeout_s: float) -> Membership:
+        """See FleetCore."""
+        return await self._core.wait_for_change(version, timeout_s)
+
+    async def watch(self, version: int, timeout_s: float) -> FleetStatus:
+        """See FleetCore."""
+        return await self._core.watch(version, timeout_s)
+
+    async def status(self) -> FleetStatus:
+        """See FleetCore."""
+        return self._core.status()
+
+
+class FleetClient:
+    """The fleet, from any process that is connected to its Ray cluster."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    @classmethod
+    def create(cls, plan: FleetPlan) -> FleetClient:
+        """Make the fleet actor. It lives until it is killed, or the process that made it ends."""
+        options: dict[str, Any] = {"name": FLEET, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": 1000}
+        return cls(ray.remote(FleetActor).options(**options).remote(plan))
+
+    @classmethod
+    def find(cls) -> FleetClient:
+        """Find the cluster's fleet; ValueError where there is none."""
+        return cls(ray.get_actor(FLEET, namespace=NAMESPACE))
+
+    async def start(self) -> int:
+        """See FleetActor."""
+        pid: int = await _alive(self._actor.start.remote())
+        return pid
+
+    async def scale(self, wanted: dict[Role, int]) -> FleetStatus:
+        """See FleetCore."""
+        try:
+            status: FleetStatus = await _alive(self._actor.scale.remote(wanted))
+        except RayTaskError as error:
+            if isinstance(error.cause, ConfigError):
+                raise ConfigError(str(error.cause)) from None
+            raise
+        return status
+
+    async def stop(self, drain_timeout_s: float) -> None:
+        """See FleetCore."""
+        await _alive(self._actor.stop.remote(drain_timeout_s))
+
+    async def wait_for_change(self, version: int, timeout_s: float) -> Membership:
+        """See FleetCore."""
+        membership: Membership = await _alive(self._actor.wait_for_change.remote(version, timeout_s))
+        return membership
+
+    async def watch(self, version: int, timeout_s: float) -> FleetStatus:
+        """See FleetCore."""
+        status: FleetStatus = await _alive(self._actor.watch.remote(version, timeout_s))
+        return status
+
+    async def status(self) -> FleetStatus:
+        """See FleetCore."""
+        status: FleetStatus = await _alive(self._actor.status.remote())
+        return status
+
+
+async def _alive(reference: Awaitable[Any]) -> Any:
+    """Await an actor call; WorkerLost where the actor is gone."""
+    try:
+        return await reference
+    except RayTaskError:
+        raise
+    except RayError as error:
+        raise WorkerLost(_first_line(error)) from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

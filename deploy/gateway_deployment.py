@@ -1,0 +1,122 @@
+"""The gateway as a Ray Serve deployment. Serve owns each replica's life; the replica listens for HTTP itself.
+
+Serve's own HTTP path costs 5 to 9 ms per request (DESIGN.md), so no Serve proxy is started: a replica runs its own
+server, which shares the port with the other replicas of the machine (SO_REUSEPORT).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from ray import serve
+
+from deploy.fleet import FleetClient
+from deploy.fleet_types import GatewayPlan, Membership, WorkerLost
+from deploy.log import log_to_file
+from engine_core.messages import WorkerInfo
+
+logger = logging.getLogger(__name__)
+
+APP = "baton"
+POLL_S = 30.0
+RETRY_S = 1.0
+
+
+class Gateway(Protocol):
+    """A gateway: constructed from a GatewayConfig, a model directory and the secret; see `router.server`."""
+
+    async def start(self) -> None:
+        """Listen."""
+
+    def follow(self, workers: Sequence[WorkerInfo]) -> None:
+        """These workers serve, and no others."""
+
+    def check_health(self) -> None:
+        """Raise when it no longer listens."""
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new requests, finish the running ones, close."""
+
+
+class FleetFollower(Protocol):
+    """The part of the fleet that a gateway uses."""
+
+    async def wait_for_change(self, version: int, timeout_s: float) -> Membership:
+        """See FleetCore."""
+
+
+async def follow_fleet(fleet: FleetFollower, gateway: Gateway, retry_s: float) -> None:
+    """Keep the gateway's view equal to the fleet's, for ever. Without a fleet the last view stands."""
+    version = 0
+    while True:
+        try:
+            membership = await fleet.wait_for_change(version, POLL_S)
+        except WorkerLost as error:
+            logger.warning("the fleet does not answer: %s", error)
+            await asyncio.sleep(retry_s)
+            continue
+        if membership.version != version:
+            version = membership.version
+            logger.info("membership %d: %s", version, [(w.worker_id, w.incarnation) for w in membership.workers])
+            gateway.follow(membership.workers)
+
+
+class GatewayReplica:
+    """What Serve runs."""
+
+    async def __init__(self, plan: GatewayPlan) -> None:  # type: ignore[misc]  # Serve awaits it
+        log_to_file(Path(plan.log_dir), "gateway")
+        module, _, name = plan.gateway_class.partition(":")
+        self._plan = plan
+        gateway_class = getattr(importlib.import_module(module), name)
+        self._gateway: Gateway = gateway_class(plan.config.gateway, Path(plan.model_dir), plan.secret)
+        await self._gateway.start()
+        self._following = asyncio.create_task(follow_fleet(FleetClient.find(), self._gateway, RETRY_S))
+        logger.info("listening; event loop %s", type(asyncio.get_running_loop()))
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces a replica that raises."""
+        if self._following.done():
+            self._following.result()
+        self._gateway.check_health()
+
+    async def __del__(self) -> None:
+        """Called by Serve when the replica shall go."""
+        await self._gateway.drain(self._plan.drain_timeout_s)
+        self._following.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._following
+
+
+def start_gateways(plan: GatewayPlan, replicas: int) -> None:
+    """Start Serve and the gateways; returns when they listen."""
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(proxy_location="Disabled", logging_config=quiet)
+    deployment = serve.deployment(
+        name="gateway",
+        num_replicas=replicas,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=plan.drain_timeout_s + 5,
+        graceful_shutdown_wait_loop_s=0.1,
+        max_constructor_retry_count=1,
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        logging_config=quiet,
+    )(GatewayReplica)
+    try:
+        serve.run(deployment.bind(plan), name=APP, route_prefix=None)
+    except RuntimeError as error:  # it says that, not why
+        deployed = serve.status().applications[APP].deployments
+        raise RuntimeError("\n".join([str(error), *(state.message for state in deployed.values())])) from None
+
+
+def stop_gateways() -> None:
+    """Let running requests finish, then end every replica."""
+    serve.delete(APP)

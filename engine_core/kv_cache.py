@@ -1,0 +1,174 @@
+"""The paged KV cache on the device: its layout, creation, and the way in and out for whole pages.
+
+A page (Kwon et al. 2023) holds `page_size` token places of one layer, in the layout of ragged paged attention v3 (jax
+`pallas/ops/tpu/ragged_paged_attention`): `[page_size, align(2K, pack) / pack, pack, align(H, head_align)]`, K and V
+interleaved on the head axis (K0, V0, K1, V1, ...), pack = 32 / bits of the dtype.
+
+Storage: bfloat16 on a CPU is held as uint16, the same bits: XLA:CPU scatters bfloat16 a hundred times slower than
+integers in jax 0.10. `to_storage` and `from_storage` are the only places that know.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from engine_core.errors import ConfigError
+from engine_core.mesh import TENSOR, cache_axes, sharding
+
+_STACKED_NDIM = 6  # of a scanned segment's array; 5 is one layer's
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def _align(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheLayout:
+    """Sizes of one model replica's cache, before it is split over a mesh.
+
+    Attributes:
+        num_layers: layers that hold KV.
+        num_pages: pages of each layer; the ids are [0, num_pages).
+        page_size: token places per page.
+        num_kv_heads: K.
+        head_dim: H, unpadded.
+        dtype: "float32" or "bfloat16", in the cache and on the wire.
+        head_align: H is padded to a multiple of it; 128 on TPU, 1 elsewhere.
+    """
+
+    num_layers: int
+    num_pages: int
+    page_size: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    head_align: int
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no cache can have."""
+        if self.dtype not in _ITEM_BYTES:
+            raise ConfigError(f"cache dtype must be float32 or bfloat16, not {self.dtype!r}")
+        for name in ("num_layers", "num_pages", "page_size", "num_kv_heads", "head_dim", "head_align"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"cache {name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def pack(self) -> int:
+        """Values of this dtype in 32 bits."""
+        return 4 // _ITEM_BYTES[self.dtype]
+
+    @property
+    def page_shape(self) -> tuple[int, int, int, int]:
+        """`[page_size, align(2K, pack) / pack, pack, align(H, head_align)]`."""
+        heads = _align(2 * self.num_kv_heads, self.pack) // self.pack
+        return (self.page_size, heads, self.pack, _align(self.head_dim, self.head_align))
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page in all layers, padding included."""
+        return self.num_layers * math.prod(self.page_shape) * _ITEM_BYTES[self.dtype]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """The cache of all layers. A step that takes one donates it.
+
+    Attributes:
+        layers: `[num_pages, *page_shape]` for each layer, or `[L, num_pages, *page_shape]` for each scanned segment.
+        head_dim: H where the pages pad it, else 0. Static; a function that returns new layers keeps it (`replace`).
+    """
+
+    layers: tuple[jax.Array, ...]
+    head_dim: int = field(default=0, metadata={"static": True})
+
+
+def create_cache(layout: CacheLayout, mesh: Mesh | None, stacked: bool) -> KVCache:
+    """Make an empty (zero) cache, its KV heads split over the mesh's `tensor` axis.
+
+    Args:
+        layout: global sizes.
+        mesh: None: the default device.
+        stacked: one array of all layers (scanned segments) instead of one per layer.
+
+    Raises:
+        ConfigError: the KV heads do not divide by the tensor axis.
+    """
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    dtype = jnp.uint16 if platform == "cpu" and layout.dtype == "bfloat16" else jnp.dtype(layout.dtype)
+    shape = (layout.num_pages, *layout.page_shape)
+    if mesh is not None and layout.num_kv_heads % mesh.shape[TENSOR]:
+        raise ConfigError(f"{layout.num_kv_heads} KV heads do not divide over tp = {mesh.shape[TENSOR]}")
+    place = None if mesh is None else sharding(mesh, cache_axes(stacked))
+    head_dim = layout.head_dim if layout.page_shape[-1] > layout.head_dim else 0
+    if stacked:
+        return KVCache((jnp.zeros((layout.num_layers, *shape), dtype, device=place),), head_dim)
+    return KVCache(tuple(jnp.zeros(shape, dtype, device=place) for _ in range(layout.num_layers)), head_dim)
+
+
+def to_storage(values: jax.Array, storage: jax.typing.DTypeLike) -> jax.Array:
+    """Convert logical values to the cache's storage dtype; bfloat16 bits where that is uint16."""
+    if storage == jnp.uint16:
+        return jax.lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16)
+    return values.astype(storage)
+
+
+def from_storage(stored: jax.Array) -> jax.Array:
+    """Undo `to_storage`: the logical dtype (float32 or bfloat16), bit for bit."""
+    if stored.dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(stored, jnp.bfloat16)
+    return stored
+
+
+def pack_heads(heads: jax.Array, head_shape: tuple[int, ...]) -> jax.Array:
+    """Lay `[..., 2K, H]` logical heads out as `head_shape` = (2K / pack, pack, align(H)), zeros in the padding."""
+    padding = [(0, 0)] * (heads.ndim - 1) + [(0, head_shape[-1] - heads.shape[-1])]
+    return jnp.pad(heads, padding).reshape(*heads.shape[:-2], *head_shape)
+
+
+def gather_pages(cache: KVCache, page_ids: jax.Array) -> tuple[jax.Array, ...]:
+    """Copy pages out of every layer, as logical heads.
+
+    Args:
+        cache: scanned or per layer.
+        page_ids: [n] i32; ids out of range give unspecified content.
+
+    Returns:
+        Per layer `[n, page_size, 2K, H]` (K0, V0, K1, V1, ...), logical dtype, split over `tensor` as the cache is.
+    """
+    blocks = []
+    for array in cache.layers:
+        for index in range(array.shape[0]) if array.ndim == _STACKED_NDIM else [None]:
+            at = page_ids if index is None else (index, page_ids)
+            pages = array.at[at].get(mode="clip", wrap_negative_indices=False)
+            heads = pages.reshape(*pages.shape[:2], -1, pages.shape[-1])
+            blocks.append(from_storage(heads[..., : cache.head_dim or None]))
+    return tuple(blocks)
+
+
+def scatter_pages(cache: KVCache, page_ids: jax.Array, blocks: tuple[jax.Array, ...]) -> KVCache:
+    """Write whole pages into every layer.
+
+    Args:
+        cache: donated by the caller's jit.
+        page_ids: [n] i32; ids out of range are dropped.
+        blocks: per layer `[n, page_size, 2K, H]`, as `gather_pages` gives them.
+
+    Returns:
+        The cache with those pages replaced.
+    """
+    layers = []
+    rest = iter(blocks)
+    for array in cache.layers:
+        for index in range(array.shape[0]) if array.ndim == _STACKED_NDIM else [None]:
+            at = page_ids if index is None else (index, page_ids)
+            packed = to_storage(pack_heads(next(rest), array.shape[-3:]), array.dtype)
+            array = array.at[at].set(packed, mode="drop", wrap_negative_indices=False)
+        layers.append(array)
+    return replace(cache, layers=tuple(layers))

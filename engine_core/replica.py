@@ -1,0 +1,92 @@
+"""One model replica: the engine and the host-side state around it. `replica_loader` opens one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine_core.batch import BatchBuilder, Chunk
+from engine_core.chunking import SequenceMemory
+from engine_core.engine import Engine, PendingStep
+from engine_core.messages import PeerAddress, WorkerInfo
+from engine_core.resolve import ResolvedEngine
+from engine_core.sequence import Sequence as Seq
+from engine_core.step_io import StepInputs
+from engine_core.types import Numerics, Role
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """What a scheduler works with.
+
+    Attributes:
+        identity: names the weights and, in strict numerics, the bits they give; replicas that differ never pair.
+    """
+
+    engine: Engine
+    memory: SequenceMemory
+    builder: BatchBuilder
+    identity: str
+
+    @property
+    def resolved(self) -> ResolvedEngine:
+        """Sizes of this replica."""
+        return self.engine.resolved
+
+    @property
+    def prefill_budget(self) -> tuple[int, int]:
+        """Tokens and sequences of one prefill step at most."""
+        resolved = self.resolved
+        if resolved.numerics is Numerics.STRICT:
+            return resolved.decode_buckets[0], resolved.decode_buckets[0]
+        return resolved.prefill_buckets[-1], resolved.prefill_rows
+
+    def dispatch_prefill(self, chunks: Sequence[Chunk]) -> PendingStep:
+        """Queue one prefill step. Row i of its output belongs to `output_rows(chunks)[i]`."""
+        return self.engine.dispatch(self._prefill_inputs(chunks))
+
+    def output_rows(self, chunks: Sequence[Chunk]) -> list[int]:
+        """Row of the step's output that holds each chunk's sampled token."""
+        if self.resolved.numerics is not Numerics.STRICT:
+            return list(range(len(chunks)))
+        rows, end = [], 0
+        for chunk in chunks:
+            end += chunk.count
+            rows.append(end - 1)
+        return rows
+
+    def dispatch_decode(self, sequences: Sequence[Seq]) -> PendingStep:
+        """Queue one decode step; row i is `sequences[i]`."""
+        return self.engine.dispatch(self.builder.decode(sequences, self.resolved.decode_bucket(len(sequences))))
+
+    def prepare_slot(self, sequence: Seq) -> None:
+        """Set token counts on the device where the request uses penalties. The sequence has a slot."""
+        request = sequence.request
+        if request.sampling.has_penalties:
+            prompt = sequence.token_ids[: request.num_prompt_tokens]
+            self.engine.init_slot(sequence.slot, prompt, sequence.token_ids[request.num_prompt_tokens :])
+
+    def worker_info(
+        self, role: Role, worker_id: str, incarnation: int, address: PeerAddress, fingerprint: str
+    ) -> WorkerInfo:
+        """What gateways and the fleet know of a worker with this replica."""
+        resolved = self.resolved
+        return WorkerInfo(
+            worker_id=worker_id,
+            incarnation=incarnation,
+            role=role,
+            address=address,
+            fingerprint=fingerprint,
+            numerics=resolved.numerics,
+            num_slots=resolved.num_slots,
+            num_pages=resolved.layout.num_pages,
+            page_size=resolved.layout.page_size,
+            max_model_len=resolved.max_model_len,
+        )
+
+    def _prefill_inputs(self, chunks: Sequence[Chunk]) -> StepInputs:
+        resolved = self.resolved
+        if resolved.numerics is Numerics.STRICT:
+            return self.builder.strict_prefill(chunks, resolved.decode_buckets[0])
+        bucket = resolved.prefill_bucket(sum(chunk.count for chunk in chunks))
+        return self.builder.prefill(chunks, bucket, resolved.prefill_rows)

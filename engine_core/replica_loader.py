@@ -1,0 +1,74 @@
+"""Opens a replica: checkpoint to compiled buckets and, in strict numerics, the proof."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from engine_core.batch import BatchBuilder
+from engine_core.chunking import SequenceMemory
+from engine_core.config import EngineConfig
+from engine_core.engine import Engine
+from engine_core.models.registry import load_spec
+from engine_core.page_pool import PagePool
+from engine_core.prefix_cache import PrefixCache
+from engine_core.replica import Replica
+from engine_core.resolve import checkpoint_identity, resolve
+from engine_core.slot_table import SlotTable
+from engine_core.step_io import StepInputs
+from engine_core.strict import prove
+from engine_core.types import Numerics
+
+
+def open_replica(config: EngineConfig, model_dir: Path, progress: Callable[[str], None], *, decodes: bool) -> Replica:
+    """Load a checkpoint and compile every bucket.
+
+    Args:
+        config: what the user asked for.
+        model_dir: the checkpoint.
+        progress: told short sentences on the way.
+        decodes: compile the decode buckets; prefill workers have no use for them.
+
+    Raises:
+        ConfigError, CheckpointError: it cannot work.
+    """
+    use_compile_cache(config.compile_cache)
+    progress("reading the checkpoint")
+    resolved = resolve(config, load_spec(model_dir), checkpoint_identity(model_dir), jax.local_devices())
+    engine = Engine(config, resolved, model_dir, progress)
+    table = SlotTable(resolved.num_slots, resolved.pages_per_seq, resolved.layout.num_pages, resolved.spec.vocab_size)
+    cache = PrefixCache(PagePool(resolved.layout.num_pages), resolved.layout.page_size)
+    namespace = bytes.fromhex(resolved.fingerprint)
+    memory = SequenceMemory(cache, table, resolved.layout.page_size, namespace, reuse=config.prefix_cache)
+    replica = Replica(engine=engine, memory=memory, builder=BatchBuilder(table), identity=resolved.fingerprint)
+    engine.warm_up(_buckets(replica, decodes=decodes), progress)
+    if resolved.numerics is not Numerics.STRICT:
+        return replica
+    progress("proving strict numerics")
+    return dataclasses.replace(replica, identity=f"{resolved.fingerprint}-{prove(replica)}")
+
+
+def use_compile_cache(path: str) -> None:
+    """Switch on JAX's persistent compilation cache, for small programs too. An empty path leaves it off."""
+    if not path:
+        return
+    directory = Path(path).expanduser()
+    directory.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _buckets(replica: Replica, *, decodes: bool) -> list[tuple[str, StepInputs]]:
+    resolved = replica.resolved
+    builder = replica.builder
+    buckets = [
+        (f"prefill of {size} tokens", builder.prefill((), size, resolved.prefill_rows))
+        for size in resolved.prefill_buckets
+    ]
+    if decodes or resolved.numerics is Numerics.STRICT:
+        buckets += [(f"decode of {size} sequences", builder.decode((), size)) for size in resolved.decode_buckets]
+    return buckets

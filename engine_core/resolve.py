@@ -1,0 +1,203 @@
+"""What a configuration means for one checkpoint on these devices. Everything found at run time lives here."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import msgspec
+
+from engine_core.config import EngineConfig
+from engine_core.errors import CheckpointError, ConfigError
+from engine_core.kv_cache import CacheLayout
+from engine_core.messages import PROTOCOL_VERSION
+from engine_core.models.spec import ModelSpec
+from engine_core.types import Numerics
+
+_DECODE_BUCKETS = (1, 8, 32, 64, 128, 256, 512)
+_SAMPLE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResolvedEngine:
+    """Sizes and choices that hold for the life of an engine.
+
+    Attributes:
+        dtype: of activations and KV cache.
+        stacked: layers are scanned over stacked weights; else unrolled.
+        num_slots: S.
+        max_model_len: prompt plus answer, tokens at most.
+        pages_per_seq: P.
+        decode_buckets: B of each decode step, ascending.
+        prefill_buckets: T of each prefill step, ascending; empty in strict numerics.
+        prefill_rows: B of a prefill step.
+        fingerprint: workers whose fingerprints differ never exchange KV.
+    """
+
+    spec: ModelSpec
+    layout: CacheLayout
+    dtype: str
+    stacked: bool
+    numerics: Numerics
+    num_slots: int
+    max_model_len: int
+    pages_per_seq: int
+    decode_buckets: tuple[int, ...]
+    prefill_buckets: tuple[int, ...]
+    prefill_rows: int
+    fingerprint: str
+
+    def decode_bucket(self, count: int) -> int:
+        """Smallest bucket that holds `count` sequences."""
+        return next(b for b in self.decode_buckets if b >= count)
+
+    def prefill_bucket(self, num_tokens: int) -> int:
+        """Smallest bucket that holds `num_tokens` tokens."""
+        return next(b for b in self.prefill_buckets if b >= num_tokens)
+
+
+def resolve(config: EngineConfig, spec: ModelSpec, identity: str, devices: list[jax.Device]) -> ResolvedEngine:
+    """Derive sizes from the checkpoint and the devices.
+
+    Args:
+        config: what the user asked for.
+        spec: of the checkpoint.
+        identity: names the checkpoint's weights.
+        devices: visible to this process.
+
+    Raises:
+        ConfigError: the configuration contradicts the checkpoint.
+        CheckpointError: weights and one sequence's cache do not fit in memory.
+    """
+    platform = devices[0].platform
+    if config.tp > len(devices):
+        raise ConfigError(f"tp is {config.tp} but only {len(devices)} device(s) are visible")
+    max_model_len = config.batch.max_model_len or spec.max_position
+    if max_model_len > spec.max_position:
+        raise ConfigError(f"batch.max_model_len is {max_model_len}, the model's context is {spec.max_position}")
+    dtype = _compute_dtype(config.model.dtype, spec, platform)
+    page_size = config.cache.page_size or (128 if platform == "tpu" else 16)
+    layout = CacheLayout(
+        num_layers=spec.num_layers,
+        num_pages=1,
+        page_size=page_size,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        dtype=dtype,
+        head_align=128 if platform == "tpu" else 1,
+    )
+    pages_per_seq = -(-max_model_len // page_size)
+    num_pages = _num_pages(config, spec, layout, devices, pages_per_seq)
+    strict = config.numerics is Numerics.STRICT
+    layout = replace(layout, num_pages=num_pages)
+    return ResolvedEngine(
+        spec=spec,
+        layout=layout,
+        dtype=dtype,
+        stacked=config.model.layers == "scan" or (config.model.layers == "auto" and platform != "cpu"),
+        numerics=config.numerics,
+        num_slots=config.batch.num_slots,
+        max_model_len=max_model_len,
+        pages_per_seq=pages_per_seq,
+        decode_buckets=(_strict_rows(config),) if strict else _decode_buckets(config.batch.num_slots),
+        prefill_buckets=() if strict else _prefill_buckets(config.batch.prefill_tokens, config.batch.prefill_seqs),
+        prefill_rows=config.batch.prefill_seqs,
+        fingerprint=_fingerprint(spec, identity, layout, config.numerics),
+    )
+
+
+def _compute_dtype(asked: str, spec: ModelSpec, platform: str) -> str:
+    if asked != "auto":
+        return asked
+    if platform == "cpu":
+        return "float32"
+    return "bfloat16" if spec.dtype == "float16" else spec.dtype
+
+
+def _strict_rows(config: EngineConfig) -> int:
+    if config.batch.strict_rows < config.batch.num_slots:
+        raise ConfigError(
+            f"batch.strict_rows is {config.batch.strict_rows}: strict numerics decode all "
+            f"batch.num_slots={config.batch.num_slots} sequences in one bucket, so it must be at least that"
+        )
+    return config.batch.strict_rows
+
+
+def _decode_buckets(num_slots: int) -> tuple[int, ...]:
+    return (*(b for b in _DECODE_BUCKETS if b < num_slots), num_slots)
+
+
+def _prefill_buckets(num_tokens: int, num_rows: int) -> tuple[int, ...]:
+    """The chunk size and two smaller ones for short prompts; all larger than the sequence rows (T > B)."""
+    sizes = {num_tokens, num_tokens // 4, num_tokens // 16}
+    return tuple(sorted(s for s in sizes if s > num_rows)) or (num_rows + 1,)
+
+
+def _num_pages(
+    config: EngineConfig, spec: ModelSpec, layout: CacheLayout, devices: list[jax.Device], pages_per_seq: int
+) -> int:
+    weights = weight_bytes(spec, layout.dtype)
+    budget = _memory_budget(config, devices, weights)
+    asked = config.cache.num_pages
+    num_pages = asked or budget // layout.page_bytes
+    if num_pages < pages_per_seq:
+        raise CheckpointError(
+            f"the model does not fit: weights take {weights / 2**30:.2f} GiB, and the cache has {num_pages} pages "
+            f"of {layout.page_size} tokens where one sequence of batch.max_model_len needs {pages_per_seq}; "
+            "lower batch.max_model_len, raise cache.num_pages or use more devices"
+        )
+    if asked and asked * layout.page_bytes + weights > _total_memory(devices):
+        raise CheckpointError(
+            f"cache.num_pages={asked} takes {asked * layout.page_bytes / 2**30:.2f} GiB beside "
+            f"{weights / 2**30:.2f} GiB of weights, more than this machine has"
+        )
+    return num_pages
+
+
+def _memory_budget(config: EngineConfig, devices: list[jax.Device], weights: int) -> int:
+    """Bytes for the cache over all devices of the replica."""
+    if devices[0].platform == "cpu":
+        if weights > _total_memory(devices) * config.cache.memory_fraction:
+            return 0
+        return config.cache.host_bytes
+    return max(0, int(_total_memory(devices[: config.tp]) * config.cache.memory_fraction) - weights)
+
+
+def _total_memory(devices: list[jax.Device]) -> int:
+    if devices[0].platform == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return sum(int((d.memory_stats() or {}).get("bytes_limit", 0)) for d in devices)
+
+
+def weight_bytes(spec: ModelSpec, dtype: str) -> int:
+    """Bytes of all weights, to within norms and biases."""
+    attention = spec.hidden_size * spec.head_dim * (2 * spec.num_heads + 2 * spec.num_kv_heads)
+    mlp = 3 * spec.hidden_size * spec.intermediate_size
+    embedding = spec.vocab_size * spec.hidden_size * (1 if spec.tie_embeddings else 2)
+    return (spec.num_layers * (attention + mlp) + embedding) * (4 if dtype == "float32" else 2)
+
+
+def _fingerprint(spec: ModelSpec, identity: str, layout: CacheLayout, numerics: Numerics) -> str:
+    """Hash of weights, their shape and the logical cache layout. Pool size and packing may differ between workers."""
+    cache = (layout.page_size, layout.num_kv_heads, layout.head_dim, layout.dtype)
+    parts = (msgspec.to_builtins(spec), identity, cache, str(numerics), PROTOCOL_VERSION)
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def checkpoint_identity(model_dir: Path) -> str:
+    """Names a checkpoint by its config and each weight file's size and samples of its bytes.
+
+    Cheap, and enough to tell two checkpoints of one shape apart.
+    """
+    digest = hashlib.blake2b((model_dir / "config.json").read_bytes(), digest_size=16)
+    for path in sorted(model_dir.glob("*.safetensors")):
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{path.name} {size}".encode())
+            for start in (0, size // 2, max(0, size - _SAMPLE_BYTES)):
+                file.seek(start)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,72 @@
+"""One device call: tokens in, tokens out, the cache updated in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from engine_core import mesh as meshes
+from engine_core.kv_cache import KVCache
+from engine_core.models.decoder import Decoder, Params
+from engine_core.sampling import sample
+from engine_core.step_io import SlotState, StepInputs, StepOutput
+
+Step = Callable[[Params[jax.Array], KVCache, SlotState, StepInputs], tuple[KVCache, SlotState, StepOutput]]
+
+
+def step(
+    model: Decoder, params: Params[jax.Array], cache: KVCache, slots: SlotState, inputs: StepInputs
+) -> tuple[KVCache, SlotState, StepOutput]:
+    """Run the model on a batch and draw one token per sequence row. Pure; local arrays inside shard_map.
+
+    Args:
+        model: static.
+        params: weights.
+        cache: keys and values; this step's are written before they are attended to.
+        slots: `last_tokens` feeds rows whose `token_slots` is below S, and receives the drawn tokens.
+        inputs: see `StepInputs`. T == B is a decode step, one token per row; else chunks are packed.
+
+    Returns:
+        (cache, slots, output).
+    """
+    sampled = slots.last_tokens.at[inputs.token_slots].get(mode="fill", fill_value=0)
+    tokens = jnp.where(inputs.token_slots < slots.last_tokens.shape[0], sampled, inputs.tokens)
+    logits, cache = model.forward(params, cache, tokens, inputs)
+    output, slots = sample(logits, slots, inputs.slots, inputs.sampling)
+    return cache, slots, output
+
+
+def build_step(model: Decoder, mesh: Mesh) -> Step:
+    """The jitted step of a model on a mesh; it compiles once per (T, B, P).
+
+    Donates: cache, slots.
+
+    Shardings: params as `load_params` places them, cache over KV heads, everything else replicated. Results keep the
+    shardings of their arguments, so that feeding them back never compiles again.
+    """
+
+    def local(
+        params: Params[jax.Array], cache: KVCache, slots: SlotState, inputs: StepInputs
+    ) -> tuple[KVCache, SlotState, StepOutput]:
+        return step(model, params, cache, slots, inputs)
+
+    cache_spec = P(*meshes.cache_axes(model.scan))
+    run = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(param_specs(model), cache_spec, P(), P()),
+        out_specs=(cache_spec, P(), P()),
+        check_vma=False,  # all_gather leaves equal values on every device, which the type system cannot see
+    )
+    whole = meshes.replicated(mesh)
+    return jax.jit(run, donate_argnums=(1, 2), out_shardings=(NamedSharding(mesh, cache_spec), whole, whole))
+
+
+def param_specs(model: Decoder) -> Any:
+    """A `PartitionSpec` for each leaf of the model's params."""
+    return jax.tree.map(lambda plan: P(*plan.axes), model.plan())

@@ -1,0 +1,262 @@
+"""What workers of both roles are made of beside their scheduler: gateway links, the engine thread, beats, drain.
+
+Threads: gateways and timers live on the event loop; the scheduler lives on the engine thread. `WorkerHost` is the only
+place where the two meet: requests and cancels are posted to the engine thread, tokens and failures are called back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Protocol
+
+from engine_core.engine_thread import EngineThread
+from engine_core.errors import BatonError, CapacityError, RequestError, RequestTooLong, TransferTimeout, WorkerDied
+from engine_core.messages import Cancel, Decode, Failed, Load, Prefill, TokenChunk, Tokens, WorkerInfo
+from engine_core.types import Request
+from kv_transfer.control import ControlServer, GatewayLink
+
+logger = logging.getLogger(__name__)
+
+Key = tuple[str, int]
+
+BEAT_S = 0.25
+STOP_TIMEOUT_S = 10.0
+
+
+class RoleScheduler(Protocol):
+    """A scheduler as its host drives it; all on the engine thread."""
+
+    @property
+    def num_running(self) -> int:
+        """Sequences at work."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for room."""
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens still to be computed."""
+
+    def cancel(self, key: Key) -> None:
+        """Free everything a request holds."""
+
+    def tick(self) -> bool:
+        """One round; whether another should follow at once."""
+
+
+class WorkerHost:
+    """Runs a scheduler on behalf of gateways.
+
+    Args:
+        secret: shared with gateways; None binds to loopback only.
+        scheduler: the role's.
+        accept: takes a validated Prefill or Decode, on the engine thread.
+        on_cancel: told, on the engine thread, of every request that is given up.
+        vocab_size: token ids beyond it are refused.
+        max_model_len: longer sequences are refused.
+        free_pages: pages that can be had, free or evictable.
+        compiles: compilations after warm-up.
+    """
+
+    def __init__(
+        self,
+        *,
+        secret: bytes | None,
+        scheduler: RoleScheduler,
+        accept: Callable[[Prefill | Decode], None],
+        on_cancel: Callable[[Key], None],
+        vocab_size: int,
+        max_model_len: int,
+        free_pages: Callable[[], int],
+        compiles: Callable[[], int],
+    ) -> None:
+        self.draining = False
+        self._scheduler = scheduler
+        self._accept = accept
+        self._on_cancel = on_cancel
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._free_pages = free_pages
+        self._compiles = compiles
+        self._server = ControlServer(secret, self)
+        self._engine_thread = EngineThread(scheduler.tick, self._on_crash)
+        self._owners: dict[Key, GatewayLink] = {}
+        self._deadlines: dict[Key, asyncio.TimerHandle] = {}
+        self._stopping = False
+        self._at_rest = asyncio.Event()
+        self._beats: asyncio.Task[None]
+        self._loop: asyncio.AbstractEventLoop
+
+    async def start(self, host: str, info: WorkerInfo) -> WorkerInfo:
+        """Start the engine thread, listen, begin to beat. Returns `info` with the real port."""
+        self._loop = asyncio.get_running_loop()
+        self._engine_thread.start()
+        info = await self._server.start(host, info)
+        self._beats = self._loop.create_task(self._beat())
+        return info
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new work and wait for what runs, at most `timeout_s`."""
+        self.draining = True
+        self._server.broadcast(self.load())
+        if self._owners:
+            self._at_rest.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._at_rest.wait(), timeout_s)
+
+    async def stop(self) -> None:
+        """Hang up and end the engine thread."""
+        self._stopping = True
+        self._beats.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._beats
+        for handle in self._deadlines.values():
+            handle.cancel()
+        await self._server.close()
+        await self._loop.run_in_executor(None, self._engine_thread.stop, STOP_TIMEOUT_S)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine thread is alive."""
+        return self._engine_thread.alive
+
+    def load(self) -> Load:
+        """What this worker is doing."""
+        return Load(
+            running=self._scheduler.num_running,
+            waiting=self._scheduler.num_waiting,
+            queued_tokens=self._scheduler.queued_tokens,
+            free_pages=self._free_pages(),
+            draining=self.draining,
+            compiles_after_warmup=self._compiles(),
+        )
+
+    # Called by the scheduler's side, on the engine thread.
+
+    def emit(self, chunks: list[TokenChunk]) -> None:
+        """Send a step's tokens to the gateways that asked for them."""
+        self._call_back(self._send_tokens, chunks)
+
+    def end(self, key: Key) -> None:
+        """Nothing more follows for this request."""
+        self._call_back(self._forget, key)
+
+    def fail(self, key: Key, error: BatonError) -> None:
+        """Tell the owner that the request is gone."""
+        self._call_back(self._send_failure, key, error)
+
+    # Called on the event loop.
+
+    def post(self, command: Callable[[], None]) -> None:
+        """Run `command` on the engine thread."""
+        self._engine_thread.post(command)
+
+    def give_up(self, key: Key) -> None:
+        """Cancel a request everywhere in this worker."""
+        self._forget(key)
+        self.post(lambda: self._cancel(key))
+
+    def on_request(self, link: GatewayLink, message: Prefill | Decode | Cancel) -> None:
+        """GatewayEvents: new work or a cancel."""
+        if isinstance(message, Cancel):
+            self.give_up((message.request_id, message.epoch))
+            return
+        request = message.request
+        key = (request.request_id, request.epoch)
+        problem = self._problem(request)
+        if problem is not None:
+            link.send(_failure(key, problem))
+            return
+        if key in self._owners:
+            return
+        self._owners[key] = link
+        self._deadlines[key] = self._loop.call_later(message.deadline_ms / 1000, self._expire, key)
+        self.post(lambda: self._accept(message))
+
+    def on_gateway_lost(self, link: GatewayLink) -> None:
+        """GatewayEvents: nobody wants these any more."""
+        for key in [key for key, owner in self._owners.items() if owner is link]:
+            self.give_up(key)
+
+    def _cancel(self, key: Key) -> None:
+        """On the engine thread, so that the transfer layer hears of it behind whatever the scheduler asked of it."""
+        self._scheduler.cancel(key)
+        self._on_cancel(key)
+
+    def _problem(self, request: Request) -> BatonError | None:
+        if self.draining or self._stopping:
+            return CapacityError("this worker is draining")
+        if not self.healthy:
+            return WorkerDied("the engine of this worker has stopped")
+        total = request.num_prompt_tokens + request.sampling.max_tokens
+        if not 0 < request.num_prompt_tokens <= len(request.token_ids) or request.sampling.max_tokens < 1:
+            return RequestError("the prompt is empty, or there is nothing to generate", "prompt")
+        if total > self._max_model_len:
+            return RequestTooLong(f"{total} tokens of prompt and answer, the limit is {self._max_model_len}", "prompt")
+        if min(request.token_ids) < 0 or max(request.token_ids) >= self._vocab_size:
+            return RequestError(f"token ids must be in [0, {self._vocab_size})", "prompt")
+        return None
+
+    def _call_back(self, function: Callable[..., None], *args: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is stopping
+            self._loop.call_soon_threadsafe(function, *args)
+
+    def _send_tokens(self, chunks: list[TokenChunk]) -> None:
+        frames: dict[GatewayLink, list[TokenChunk]] = defaultdict(list)
+        for chunk in chunks:
+            key = (chunk.request_id, chunk.epoch)
+            owner = self._owners.get(key)
+            if owner is not None:
+                frames[owner].append(chunk)
+                if chunk.finish_reason is not None:
+                    self._forget(key)
+        for owner, mine in frames.items():
+            owner.send(Tokens(mine))
+
+    def _send_failure(self, key: Key, error: BatonError) -> None:
+        owner = self._owners.get(key)
+        self._forget(key)
+        if owner is not None:
+            owner.send(_failure(key, error))
+
+    def _expire(self, key: Key) -> None:
+        owner = self._owners.get(key)
+        self.give_up(key)
+        if owner is not None:
+            owner.send(_failure(key, TransferTimeout("the request's deadline has passed")))
+
+    def _forget(self, key: Key) -> None:
+        self._owners.pop(key, None)
+        handle = self._deadlines.pop(key, None)
+        if handle is not None:
+            handle.cancel()
+        if not self._owners:
+            self._at_rest.set()
+
+    def _on_crash(self, error: BaseException) -> None:
+        self._call_back(self._fail_all, WorkerDied(f"the engine stopped: {type(error).__name__}: {error}"))
+
+    def _fail_all(self, error: BatonError) -> None:
+        for key in list(self._owners):
+            self._send_failure(key, error)
+
+    async def _beat(self) -> None:
+        """Load at most every 250 ms where it changed, and once a second regardless."""
+        last, quiet = None, 0
+        while True:
+            load = self.load()
+            if load != last or quiet >= round(1 / BEAT_S) - 1:
+                self._server.broadcast(load)
+                last, quiet = load, 0
+            else:
+                quiet += 1
+            await asyncio.sleep(BEAT_S)
+
+
+def _failure(key: Key, error: BatonError) -> Failed:
+    return Failed(key[0], key[1], error.code, str(error), error.retryable)

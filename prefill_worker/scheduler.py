@@ -1,0 +1,180 @@
+"""The prefill role's scheduler: chunks in, blocks and first tokens out. Runs on the engine thread.
+
+Life of a sequence here:
+    add -> (queue) chunks dispatched -> first token read -> told to the gateway
+        -> ticket arrives at any time: wanted blocks are gathered as soon as the step that fills them is dispatched
+        -> all wanted blocks handed to the sender and the first token known: finish, pages released
+Pages are held from admission until finish or cancel; the KV sender's lease cancels what no ticket comes for.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from engine_core.batch import Chunk
+from engine_core.chunking import ChunkQueue
+from engine_core.engine import PendingPages, PendingStep
+from engine_core.messages import TokenChunk
+from engine_core.replica import Replica
+from engine_core.sequence import Sequence as Seq
+from engine_core.types import Request
+
+Key = tuple[str, int]
+
+
+class PrefillEvents(Protocol):
+    """What the scheduler tells its worker; called on the engine thread."""
+
+    @property
+    def writable(self) -> bool:
+        """Whether more blocks are welcome; else pages stay on the device."""
+
+    def tokens(self, chunk: TokenChunk) -> None:
+        """The first token, for the gateway."""
+
+    def blocks(self, key: Key, indices: list[int], layers: list[np.ndarray]) -> None:
+        """Blocks for the decode worker; per layer `[n, page_size, 2K, H]`."""
+
+    def finished(self, key: Key, first_token: TokenChunk) -> None:
+        """All wanted blocks have been handed over."""
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    """A sequence and its hand-over.
+
+    Attributes:
+        wanted: block indices that the ticket names and that have not been gathered; None before the ticket.
+        gathers: blocks on their way off the device.
+        first_token: what the gateway was told.
+    """
+
+    sequence: Seq
+    wanted: list[int] | None = None
+    gathers: deque[tuple[list[int], PendingPages]] = field(default_factory=deque)
+    first_token: TokenChunk | None = None
+
+
+class PrefillScheduler:
+    """Chunked prefill over one replica.
+
+    Args:
+        replica: engine and host state.
+        events: where results go.
+    """
+
+    def __init__(self, replica: Replica, events: PrefillEvents) -> None:
+        self._replica = replica
+        self._events = events
+        self._queue = ChunkQueue(replica.memory)
+        self._tasks: dict[Key, _Task] = {}
+        self._inflight: deque[tuple[PendingStep, list[Chunk]]] = deque()
+        self._eos = frozenset(replica.resolved.spec.eos_token_ids)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold pages."""
+        return len(self._tasks) - self._queue.num_waiting
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for pages."""
+        return self._queue.num_waiting
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens still to be computed."""
+        return self._queue.queued_tokens
+
+    def add(self, request: Request) -> None:
+        """Take a prompt. A key that is already here is ignored: a duplicate message."""
+        sequence = Seq.of(request)
+        if sequence.key in self._tasks:
+            return
+        self._tasks[sequence.key] = _Task(sequence)
+        self._queue.add(sequence)
+
+    def grant(self, key: Key, blocks: Sequence[int]) -> None:
+        """A ticket arrived: these block indices, ascending, are wanted. Unknown keys are fine."""
+        task = self._tasks.get(key)
+        if task is not None and task.wanted is None:
+            task.wanted = list(blocks)
+
+    def cancel(self, key: Key) -> None:
+        """Free everything the sequence holds. Unknown keys are fine."""
+        task = self._tasks.pop(key, None)
+        if task is None:
+            return
+        task.sequence.finished = True
+        self._queue.remove(task.sequence)
+        self._replica.memory.release(task.sequence)
+
+    def tick(self) -> bool:
+        """One round: dispatch a chunk, gather finished blocks, read the step before, hand over."""
+        dispatched = self._dispatch()
+        self._gather_wanted()
+        while len(self._inflight) > (1 if dispatched else 0):
+            self._read(*self._inflight.popleft())
+        released = self._hand_over(wait=not dispatched)
+        return dispatched or released
+
+    def _dispatch(self) -> bool:
+        chunks = self._queue.next_chunks(*self._replica.prefill_budget)
+        if not chunks:
+            return False
+        for chunk in chunks:
+            if chunk.start == chunk.sequence.num_cached:
+                self._replica.prepare_slot(chunk.sequence)
+        step = self._replica.dispatch_prefill(chunks)
+        step.start_copy()
+        for chunk in chunks:
+            self._replica.memory.store(chunk.sequence, chunk.sequence.num_dispatched)
+        self._inflight.append((step, chunks))
+        return True
+
+    def _read(self, step: PendingStep, chunks: list[Chunk]) -> None:
+        if not any(chunk.is_last for chunk in chunks):
+            return
+        tokens = step.tokens()
+        for row, chunk in zip(self._replica.output_rows(chunks), chunks, strict=True):
+            sequence = chunk.sequence
+            if not chunk.is_last or sequence.finished:
+                continue
+            num_top = sequence.request.sampling.logprobs
+            logprobs = step.logprobs(row, num_top) if num_top is not None else None
+            task = self._tasks[sequence.key]
+            task.first_token = sequence.accept(tokens[row], self._eos, logprobs, cached_tokens=sequence.num_cached)
+            self._events.tokens(task.first_token)
+
+    def _gather_wanted(self) -> None:
+        """Queue the gathers right behind the step that filled the pages, before a later step."""
+        page_size = self._replica.memory.page_size
+        for task in self._tasks.values():
+            if not task.wanted or not self._events.writable:
+                continue
+            sequence = task.sequence
+            total = len(sequence.request.token_ids)
+            done = sequence.num_dispatched
+            ready = [i for i in task.wanted if min((i + 1) * page_size, total) <= done]
+            if ready:
+                task.gathers.append((ready, self._replica.engine.gather([sequence.pages[i] for i in ready])))
+                task.wanted = task.wanted[len(ready) :]
+
+    def _hand_over(self, *, wait: bool) -> bool:
+        """Give gathered blocks to the sender; whether a sequence ended and its pages are free."""
+        released = False
+        for key, task in list(self._tasks.items()):
+            while task.gathers and (wait or task.gathers[0][1].is_ready()):
+                indices, pages = task.gathers.popleft()
+                self._events.blocks(key, indices, pages.wait())
+            if task.first_token is not None and task.wanted == [] and not task.gathers:
+                del self._tasks[key]
+                self._replica.memory.release(task.sequence)
+                self._events.finished(key, task.first_token)
+                released = True
+        return released

@@ -1,0 +1,171 @@
+"""A prefill worker: one replica, a scheduler, ears for gateways and decode workers. Plain Python; deploy/ wraps it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from engine_core.config import EngineConfig
+from engine_core.errors import BatonError, ProtocolError, RequestCancelled
+from engine_core.messages import Decode, Load, PeerAddress, Prefill, TokenChunk, WorkerInfo
+from engine_core.replica_loader import open_replica
+from engine_core.types import Role
+from kv_transfer.endpoint import KvIdentity
+from kv_transfer.layout import BlockLayout, fingerprint
+from kv_transfer.tcp import TcpKvSender
+from kv_transfer.ticket import Ticket
+from kv_transfer.worker_host import Key, WorkerHost
+from prefill_worker.scheduler import PrefillScheduler
+
+TICKET_LEASE_S = 30.0  # a prompt that no ticket comes for is given up after this long
+
+
+class PrefillWorker:
+    """Computes prompts and hands their KV over.
+
+    Args:
+        config: of the engine.
+        model_dir: the checkpoint.
+        worker_id: its name in the fleet.
+        incarnation: which life of that name this is.
+        listen: host, port for gateways and for decode workers; a port of 0 takes any free one.
+        secret: shared by gateways and workers; None binds to loopback only.
+        progress: told short sentences while weights load and buckets compile.
+
+    Raises:
+        ConfigError, CheckpointError: this model cannot be served so.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_dir: Path,
+        worker_id: str,
+        incarnation: int,
+        listen: PeerAddress,
+        *,
+        secret: bytes | None = None,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._replica = open_replica(config, model_dir, progress, decodes=False)
+        resolved = self._replica.resolved
+        layout = BlockLayout.of(resolved.layout)
+        self._identity = KvIdentity(
+            worker_id=worker_id,
+            incarnation=incarnation,
+            fingerprint=fingerprint(resolved.spec, self._replica.identity, layout),
+            layout=layout,
+        )
+        self._secret = secret
+        self._info = self._replica.worker_info(Role.PREFILL, worker_id, incarnation, listen, self._identity.fingerprint)
+        self._scheduler = PrefillScheduler(self._replica, self)
+        self._host = WorkerHost(
+            secret=secret,
+            scheduler=self._scheduler,
+            accept=self._accept,
+            on_cancel=self._on_cancel,
+            vocab_size=resolved.spec.vocab_size,
+            max_model_len=resolved.max_model_len,
+            free_pages=lambda: self._replica.memory.cache.num_available,
+            compiles=lambda: self._replica.engine.compiles_after_warmup,
+        )
+        self._waker: asyncio.Task[None] | None = None
+        self._sender: TcpKvSender
+        self._loop: asyncio.AbstractEventLoop
+
+    async def start(self) -> WorkerInfo:
+        """Listen and begin to work."""
+        self._loop = asyncio.get_running_loop()
+        address = self._info.address
+        self._sender = TcpKvSender(self._identity, self._secret, self)
+        kv_port = await self._sender.start(address.host, address.kv_port)
+        address = msgspec.structs.replace(address, kv_port=kv_port)
+        self._info = await self._host.start(address.host, msgspec.structs.replace(self._info, address=address))
+        return self._info
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new prompts; finish those at hand."""
+        await self._host.drain(timeout_s)
+
+    async def stop(self) -> None:
+        """Close everything."""
+        if self._waker is not None:
+            self._waker.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._waker
+        await self._host.stop()
+        await self._sender.close()
+
+    def info(self) -> WorkerInfo:
+        """Who this is."""
+        return self._info
+
+    def load(self) -> Load:
+        """How busy it is."""
+        return self._host.load()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine thread is alive."""
+        return self._host.healthy
+
+    # PrefillEvents, on the engine thread.
+
+    @property
+    def writable(self) -> bool:
+        """Whether more blocks are welcome; when not, the engine thread is woken once they are."""
+        if self._sender.writable:
+            return True
+        self._loop.call_soon_threadsafe(self._wake_when_writable)
+        return False
+
+    def tokens(self, chunk: TokenChunk) -> None:
+        """The first token goes straight to the gateway."""
+        self._host.emit([chunk])
+
+    def blocks(self, key: Key, indices: list[int], layers: list[np.ndarray]) -> None:
+        """Push blocks under the ticket."""
+        self._sender.send_blocks(*key, indices, layers)
+
+    def finished(self, key: Key, first_token: TokenChunk) -> None:
+        """The last blocks are on their way."""
+        self._sender.finish(*key, first_token)
+        self._host.end(key)
+
+    # SenderEvents, on the event loop.
+
+    def on_ticket(self, ticket: Ticket) -> None:
+        """Decode wants these blocks."""
+        key, wanted = ticket.key, sorted(landing.block_index for landing in ticket.landing)
+        self._host.post(lambda: self._scheduler.grant(key, wanted))
+
+    def on_cancel(self, request_id: str, epoch: int, error: BatonError) -> None:
+        """Decode gave up, is gone, or never asked."""
+        key = (request_id, epoch)
+        self._host.post(lambda: self._scheduler.cancel(key))
+        self._host.end(key)
+
+    def _accept(self, message: Prefill | Decode) -> None:
+        if isinstance(message, Decode):
+            key = (message.request.request_id, message.request.epoch)
+            self._host.fail(key, ProtocolError("this is a prefill worker"))
+            return
+        request = message.request
+        self._scheduler.add(request)
+        self._sender.offer(request.request_id, request.epoch, TICKET_LEASE_S)
+
+    def _on_cancel(self, key: Key) -> None:
+        self._sender.abort(*key, RequestCancelled("the gateway cancelled the request"))
+
+    def _wake_when_writable(self) -> None:
+        if self._waker is None or self._waker.done():
+            self._waker = self._loop.create_task(self._wake())
+
+    async def _wake(self) -> None:
+        await self._sender.wait_writable()
+        self._host.post(lambda: None)

@@ -1,0 +1,271 @@
+"""The overlap scheduler over the fake engine: answers, pages and slots after every kind of end."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+
+import numpy as np
+import pytest
+
+from decode_worker.scheduler import DecodeScheduler
+from engine_core.errors import TransferTimeout
+from engine_core.messages import PeerAddress, TokenChunk
+from engine_core.types import FinishReason, Numerics, Request, SamplingParams
+from tests.fake_engine import fake_replica, generate, next_token
+
+PREFILL = PeerAddress("127.0.0.1", 1, 2)
+
+
+class Events:
+    def __init__(self) -> None:
+        self.chunks: dict[tuple[str, int], list[TokenChunk]] = defaultdict(list)
+        self.tickets: list[tuple] = []
+        self.failures: dict[tuple[str, int], Exception] = {}
+
+    def reserved(self, key, prefill, wanted) -> None:
+        self.tickets.append((key, prefill, wanted))
+
+    def tokens(self, chunks) -> None:
+        for chunk in chunks:
+            self.chunks[chunk.request_id, chunk.epoch].append(chunk)
+
+    def failed(self, key, error) -> None:
+        self.failures[key] = error
+
+    def answer(self, name: str, epoch: int = 0) -> list[int]:
+        return [token for chunk in self.chunks[name, epoch] for token in chunk.token_ids]
+
+
+def request(name: str, prompt: list[int], max_tokens: int, **sampling) -> Request:
+    return Request(name, list(prompt), len(prompt), SamplingParams(temperature=0.0, max_tokens=max_tokens, **sampling))
+
+
+def run(scheduler: DecodeScheduler, limit: int = 1000) -> None:
+    idle = 0
+    for _ in range(limit):
+        idle = 0 if scheduler.tick() else idle + 1
+        if idle == 3:
+            return
+    raise AssertionError("the scheduler does not come to rest")
+
+
+def assert_released(replica, scheduler) -> None:
+    """Nothing is held but what the prefix cache keeps."""
+    pool = replica.memory.cache.pool
+    assert scheduler.num_running == 0 and scheduler.num_waiting == 0
+    assert replica.memory.table.num_free == replica.memory.table.num_slots
+    replica.memory.cache.check_integrity()
+    replica.memory.cache.clear()
+    assert pool.free_count == pool.num_pages
+    pool.check_integrity({})
+
+
+def land(replica, scheduler, key, wanted, prompt) -> None:
+    """Play the prefill worker: the blocks hold the prompt's tokens."""
+    size = replica.memory.page_size
+    for index, generation in wanted:
+        block = np.zeros((1, size, 1, 1), np.float32)
+        part = prompt[index * size : (index + 1) * size]
+        block[0, : len(part), 0, 0] = part
+        scheduler.land(key, [index], [block], [generation])
+
+
+def first_token(name: str, prompt: list[int], reason: FinishReason | None = None) -> TokenChunk:
+    tokens = [] if reason is FinishReason.STOP else [next_token(prompt)]
+    return TokenChunk(name, 0, 0, tokens, reason)
+
+
+@pytest.mark.parametrize("numerics", list(Numerics))
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 17])
+def test_local_prefill_and_decode(length, overlap, numerics):
+    replica, events = fake_replica(numerics=numerics), Events()
+    scheduler = DecodeScheduler(replica, events, overlap=overlap)
+    prompt = [5 + i for i in range(length)]
+    scheduler.add(request("a", prompt, 9), None)
+    run(scheduler)
+    assert events.answer("a") == generate(prompt, 9)
+    assert [c.position for c in events.chunks["a", 0]] == list(range(9))
+    assert events.chunks["a", 0][-1].finish_reason is FinishReason.LENGTH
+    assert_released(replica, scheduler)
+
+
+def test_remote_prompt_lands_and_continues_from_position_one():
+    replica, events = fake_replica(), Events()
+    scheduler = DecodeScheduler(replica, events)
+    prompt = list(range(10, 21))
+    scheduler.add(request("a", prompt, 6), PREFILL)
+    run(scheduler)
+    ((key, prefill, wanted),) = events.tickets
+    assert prefill == PREFILL and [index for index, _ in wanted] == [0, 1, 2]
+    land(replica, scheduler, key, wanted, prompt)
+    scheduler.landed(key, first_token("a", prompt))
+    run(scheduler)
+    assert events.answer("a") == generate(prompt, 6)[1:]
+    assert events.chunks["a", 0][0].position == 1
+    assert_released(replica, scheduler)
+
+
+def test_only_blocks_that_are_lacking_are_asked_for():
+    replica, events = fake_replica(), Events()
+    scheduler = DecodeScheduler(replica, events)
+    prompt = list(range(10, 24))
+    scheduler.add(request("a", prompt[:9], 1), None)
+    run(scheduler)
+    scheduler.add(request("b", prompt, 4), PREFILL)
+    run(scheduler)
+    ((key, _, wanted),) = events.tickets
+    assert [index for index, _ in wanted] == [2, 3]
+    land(replica, scheduler, key, wanted, prompt)
+    scheduler.landed(key, first_token("b", prompt))
+    run(scheduler)
+    assert events.answer("b") == generate(prompt, 4)[1:]
+    assert_released(replica, scheduler)
+
+
+def test_late_blocks_of_a_cancelled_landing_write_nothing():
+    replica, events = fake_replica(num_pages=16, max_model_len=32, prefix_cache=False), Events()
+    scheduler = DecodeScheduler(replica, events)
+    prompt = list(range(10, 22))
+    scheduler.add(request("a", prompt, 4), PREFILL)
+    run(scheduler)
+    ((key, _, wanted),) = events.tickets
+    scheduler.cancel(key)
+    before = replica.engine.cache.copy()
+    land(replica, scheduler, key, wanted, prompt)
+    scheduler.landed(key, first_token("a", prompt))
+    run(scheduler)
+    assert (replica.engine.cache == before).all()
+    assert not events.chunks
+    assert_released(replica, scheduler)
+
+
+def test_wrong_generation_is_dropped():
+    replica, events = fake_replica(), Events()
+    scheduler = DecodeScheduler(replica, events)
+    prompt = list(range(10, 14))
+    scheduler.add(request("a", prompt, 4), PREFILL)
+    run(scheduler)
+    ((key, _, wanted),) = events.tickets
+    before = replica.engine.cache.copy()
+    land(replica, scheduler, key, [(i, g - 1) for i, g in wanted], prompt)
+    assert (replica.engine.cache == before).all()
+
+
+def test_first_token_that_ends_the_answer_frees_the_landing():
+    replica, events = fake_replica(), Events()
+    scheduler = DecodeScheduler(replica, events)
+    prompt = list(range(10, 21))
+    scheduler.add(request("a", prompt, 6), PREFILL)
+    run(scheduler)
+    ((key, _, wanted),) = events.tickets
+    land(replica, scheduler, key, wanted, prompt)
+    scheduler.landed(key, first_token("a", prompt, FinishReason.STOP))
+    run(scheduler)
+    assert not events.chunks
+    assert_released(replica, scheduler)
+
+
+def test_failed_hand_over_is_reported_and_frees():
+    replica, events = fake_replica(), Events()
+    scheduler = DecodeScheduler(replica, events)
+    scheduler.add(request("a", list(range(10, 21)), 6), PREFILL)
+    run(scheduler)
+    scheduler.fail(("a", 0), TransferTimeout("no progress"))
+    scheduler.fail(("unknown", 0), TransferTimeout("no progress"))
+    assert list(events.failures) == [("a", 0)]
+    assert_released(replica, scheduler)
+
+
+def test_stop_token_ends_without_being_shown():
+    replica, events = fake_replica(), Events()
+    scheduler = DecodeScheduler(replica, events)
+    prompt = [5, 6, 7]
+    expected = generate(prompt, 8)
+    scheduler.add(request("a", prompt, 8, stop_token_ids=(expected[4],)), None)
+    run(scheduler)
+    cut = expected.index(expected[4])
+    assert events.answer("a") == expected[:cut]
+    assert events.chunks["a", 0][-1].finish_reason is FinishReason.STOP
+    assert_released(replica, scheduler)
+
+
+def test_resumed_request_continues_behind_what_was_generated():
+    replica, events = fake_replica(), Events()
+    scheduler = DecodeScheduler(replica, events)
+    prompt = [5, 6, 7, 8, 9]
+    expected = generate(prompt, 8)
+    sampling = SamplingParams(temperature=0.0, max_tokens=8)
+    scheduler.add(Request("a", prompt + expected[:3], len(prompt), sampling, epoch=2), None)
+    run(scheduler)
+    assert events.answer("a", 2) == expected[3:]
+    assert events.chunks["a", 2][0].position == 3
+    assert_released(replica, scheduler)
+
+
+@pytest.mark.parametrize("numerics", list(Numerics))
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_full_cache_queues_then_preempts_and_no_answer_changes(prefix_cache, numerics):
+    replica = fake_replica(num_pages=9, max_model_len=36, numerics=numerics, prefix_cache=prefix_cache)
+    events = Events()
+    scheduler = DecodeScheduler(replica, events)
+    prompts = {f"r{i}": [3 + i + j for j in range(5 + i % 3)] for i in range(8)}
+    for name, prompt in prompts.items():
+        scheduler.add(request(name, prompt, 12), None)
+    run(scheduler)
+    assert scheduler.num_preemptions > 0
+    for name, prompt in prompts.items():
+        assert events.answer(name) == generate(prompt, 12), name
+        assert [c.position for c in events.chunks[name, 0]] == list(range(12))
+    assert_released(replica, scheduler)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_traffic_with_cancels_leaves_nothing_behind(seed):
+    rng = random.Random(seed)
+    replica = fake_replica(num_pages=rng.choice([10, 20, 64]), max_model_len=40, num_slots=rng.choice([1, 3, 4]))
+    events = Events()
+    scheduler = DecodeScheduler(replica, events)
+    shared = [rng.randrange(2, 90) for _ in range(12)]
+    prompts, limits, cancelled, tickets = {}, {}, set(), []
+    for step in range(200):
+        if step < 120 and rng.random() < 0.25:
+            name = f"r{step}"
+            prompts[name] = shared[: rng.randrange(13)] + [rng.randrange(2, 90) for _ in range(rng.randrange(1, 12))]
+            limits[name] = rng.randrange(1, 14)
+            scheduler.add(request(name, prompts[name], limits[name]), PREFILL if rng.random() < 0.5 else None)
+        if prompts and rng.random() < 0.05:
+            name = rng.choice(list(prompts))
+            cancelled.add(name)
+            scheduler.cancel((name, 0))
+        tickets += events.tickets
+        events.tickets.clear()
+        if tickets and rng.random() < 0.5:
+            key, _, wanted = tickets.pop(rng.randrange(len(tickets)))
+            prompt = prompts[key[0]]
+            land(replica, scheduler, key, wanted, prompt)
+            reason = FinishReason.LENGTH if limits[key[0]] == 1 else None
+            chunk = first_token(key[0], prompt, reason)
+            if key[0] not in cancelled:
+                events.chunks[key].append(chunk)
+            scheduler.landed(key, chunk)
+        scheduler.tick()
+        replica.memory.cache.check_integrity()
+    while True:
+        run(scheduler)
+        tickets += events.tickets
+        events.tickets.clear()
+        if not tickets:
+            break
+        key, _, wanted = tickets.pop()
+        land(replica, scheduler, key, wanted, prompts[key[0]])
+        chunk = first_token(key[0], prompts[key[0]], FinishReason.LENGTH if limits[key[0]] == 1 else None)
+        if key[0] not in cancelled:
+            events.chunks[key].append(chunk)
+        scheduler.landed(key, chunk)
+    for name, prompt in prompts.items():
+        expected = generate(prompt, limits[name])
+        answer = events.answer(name)
+        assert answer == expected if name not in cancelled else expected[: len(answer)] == answer, name
+    assert_released(replica, scheduler)

@@ -1,0 +1,204 @@
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from deploy.config import FleetConfig
+from deploy.fleet_core import FleetCore
+from deploy.fleet_types import MemberState, WorkerSpec
+from engine_core.errors import ConfigError
+from engine_core.types import Role
+from tests.deploy.fakes import FakeHandle
+
+FAST = FleetConfig(
+    health_interval_s=0.01, health_timeout_s=0.2, backoff_s=0.01, max_backoff_s=0.05, drain_timeout_s=0.5
+)
+
+
+class Lab:
+    """A fleet of fake workers and every life it launched."""
+
+    def __init__(self, config: FleetConfig = FAST) -> None:
+        self.lives: list[FakeHandle] = []
+        self.auto = True
+        self.core = FleetCore(config, self.launch)
+
+    def launch(self, spec: WorkerSpec) -> FakeHandle:
+        handle = FakeHandle(spec)
+        self.lives.append(handle)
+        if self.auto:
+            handle.become_ready()
+        return handle
+
+    def life(self, worker_id: str, incarnation: int) -> FakeHandle:
+        return next(h for h in self.lives if (h.spec.worker_id, h.spec.incarnation) == (worker_id, incarnation))
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(3):
+            while not condition():  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+
+    async def ready(self) -> None:
+        await self.until(lambda: self.core.status().ready)
+
+    def serving(self) -> list[tuple[str, int]]:
+        return sorted((m.worker_id, m.incarnation) for m in self.core.status().members if m.state is MemberState.READY)
+
+
+async def test_start_publishes_every_worker() -> None:
+    lab = Lab()
+    await lab.core.start()
+    await lab.ready()
+    membership = await lab.core.wait_for_change(0, 1)
+    assert sorted(w.worker_id for w in membership.workers) == ["decode-0", "prefill-0"]
+    assert membership.version > 0
+    assert [h.spec.place for h in lab.lives] == [0, 1]
+    await lab.core.stop(0.5)
+    assert all(h.killed for h in lab.lives)
+    assert (await lab.core.wait_for_change(membership.version, 1)).workers == ()
+
+
+async def test_progress_shows_while_a_worker_starts() -> None:
+    lab = Lab()
+    lab.auto = False
+    await lab.core.start()
+    await lab.until(lambda: all(m.progress == "loading weights 40 %" for m in lab.core.status().members))
+    assert not lab.core.status().ready
+    lab.lives[0].become_ready()
+    lab.lives[1].become_ready()
+    await lab.ready()
+    await lab.core.stop(0.5)
+
+
+@pytest.mark.parametrize("fault", ["dead", "sick", "silent"])
+async def test_a_worker_that_dies_is_replaced_with_the_next_incarnation(fault: str) -> None:
+    lab = Lab()
+    await lab.core.start()
+    await lab.ready()
+    before = (await lab.core.wait_for_change(0, 1)).version
+    victim = lab.life("decode-0", 1)
+    if fault == "dead":
+        victim.die()
+    elif fault == "sick":
+        victim.healthy = False
+    else:
+        victim.silent = True
+    gone = await lab.core.wait_for_change(before, 2)
+    assert [w.worker_id for w in gone.workers] == ["prefill-0"]
+    await lab.until(lambda: lab.serving() == [("decode-0", 2), ("prefill-0", 1)])
+    back = await lab.core.wait_for_change(gone.version, 2)
+    assert {(w.worker_id, w.incarnation) for w in back.workers} == {("prefill-0", 1), ("decode-0", 2)}
+    assert victim.killed
+    await lab.core.stop(0.5)
+
+
+async def test_a_config_error_at_start_is_fatal_and_kept_in_words() -> None:
+    lab = Lab()
+    lab.auto = False
+    await lab.core.start()
+    await lab.until(lambda: len(lab.lives) == 2)
+    lab.lives[1].started.set_exception(ConfigError("the model does not fit"))
+    await lab.until(lambda: lab.core.status().fatal is not None)
+    status = lab.core.status()
+    assert status.fatal == "the model does not fit" and status.fatal_is_config
+    await lab.core.stop(0.5)
+
+
+async def test_deaths_during_the_first_start_are_fatal_after_a_few() -> None:
+    lab = Lab()
+    lab.auto = False
+    await lab.core.start()
+    for incarnation in (1, 2, 3):
+        await lab.until(lambda n=incarnation: any(h.spec.incarnation == n for h in lab.lives if h.spec.place == 1))
+        lab.life("decode-0", incarnation).die("out of memory")
+    await lab.until(lambda: lab.core.status().fatal is not None)
+    assert "decode-0 died 3 times" in (lab.core.status().fatal or "")
+    assert any("out of memory" in event for event in lab.core.status().events)
+    await lab.core.stop(0.5)
+
+
+async def test_a_config_error_after_the_fleet_served_is_tried_again() -> None:
+    lab = Lab()
+    await lab.core.start()
+    await lab.ready()
+    lab.auto = False
+    lab.life("decode-0", 1).die()
+    await lab.until(lambda: len(lab.lives) == 3)
+    lab.lives[2].started.set_exception(ConfigError("disk gone"))
+    await lab.until(lambda: len(lab.lives) == 4)
+    lab.lives[3].become_ready()
+    await lab.until(lambda: lab.serving() == [("decode-0", 3), ("prefill-0", 1)])
+    assert lab.core.status().fatal is None
+    await lab.core.stop(0.5)
+
+
+async def test_scale_up_and_down_drains() -> None:
+    lab = Lab()
+    await lab.core.start()
+    await lab.ready()
+    await lab.core.scale({Role.PREFILL: 3})
+    await lab.ready()
+    assert lab.serving() == [("decode-0", 1), ("prefill-0", 1), ("prefill-1", 1), ("prefill-2", 1)]
+    leaving = lab.life("prefill-2", 1)
+    leaving.drain_gate.clear()
+    await lab.core.scale({Role.PREFILL: 2})
+    await lab.until(lambda: leaving.drained_with is not None)
+    assert not leaving.killed
+    assert "prefill-2" not in [w.worker_id for w in (await lab.core.wait_for_change(0, 1)).workers]
+    leaving.drain_gate.set()
+    await lab.until(lambda: leaving.killed)
+    assert lab.serving() == [("decode-0", 1), ("prefill-0", 1), ("prefill-1", 1)]
+    await lab.core.stop(0.5)
+
+
+async def test_a_worker_asked_back_while_it_drains_lives_again() -> None:
+    lab = Lab()
+    await lab.core.start()
+    await lab.ready()
+    await lab.core.scale({Role.PREFILL: 2})
+    await lab.ready()
+    lab.life("prefill-1", 1).drain_gate.clear()
+    await lab.core.scale({Role.PREFILL: 1})
+    await lab.until(lambda: lab.life("prefill-1", 1).drained_with is not None)
+    await lab.core.scale({Role.PREFILL: 2})
+    lab.life("prefill-1", 1).drain_gate.set()
+    await lab.until(lambda: ("prefill-1", 2) in lab.serving())
+    await lab.core.stop(0.5)
+
+
+async def test_scale_down_while_starting_kills_at_once() -> None:
+    lab = Lab()
+    await lab.core.start()
+    await lab.ready()
+    lab.auto = False
+    await lab.core.scale({Role.DECODE: 2})
+    await lab.until(lambda: len(lab.lives) == 3)
+    await lab.core.scale({Role.DECODE: 1})
+    await lab.until(lambda: lab.lives[2].killed)
+    assert lab.lives[2].drained_with is None
+    await lab.core.stop(0.5)
+
+
+async def test_scale_refuses_what_cannot_serve() -> None:
+    lab = Lab()
+    await lab.core.start()
+    with pytest.raises(ConfigError, match="decode must be at least 1"):
+        await lab.core.scale({Role.DECODE: 0})
+    await lab.core.stop(0.5)
+
+
+async def test_colocated_has_no_prefill_workers() -> None:
+    lab = Lab(FleetConfig(colocated=True, health_interval_s=0.01))
+    await lab.core.start()
+    await lab.ready()
+    assert lab.serving() == [("decode-0", 1)]
+    await lab.core.stop(0.5)
+
+
+async def test_stop_ends_a_worker_whose_drain_never_ends() -> None:
+    lab = Lab()
+    await lab.core.start()
+    await lab.ready()
+    lab.life("decode-0", 1).drain_gate.clear()
+    await asyncio.wait_for(lab.core.stop(0.05), 2)
+    assert all(h.killed for h in lab.lives)

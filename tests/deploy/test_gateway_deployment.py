@@ -1,0 +1,53 @@
+import asyncio
+import contextlib
+from collections.abc import Sequence
+
+from deploy.fleet_types import Membership, WorkerLost
+from deploy.gateway_deployment import follow_fleet
+from engine_core.messages import WorkerInfo
+from engine_core.types import Role
+from tests.deploy.fakes import worker_info
+
+
+class Fleet:
+    def __init__(self, *answers: Membership | WorkerLost) -> None:
+        self.answers = list(answers)
+        self.asked: list[int] = []
+
+    async def wait_for_change(self, version: int, timeout_s: float) -> Membership:
+        self.asked.append(version)
+        if not self.answers:
+            await asyncio.Event().wait()
+        answer = self.answers.pop(0)
+        if isinstance(answer, WorkerLost):
+            raise answer
+        return answer
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.seen: list[list[str]] = []
+
+    async def start(self) -> None: ...
+
+    def follow(self, workers: Sequence[WorkerInfo]) -> None:
+        self.seen.append([worker.worker_id for worker in workers])
+
+    def check_health(self) -> None: ...
+
+    async def drain(self, timeout_s: float) -> None: ...
+
+
+async def test_the_gateway_follows_changes_only_and_keeps_its_view_without_a_fleet() -> None:
+    one = Membership(1, (worker_info("decode-0", 1, Role.DECODE),))
+    none = Membership(2, ())
+    fleet, gateway = Fleet(one, one, WorkerLost("gone"), none), Recorder()
+    following = asyncio.create_task(follow_fleet(fleet, gateway, retry_s=0.01))
+    async with asyncio.timeout(3):
+        while len(fleet.asked) < 5:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    following.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await following
+    assert gateway.seen == [["decode-0"], []]
+    assert fleet.asked == [0, 1, 1, 1, 2]

@@ -1,0 +1,41 @@
+"""Run on 4 virtual CPU devices by `test_tensor_parallel`: the parity check on a mesh; prints one JSON object per case.
+
+XLA_FLAGS=--xla_force_host_platform_device_count=4 python -m tests.engine_core.tensor_parallel_worker
+"""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+
+from tests.engine_core.parity import GOLDEN, check_parity, load_expected
+
+CASES = [("mistral", 4, False), ("qwen2", 2, True), ("qwen3", 2, False), ("llama", 2, True)]
+
+
+def check(case: str, tp: int, scan: bool) -> dict:
+    runner = check_parity(GOLDEN / case, load_expected(case), scan=scan, tp=tp)
+    plan = jax.tree.leaves(runner.model.plan())
+    shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(runner.params)]
+    cache = runner.cache.layers[0]
+    text = runner.step.lower(runner.params, runner.cache, runner.slots, runner.inputs([], 4, 4)).as_text()
+    return {
+        "case": case,
+        "tp": tp,
+        "scan": scan,
+        "split_leaves": sum(
+            int(np.prod(shape)) * tp == int(np.prod(leaf.shape)) for leaf, shape in zip(plan, shapes, strict=True)
+        ),
+        "sharded_leaves": sum("tensor" in leaf.axes for leaf in plan),
+        "cache_shard": list(cache.sharding.shard_shape(cache.shape)),
+        "all_reduces": text.count("stablehlo.all_reduce"),
+        "all_gathers": text.count("stablehlo.all_gather"),
+        "compiled": runner.step._cache_size(),
+    }
+
+
+if __name__ == "__main__":
+    for arguments in CASES:
+        print(json.dumps(check(*arguments)), flush=True)

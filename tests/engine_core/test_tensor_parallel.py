@@ -1,0 +1,71 @@
+"""Tensor parallelism on virtual CPU devices: parity with transformers, and the collectives that its source shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine_core.errors import ConfigError
+from engine_core.layers.linear import choose_numbers
+from engine_core.models.decoder import Decoder
+from engine_core.models.registry import load_spec
+from tests.engine_core.parity import GOLDEN
+
+ROOT = Path(__file__).parents[2]
+NUM_LAYERS = 3
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict]:
+    """One subprocess for all cases: the number of virtual devices is fixed when jax starts."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine_core.tensor_parallel_worker"],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_logits_and_tokens_equal_those_of_transformers_on_two_and_four_devices(results: list[dict]) -> None:
+    """The worker has checked that and would have failed; here only that it covered what it should."""
+    assert {result["tp"] for result in results} == {2, 4}
+    assert {result["scan"] for result in results} == {False, True}
+
+
+def test_weights_and_cache_are_split(results: list[dict]) -> None:
+    for result in results:
+        assert result["split_leaves"] == result["sharded_leaves"] > 4, result
+        kv_heads = 4 if result["case"] == "mistral" else 2
+        assert result["cache_shard"][-3] == 2 * kv_heads // result["tp"], result
+
+
+def test_collectives_are_those_of_the_source(results: list[dict]) -> None:
+    """Two all-reduces per layer (traced once when scanned) and one for the embedding; one all-gather of logits."""
+    for result in results:
+        layers = 1 if result["scan"] else NUM_LAYERS
+        assert result["all_reduces"] == 2 * layers + 1, result
+        assert result["all_gathers"] == 1, result
+
+
+def test_compiles_once_per_bucket(results: list[dict]) -> None:
+    for result in results:
+        assert result["compiled"] == 2, result
+
+
+@pytest.mark.parametrize(
+    ("case", "tp", "name"),
+    [("qwen3", 3, "num_attention_heads"), ("qwen3", 4, "num_key_value_heads")],
+)
+def test_refuses_a_degree_that_splits_heads(case: str, tp: int, name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        Decoder(load_spec(GOLDEN / case), choose_numbers("float32", "cpu"), tp=tp, scan=False)

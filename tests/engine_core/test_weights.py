@@ -1,0 +1,213 @@
+"""Finding and reading checkpoints: values, and every way in which one can be broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.numpy import load_file, save_file
+
+from engine_core import weights
+from engine_core.errors import CheckpointError
+from engine_core.layers.linear import choose_numbers
+from engine_core.mesh import make_mesh
+from engine_core.models.decoder import Decoder
+from engine_core.models.registry import load_spec
+from engine_core.weights import load_params, resolve_checkpoint
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def load(directory: Path, *, scan: bool = False, dtype: str = "float32", progress: weights.Progress | None = None):
+    model = Decoder(load_spec(directory), choose_numbers(dtype, "cpu"), tp=1, scan=scan)
+    return model, load_params(directory, model, make_mesh(1, jax.devices()), progress)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A copy of the tied qwen2 checkpoint that a test may break."""
+    directory = tmp_path / "checkpoint"
+    shutil.copytree(GOLDEN / "qwen2", directory)
+    return directory
+
+
+def rewrite(directory: Path, change) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def split(directory: Path) -> dict[str, str]:
+    """Turn a checkpoint into two files with an index; returns the weight map."""
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    names = sorted(tensors)
+    weight_map = {}
+    for part, chosen in enumerate((names[::2], names[1::2])):
+        file = f"model-{part}.safetensors"
+        save_file({name: tensors[name] for name in chosen}, directory / file)
+        weight_map |= dict.fromkeys(chosen, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return weight_map
+
+
+def test_leaves_hold_the_tensors_their_plan_names() -> None:
+    for scan in (False, True):
+        model, params = load(GOLDEN / "qwen2", scan=scan)
+        tensors = load_file(GOLDEN / "qwen2" / "model.safetensors")
+        plans = jax.tree.leaves(model.plan())
+        arrays = jax.tree.leaves(params)
+        for plan, array in zip(plans, arrays, strict=True):
+            wanted = [np.concatenate([tensors[source.name] for source in sources]) for sources in plan.layers]
+            np.testing.assert_array_equal(array, (np.stack(wanted) if plan.stacked else wanted[0]).astype(np.float32))
+        assert {source.name for plan in plans for sources in plan.layers for source in sources} == set(tensors)
+
+
+def test_matrices_are_stored_in_the_compute_dtype_and_vectors_in_f32() -> None:
+    _, params = load(GOLDEN / "llama", dtype="bfloat16")
+    dtypes = {(array.ndim, array.dtype) for array in jax.tree.leaves(params)}
+    assert dtypes == {(1, np.dtype(np.float32)), (2, np.dtype(ml_dtypes.bfloat16))}
+
+
+def test_files_with_an_index_equal_a_single_file(checkpoint: Path) -> None:
+    _, single = load(checkpoint)
+    split(checkpoint)
+    _, sharded = load(checkpoint)
+    jax.tree.map(np.testing.assert_array_equal, sharded, single)
+
+
+def test_progress_ends_at_the_total() -> None:
+    seen: list[tuple[int, int]] = []
+    load(GOLDEN / "qwen3", progress=lambda done, total: seen.append((done, total)))
+    tensors = load_file(GOLDEN / "qwen3" / "model.safetensors")
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    assert seen[-1] == (total, total)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+
+
+def test_names_missing_weights(checkpoint: Path) -> None:
+    rewrite(checkpoint, lambda tensors: tensors.pop("model.layers.1.self_attn.k_proj.bias"))
+    with pytest.raises(CheckpointError, match=r"missing weights: model\.layers\.1\.self_attn\.k_proj\.bias$"):
+        load(checkpoint)
+
+
+def test_an_untied_model_needs_its_head(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    with pytest.raises(CheckpointError, match=r"missing weights: lm_head\.weight$"):
+        load(checkpoint)
+
+
+def test_names_unexpected_weights(checkpoint: Path) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors |= {f"model.layers.{i}.extra.weight": np.zeros(1, np.float32) for i in range(7)}
+
+    rewrite(checkpoint, change)
+    with pytest.raises(CheckpointError, match=r"unexpected weights: model\.layers\.0\.extra\.weight, .* and 2 more$"):
+        load(checkpoint)
+
+
+def test_what_is_derived_or_tied_may_be_there(checkpoint: Path) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
+
+    rewrite(checkpoint, change)
+    load(checkpoint)
+
+
+def test_names_a_weight_of_another_shape(checkpoint: Path) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].copy()
+
+    rewrite(checkpoint, change)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight has shape \[63\], config\.json asks for \[64\]"):
+        load(checkpoint)
+
+
+def test_names_a_weight_of_unknown_dtype(checkpoint: Path) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors["model.norm.weight"] = np.zeros(64, np.int8)
+
+    rewrite(checkpoint, change)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight has unsupported dtype I8"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 1000, -1])
+def test_names_a_truncated_file(checkpoint: Path, kept: int) -> None:
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated"):
+        load(checkpoint)
+
+
+def test_names_an_absent_file(checkpoint: Path) -> None:
+    split(checkpoint)
+    (checkpoint / "model-1.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-1\.safetensors does not exist"):
+        load(checkpoint)
+    (checkpoint / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors does not exist"):
+        load(checkpoint)
+
+
+def test_an_index_may_not_name_what_no_file_holds(checkpoint: Path) -> None:
+    weight_map = split(checkpoint) | {"model.ghost": "model-0.safetensors"}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=r"model\.ghost"):
+        load(checkpoint)
+    (checkpoint / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no weight_map"):
+        load(checkpoint)
+
+
+def test_a_directory_is_its_own_checkpoint(tmp_path: Path) -> None:
+    assert resolve_checkpoint(str(tmp_path), "") == tmp_path
+
+
+def test_a_path_that_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        resolve_checkpoint(str(tmp_path / "file"), "")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        resolve_checkpoint(str(tmp_path / "nowhere"), "")
+
+
+def test_a_hub_id_is_downloaded_by_the_hub_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def download(repo_id: str, **options) -> str:
+        asked.update(options, repo_id=repo_id)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_checkpoint("Qwen/Qwen3-0.6B", "") == tmp_path
+    assert (asked["repo_id"], asked["revision"]) == ("Qwen/Qwen3-0.6B", None)
+    assert "*.safetensors" in asked["allow_patterns"]
+    resolve_checkpoint("gpt2", "v1")
+    assert asked["revision"] == "v1"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (LocalEntryNotFoundError("no network\nlong story"), "the hub cannot be reached"),
+        (OSError("disk full"), "disk full"),
+    ],
+)
+def test_a_hub_that_does_not_answer(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(repo_id: str, **options) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(CheckpointError, match=message) as raised:
+        resolve_checkpoint("someone/something", "")
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,170 @@
+"""A replica whose device is numpy and whose answers can be computed by hand.
+
+The "KV cache" holds token ids, so the next token is a function of exactly what a step reads through its page table:
+a wrong page, a late write or a missing landing changes the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from engine_core.batch import BatchBuilder
+from engine_core.chunking import SequenceMemory
+from engine_core.kv_cache import CacheLayout
+from engine_core.models.spec import ModelSpec
+from engine_core.page_pool import PagePool
+from engine_core.prefix_cache import PrefixCache
+from engine_core.replica import Replica
+from engine_core.resolve import ResolvedEngine
+from engine_core.slot_table import SlotTable
+from engine_core.types import Numerics, TokenLogprobs
+
+VOCAB = 97
+EOS = 1
+
+
+def next_token(context: Sequence[int]) -> int:
+    """What the fake model says after `context`; never EOS, so that tests choose when it ends."""
+    value = 7
+    for token in context:
+        value = (value * 31 + token + 3) % 1000003
+    return 2 + value % (VOCAB - 2)
+
+
+def generate(prompt: Sequence[int], count: int) -> list[int]:
+    """The answer of `count` tokens, by hand."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class FakeStep:
+    """A step that is done when it is dispatched."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens = tokens
+
+    def start_copy(self) -> None:
+        pass
+
+    def is_ready(self) -> bool:
+        return True
+
+    def tokens(self) -> list[int]:
+        return self._tokens
+
+    def logprobs(self, row: int, num_top: int) -> TokenLogprobs:
+        return TokenLogprobs(-0.5, tuple(range(num_top)), (-0.5,) * num_top)
+
+
+class FakePages:
+    def __init__(self, layers: list[np.ndarray]) -> None:
+        self._layers = layers
+
+    def is_ready(self) -> bool:
+        return True
+
+    def wait(self) -> list[np.ndarray]:
+        return self._layers
+
+
+class FakeEngine:
+    def __init__(self, resolved: ResolvedEngine) -> None:
+        self.resolved = resolved
+        self.cache = np.full((resolved.layout.num_pages, resolved.layout.page_size), -1, np.int64)
+        self.last_tokens = np.zeros(resolved.num_slots, np.int64)
+        self.num_steps = 0
+        self.compiles_after_warmup = 0
+
+    def dispatch(self, inputs) -> FakeStep:
+        self.num_steps += 1
+        size = self.resolved.layout.page_size
+        num_rows = len(inputs.kv_lens)
+        for t, row in enumerate(inputs.rows):
+            if row == num_rows:
+                continue
+            slot = inputs.token_slots[t]
+            token = inputs.tokens[t] if slot == self.resolved.num_slots else self.last_tokens[slot]
+            page, offset = divmod(int(inputs.positions[t]), size)
+            self.cache[inputs.page_table[row, page], offset] = token
+        sampled = []
+        for row in range(num_rows):
+            length = int(inputs.kv_lens[row])
+            pages = inputs.page_table[row, : -(-length // size)]
+            sampled.append(next_token(self.cache[pages].reshape(-1)[:length].tolist()) if length else 0)
+        for row, slot in enumerate(inputs.slots):
+            if slot < self.resolved.num_slots:
+                self.last_tokens[slot] = sampled[row]
+        return FakeStep(sampled)
+
+    def init_slot(self, slot, prompt_ids, output_ids) -> None:
+        pass
+
+    def gather(self, pages) -> FakePages:
+        return FakePages([self.cache[list(pages)][:, :, None, None].astype(np.float32)])
+
+    def scatter(self, pages, layers) -> None:
+        self.cache[list(pages)] = layers[0][:, :, 0, 0]
+
+
+def fake_replica(
+    *,
+    num_pages: int = 64,
+    page_size: int = 4,
+    num_slots: int = 4,
+    max_model_len: int = 64,
+    prefill_tokens: int = 8,
+    numerics: Numerics = Numerics.FAST,
+    prefix_cache: bool = True,
+) -> Replica:
+    spec = ModelSpec(
+        architecture="Fake",
+        num_layers=1,
+        hidden_size=1,
+        intermediate_size=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=1,
+        vocab_size=VOCAB,
+        rms_norm_eps=1e-6,
+        rope_theta=1e4,
+        rope_scaling=None,
+        tie_embeddings=True,
+        qk_norm=False,
+        qkv_bias=False,
+        sliding_window=(0,),
+        max_position=max_model_len,
+        eos_token_ids=(EOS,),
+        dtype="float32",
+    )
+    layout = CacheLayout(
+        num_layers=1,
+        num_pages=num_pages,
+        page_size=page_size,
+        num_kv_heads=1,
+        head_dim=1,
+        dtype="float32",
+        head_align=1,
+    )
+    strict = numerics is Numerics.STRICT
+    resolved = ResolvedEngine(
+        spec=spec,
+        layout=layout,
+        dtype="float32",
+        stacked=False,
+        numerics=numerics,
+        num_slots=num_slots,
+        max_model_len=max_model_len,
+        pages_per_seq=-(-max_model_len // page_size),
+        decode_buckets=(num_slots * 2,) if strict else (1, num_slots),
+        prefill_buckets=() if strict else (prefill_tokens,),
+        prefill_rows=2,
+        fingerprint="00" * 16,
+    )
+    table = SlotTable(num_slots, resolved.pages_per_seq, num_pages, VOCAB)
+    cache = PrefixCache(PagePool(num_pages), page_size)
+    memory = SequenceMemory(cache, table, page_size, b"test", reuse=prefix_cache)
+    return Replica(engine=FakeEngine(resolved), memory=memory, builder=BatchBuilder(table), identity="fake")

@@ -1,0 +1,133 @@
+"""Disaggregated against colocated, on real workers with a real tiny model over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+import pytest_asyncio
+
+from engine_core.types import Numerics, Request, SamplingParams
+from tests.mini_cluster import MiniCluster, tiny_config
+
+VOCAB = 149
+PREFIXES = [[(i * 31 + j * 17) % VOCAB for j in range(40)] for i in range(3)]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=list(Numerics))
+async def cluster(request):
+    cluster = await MiniCluster.start(tiny_config(request.param))
+    yield cluster
+    await cluster.stop()
+
+
+def mixed_request(rng: random.Random, name: str) -> Request:
+    prompt = rng.choice(PREFIXES)[: rng.randrange(41)] + [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 30))]
+    greedy = rng.random() < 0.5
+    sampling = SamplingParams(
+        max_tokens=rng.randrange(1, 40),
+        temperature=0.0 if greedy else rng.choice([0.5, 1.0, 1.5]),
+        top_k=rng.choice([0, 0, 5]),
+        top_p=rng.choice([1.0, 0.8]),
+        min_p=rng.choice([0.0, 0.05]),
+        frequency_penalty=rng.choice([0.0, 0.0, 0.7]),
+        presence_penalty=rng.choice([0.0, 0.0, 0.7]),
+        repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
+        logit_bias=rng.choice([(), ((7, 3.0),)]),
+        seed=rng.getrandbits(64),
+        ignore_eos=rng.random() < 0.5,
+        logprobs=rng.choice([None, None, 0, 3]),
+    )
+    return Request(name, prompt, len(prompt), sampling, salt=rng.choice([b"", b"tenant"]))
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_disaggregated_tokens_equal_colocated_tokens(cluster, record_property):
+    """Strict: identical, greedy and seeded, over hundreds of mixed requests in changing company. Fast: reported."""
+    rng = random.Random(1)
+    strict = cluster.workers[0].info().numerics is Numerics.STRICT
+    total = 240 if strict else 80
+    compiles = cluster.num_compiles
+    different = 0
+    for start in range(0, total, 12):
+        requests = [mixed_request(rng, f"{start + i:032x}") for i in range(12)]
+        shuffled = rng.sample(requests, len(requests))
+        apart = await asyncio.gather(*(cluster.client.run(r, cluster.decode, cluster.prefill) for r in requests))
+        together = await asyncio.gather(*(cluster.client.run(rename(r), cluster.colocated, None) for r in shuffled))
+        by_name = {r.request_id: answer for r, answer in zip(shuffled, together, strict=True)}
+        for request, answer in zip(requests, apart, strict=True):
+            other = by_name[request.request_id]
+            assert answer.failure is None and other.failure is None
+            if (answer.token_ids, answer.finish_reason) != (other.token_ids, other.finish_reason):
+                different += 1
+            elif strict:
+                assert answer.logprobs == other.logprobs
+    record_property("share_that_differs", different / total)
+    assert different == 0 if strict else different / total < 0.1
+    await cluster.assert_at_rest()
+    assert cluster.num_compiles == compiles, "mixed traffic compiled something that warm-up should have"
+
+
+def rename(request: Request) -> Request:
+    return Request(
+        request.request_id[::-1], request.token_ids, request.num_prompt_tokens, request.sampling, request.salt, 7
+    )
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_second_request_sends_only_what_decode_lacks(cluster):
+    prompt = [(5 * i + 3) % VOCAB for i in range(33)]
+    sampling = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    first = await cluster.client.run(Request("a" * 32, prompt, 33, sampling), cluster.decode, cluster.prefill)
+    second = await cluster.client.run(Request("b" * 32, prompt, 33, sampling), cluster.decode, cluster.prefill)
+    assert first.token_ids == second.token_ids
+    assert first.cached_tokens == 0 and second.cached_tokens == 32
+    await cluster.assert_at_rest()
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize("delay_s", [0, 0.002, 0.01, 0.05, 0.2])
+async def test_cancel_frees_pages_and_slots_on_both_workers(cluster, delay_s):
+    rng = random.Random(delay_s)
+    sampling = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    requests = [
+        Request(f"{i + int(delay_s * 1e4) * 100:032x}", [rng.randrange(VOCAB) for _ in range(50)], 50, sampling)
+        for i in range(6)
+    ]
+    for request in requests:
+        cluster.client.start(request, cluster.decode, cluster.prefill)
+    await asyncio.sleep(delay_s)
+    for request in requests:
+        cluster.client.cancel(request, cluster.decode, cluster.prefill)
+    await cluster.assert_at_rest()
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_lost_gateway_frees_everything(cluster):
+    other = type(cluster.client)()
+    decode = await other.connect(cluster.decode.info)
+    prefill = await other.connect(cluster.prefill.info)
+    sampling = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    other.start(Request("c" * 32, list(range(50)), 50, sampling), decode, prefill)
+    await asyncio.sleep(0.02)
+    await other.close()
+    await cluster.assert_at_rest()
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_bad_requests_fail_alone(cluster):
+    good = Request("d" * 32, list(range(20)), 20, SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True))
+    running = asyncio.ensure_future(cluster.client.run(good, cluster.decode, cluster.prefill))
+    bad = {
+        "e": ([], 0, SamplingParams()),
+        "f": ([1, 2, 3], 3, SamplingParams(max_tokens=0)),
+        "1": ([1, VOCAB], 2, SamplingParams()),
+        "2": ([1, -1], 2, SamplingParams()),
+        "3": ([1] * 100, 100, SamplingParams(max_tokens=100)),
+    }
+    for letter, (tokens, count, sampling) in bad.items():
+        answer = await cluster.client.run(Request(letter * 32, tokens, count, sampling), cluster.decode, None)
+        assert answer.failure is not None and not answer.failure.retryable, letter
+    assert len((await running).token_ids) == 30
+    await cluster.assert_at_rest()
