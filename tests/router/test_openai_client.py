@@ -217,6 +217,9 @@ async def test_models_and_operators_routes(cluster: Cluster) -> None:
     assert (await cluster.http.get("/version")).json()["system_fingerprint"] == "baton-fast-fp"
     assert (await cluster.http.get("/config")).json()["model_name"] == "demo"
     assert (await cluster.http.get("/docs")).status_code == 200
+    schema = (await cluster.http.get("/openapi.json")).json()
+    assert "/v1/chat/completions" in schema["paths"]
+    assert "temperature" in schema["components"]["schemas"]["ChatBody"]["properties"]
 
 
 async def test_metrics(cluster: Cluster) -> None:
