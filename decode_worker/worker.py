@@ -19,7 +19,7 @@ from kv_transfer.tcp import TcpKvReceiver
 from kv_transfer.ticket import Landing, Ticket
 from kv_transfer.worker_host import Key, WorkerHost
 
-TICKET_LEASE_MS = 30_000  # without progress for that long a hand-over has failed
+TICKET_LEASE_MS = 600_000  # a prefill queue may be long; a dead peer is noticed by its connection, not by this
 
 
 class DecodeWorker:

@@ -35,6 +35,7 @@ class PagePool:
         self._free = list(range(num_pages - 1, -1, -1))  # the end is the top
         self._refcounts = [0] * num_pages
         self._generations = [0] * num_pages
+        self._num_allocations = 0  # pool-wide, so that no two lives of any two pages share a generation
         self._listener: ShareListener | None = None
 
     @property
@@ -59,7 +60,8 @@ class PagePool:
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
             self._refcounts[page] = 1
-            self._generations[page] += 1
+            self._num_allocations += 1
+            self._generations[page] = self._num_allocations
         return pages
 
     def retain(self, pages: Iterable[int]) -> None:
@@ -97,7 +99,7 @@ class PagePool:
         return self._refcounts[page]
 
     def generation(self, page: int) -> int:
-        """How often the page has been allocated: names one life of it, so a late write to an earlier life is told."""
+        """Number of the allocation that gave the page out, pool-wide: names one life of it; 0 before the first."""
         if not 0 <= page < self.num_pages:
             raise AssertionError(f"page {page} is not one of {self.num_pages}")
         return self._generations[page]

@@ -22,7 +22,7 @@ from kv_transfer.ticket import Ticket
 from kv_transfer.worker_host import Key, WorkerHost
 from prefill_worker.scheduler import PrefillScheduler
 
-TICKET_LEASE_S = 30.0  # a prompt that no ticket comes for is given up after this long
+TICKET_LEASE_S = 120.0  # a prompt that no ticket comes for, because decode has no room, is given up after this long
 
 
 class PrefillWorker:

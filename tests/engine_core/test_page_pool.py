@@ -86,7 +86,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert len(set(pages)) == count
         assert not self.held.keys() & set(pages)
         for page in pages:
-            self.generations[page] += 1
+            self.generations[page] = max(self.generations) + 1
         self.held.update(pages)
         return pages
 

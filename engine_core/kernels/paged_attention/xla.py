@@ -7,6 +7,7 @@ not the page table's. A fully masked block changes no bit of the carry, so it do
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jax import lax
 from engine_core.kv_cache import from_storage
 
 _BLOCK_TOKENS = 128  # KV tokens per step of the online softmax
+_SLICE_TOKENS = 16  # KV tokens per step on a CPU, within one page
 _TILE_ROWS = 128  # query rows of one prefill work item
 _MASKED = -1e30
 _FAR = 2**31 - 1
@@ -94,6 +96,39 @@ def _decode_rows(
     return out
 
 
+def _decode_row(
+    q: jax.Array, kv_len: jax.Array, pages: jax.Array, layer_cache: jax.Array, window: jax.Array, scale: float
+) -> jax.Array:
+    """Attend with one row on a CPU: q [N, H], pages [P] -> [N, H].
+
+    XLA:CPU gathers pages element by element, at 4 GB/s. A slice of a few tokens within one page is read in place by the
+    products that use it: measured 3.1 ms against 14.9 at 8 rows x 512 tokens x 8 KV heads of 128, f32, one layer.
+    """
+    num_heads, head_dim = q.shape
+    page_size = layer_cache.shape[1]
+    num_kv_heads = layer_cache.shape[2] * layer_cache.shape[3] // 2
+    block = math.gcd(page_size, _SLICE_TOKENS)
+    groups = q.astype(jnp.float32).reshape(num_kv_heads, -1, head_dim) * scale  # [K, G, H]
+    start = jnp.where(window > 0, jnp.maximum(kv_len - window, 0), 0)  # first visible place
+
+    def step(index: jax.Array, carry: _Softmax) -> _Softmax:
+        page, offset = pages[index * block // page_size], index * block % page_size
+        stored = lax.dynamic_slice(layer_cache, (page, offset, 0, 0, 0), (1, block, *layer_cache.shape[2:]))
+        heads = from_storage(stored).reshape(block, num_kv_heads, 2, -1)[..., :head_dim].astype(jnp.float32)
+        places = index * block + jnp.arange(block)
+        seen = (places < kv_len) & (places >= start)  # [C]
+        keys, values = heads[:, :, 0], jnp.where(seen[:, None, None], heads[:, :, 1], 0)  # [C, K, H]
+        scores = lax.dot_general(keys, groups, (((2,), (2,)), ((1,), (0,)))).swapaxes(1, 2)  # [K, G, C]
+        top, decay, weights, total = carry.add(scores, seen)
+        values = values.swapaxes(0, 1)[:, None]  # [K, 1, C, H]
+        return _Softmax(top, total, carry.out * decay[..., None] + jnp.sum(weights[..., None] * values, axis=2))
+
+    empty = _Softmax.empty((num_kv_heads, num_heads // num_kv_heads), head_dim)
+    carry = lax.fori_loop(start // block, (kv_len + block - 1) // block, step, empty)
+    out: jax.Array = carry.result().reshape(q.shape).astype(q.dtype)
+    return out
+
+
 def decode(
     q: jax.Array,
     layer_cache: jax.Array,
@@ -112,7 +147,7 @@ def decode(
     def one_by_one(q: jax.Array, cache: jax.Array, lens: jax.Array, table: jax.Array, window: jax.Array) -> jax.Array:
         def row(args: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
             query, length, pages = args
-            return _decode_rows(query[None], length[None], pages[None], cache, window, scale)[0]
+            return _decode_row(query, length, pages, cache, window, scale)
 
         out: jax.Array = lax.map(row, (q, lens, table))
         return out
