@@ -49,24 +49,39 @@ _FILTERS: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0
 
 
 async def answers(
-    port: int, model: str, bodies: Sequence[dict[str, Any]], concurrency: int, *, seed: int = 0
-) -> list[Answer]:
+    port: int,
+    model: str,
+    bodies: Sequence[dict[str, Any]],
+    concurrency: int,
+    *,
+    seed: int = 0,
+    patience_s: Sequence[float | None] | None = None,
+) -> list[Answer | None]:
     """Send all bodies, in an order of their own for each seed, at most `concurrency` at a time.
+
+    Args:
+        patience_s: for each body after how long its client leaves, None: never.
+
+    Returns:
+        The answer to each body; None where the client left before it was complete.
 
     Raises:
         RuntimeError: one was answered with an error.
     """
     order = list(range(len(bodies)))
     random.Random(seed).shuffle(order)
-    found: dict[int, Answer] = {}
+    found: dict[int, Answer | None] = {}
     async with httpx.AsyncClient(timeout=TIMEOUT_S, limits=httpx.Limits(max_connections=concurrency)) as client:
 
         async def work() -> None:
             while order:
                 index = order.pop()
-                reply = await client.post(
-                    f"http://127.0.0.1:{port}/v1/completions", json={"model": model, **bodies[index]}
-                )
+                asked = client.post(f"http://127.0.0.1:{port}/v1/completions", json={"model": model, **bodies[index]})
+                try:
+                    reply = await asyncio.wait_for(asked, patience_s[index] if patience_s else None)
+                except TimeoutError:
+                    found[index] = None
+                    continue
                 if reply.status_code != 200:
                     raise RuntimeError(reply.text)
                 found[index] = _answer(reply.json()["choices"][0])

@@ -68,7 +68,7 @@ class ServePlan(msgspec.Struct, frozen=True):
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM: the first asks to stop, the second ends everything at once.
+    """Ctrl-C, SIGTERM and a closed terminal: the first asks to stop, the second ends everything at once.
 
     Args:
         leave: what to do before this process ends at once, besides ending those below it.
@@ -82,9 +82,10 @@ class Interrupts:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def install(self) -> None:
-        """Take both signals (Ray takes SIGTERM for itself when it starts)."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        """Take these signals (Ray takes SIGTERM for itself when it starts). `nohup` is respected."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
 
     def bind(self) -> asyncio.Event:
         """An event of the running loop that the first signal sets."""
