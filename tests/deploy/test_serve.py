@@ -127,7 +127,7 @@ class TestRunning:
 
 
 @pytest.mark.ray
-def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+def test_a_closed_terminal_stops_it_and_a_second_signal_at_once(tmp_path: Path) -> None:
     (tmp_path / "slow").write_text("60")
     running = fake(tmp_path)
     try:
@@ -135,7 +135,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
         family = running.family()
         announced = next((tmp_path / ".cache/baton/run").iterdir())
         run_dir = Path(json.loads(announced.read_text())["token_path"]).parent
-        running.signal(signal.SIGINT)
+        running.signal(signal.SIGHUP)
         time.sleep(0.5)
         running.signal(signal.SIGINT)
         assert running.process.wait(5) == 130
