@@ -42,6 +42,10 @@ class RoleScheduler(Protocol):
     def queued_tokens(self) -> int:
         """Prompt tokens still to be computed."""
 
+    @property
+    def num_preemptions(self) -> int:
+        """Times that a running sequence gave its pages to others."""
+
     def cancel(self, key: Key) -> None:
         """Free everything a request holds."""
 
@@ -134,6 +138,7 @@ class WorkerHost:
             free_pages=self._free_pages(),
             draining=self.draining,
             compiles_after_warmup=self._compiles(),
+            preemptions=self._scheduler.num_preemptions,
         )
 
     # Called by the scheduler's side, on the engine thread.
