@@ -139,7 +139,7 @@ def _run(plan: ServePlan, progress: Progress, interrupts: Interrupts) -> int:
         progress.say("Ray is up", detail=True)
         interrupts.install()
         asyncio.run(Serving(plan, progress, address).run(interrupts.bind))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the latter where SIGTERM comes while Ray starts: it has its own handler
         progress.say("Stopped while starting.")
         return EXIT_INTERRUPTED
     except ConfigError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -141,6 +142,27 @@ def test_a_closed_terminal_stops_it_and_a_second_signal_at_once(tmp_path: Path) 
         assert running.process.wait(5) == 130
         until(lambda: not [member for member in family if process(member.pid) == member], 5)
         assert not announced.exists() and not run_dir.exists()
+    finally:
+        running.close()
+
+
+@pytest.mark.ray
+def test_sigterm_to_the_group_while_ray_starts(tmp_path: Path) -> None:
+    running = fake(tmp_path)
+
+    def run_dir_in_use() -> str | None:
+        lines = [Path(f"/proc/{member.pid}/cmdline").read_text() for member in running.family()]
+        found = re.search(r"gcs_server.*?(/tmp/baton-\w+)", "\n".join(lines))
+        return found and found[1]
+
+    try:
+        run_dir = Path(until(run_dir_in_use, READY_S))
+        family = running.family()
+        os.killpg(running.process.pid, signal.SIGTERM)
+        assert running.process.wait(20) == 130
+        assert running.log.read_text().endswith("Stopped while starting.\n")
+        until(lambda: not [member for member in family if process(member.pid) == member], 5)
+        assert not run_dir.exists()
     finally:
         running.close()
 
