@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import uvloop
 from rich.console import Console
@@ -42,10 +44,14 @@ class Samples:
     rps: list[float] = field(default_factory=list)
     chunks: list[float] = field(default_factory=list)
     ttft_ms: list[float] = field(default_factory=list)
+    request_cpu_us: list[float] = field(default_factory=list)
+    chunk_cpu_us: list[float] = field(default_factory=list)
 
-    def medians(self) -> tuple[float, float, float]:
-        """Requests/s, chunks/s, TTFT in milliseconds."""
-        return statistics.median(self.rps), statistics.median(self.chunks), statistics.median(self.ttft_ms)
+    def medians(self) -> tuple[float, ...]:
+        """Requests/s, chunks/s, TTFT in milliseconds, and the server's own CPU time per request and chunk."""
+        return tuple(
+            map(statistics.median, (self.rps, self.chunks, self.ttft_ms, self.request_cpu_us, self.chunk_cpu_us))
+        )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -67,41 +73,55 @@ async def _measure(arguments: argparse.Namespace) -> dict[str, Samples]:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         answer = _write_model(directory)
-        workers = _start(stack, "worker", {"answer": answer})
-        ports = {"gateway": _start(stack, "gateway", {"workers": workers, "model_dir": str(directory)})}
+        workers, _ = _start(stack, "worker", {"answer": answer})
+        servers = {"gateway": _start(stack, "gateway", {"workers": workers, "model_dir": str(directory)})}
         whole, stream = _request(arguments.short_tokens, False), _request(arguments.tokens, True)
-        whole_bytes = await _response(ports["gateway"], whole)
-        events = (await _response(ports["gateway"], stream)).split("\n\n")[:-1]
+        whole_bytes = await _response(servers["gateway"][0], whole)
+        events = (await _response(servers["gateway"][0], stream)).split("\n\n")[:-1]
         for name, framework in (("FastAPI", True), ("plain ASGI", False)):
             bare = {"whole": whole_bytes, "events": [f"{event}\n\n" for event in events], "framework": framework}
-            ports[name] = _start(stack, "bare", bare)
-        samples = {name: Samples() for name in ports}
+            servers[name] = _start(stack, "bare", bare)
+        samples = {name: Samples() for name in servers}
         for round_index in range(arguments.rounds + 1):
-            for name, port in ports.items():
-                await _measure_once(port, whole, stream, arguments, samples[name] if round_index else Samples())
+            for name, server in servers.items():
+                await _measure_once(server, whole, stream, arguments, samples[name] if round_index else Samples())
     return samples
 
 
 async def _measure_once(
-    port: int, whole: bytes, stream: bytes, arguments: argparse.Namespace, samples: Samples
+    server: tuple[int, int], whole: bytes, stream: bytes, arguments: argparse.Namespace, samples: Samples
 ) -> None:
+    port, pid = server
+    cpu_s = _cpu_s(pid)
     load = await run_load(port, whole, arguments.connections, arguments.seconds)
     samples.rps.append(load.requests / load.wall_s)
+    samples.request_cpu_us.append(1e6 * (_cpu_s(pid) - cpu_s) / load.requests)
+    cpu_s = _cpu_s(pid)
     load = await run_load(port, stream, arguments.connections, arguments.seconds)
     samples.chunks.append(load.events / load.wall_s)
+    samples.chunk_cpu_us.append(1e6 * (_cpu_s(pid) - cpu_s) / load.events)
     load = await run_load(port, stream, 1, arguments.seconds / 2)
     samples.ttft_ms.append(1000 * statistics.median(load.ttft_s))
 
 
+def _cpu_s(pid: int) -> float:
+    """CPU time of a process so far; 0 where the system does not tell."""
+    stat = Path(f"/proc/{pid}/stat")
+    if not stat.exists():
+        return 0.0
+    user, system = stat.read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def _report(samples: dict[str, Samples], arguments: argparse.Namespace) -> None:
     title = f"Gateway, {arguments.connections} connections, medians of {arguments.rounds} rounds"
-    table = Table("server", "requests/s", "chunks/s", "TTFT ms, 1 connection", title=title)
+    table = Table("server", "requests/s", "chunks/s", "TTFT ms", "CPU us/request", "CPU us/chunk", title=title)
     for name, of_server in samples.items():
-        rps, chunks, ttft_ms = of_server.medians()
-        table.add_row(name, f"{rps:,.0f}", f"{chunks:,.0f}", f"{ttft_ms:.3f}")
+        rps, chunks, ttft_ms, request_us, chunk_us = of_server.medians()
+        table.add_row(name, f"{rps:,.0f}", f"{chunks:,.0f}", f"{ttft_ms:.3f}", f"{request_us:.0f}", f"{chunk_us:.1f}")
     Console().print(table)
-    rps, chunks, ttft_ms = samples["gateway"].medians()
-    bare_rps, bare_chunks, bare_ttft_ms = samples["FastAPI"].medians()
+    rps, chunks, ttft_ms, *_ = samples["gateway"].medians()
+    bare_rps, bare_chunks, bare_ttft_ms, *_ = samples["FastAPI"].medians()
     if arguments.json:
         ratios = {
             "rps_ratio": round(rps / bare_rps, 3),
@@ -157,8 +177,8 @@ def _write_model(directory: Path) -> list[int]:
     return ids
 
 
-def _start(stack: ExitStack, role: str, arguments: dict[str, object]) -> int:
-    """Start a process; returns what it says when it is ready. It ends with our end of its standard input."""
+def _start(stack: ExitStack, role: str, arguments: dict[str, object]) -> tuple[Any, int]:
+    """Start a process; returns what it says when it is ready, and its id. It ends with our end of its input."""
     command = [sys.executable, "-m", "benchmarks.gateway_parts", role, json.dumps(arguments)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
@@ -169,7 +189,7 @@ def _start(stack: ExitStack, role: str, arguments: dict[str, object]) -> int:
     line = process.stdout.readline()
     if not line:
         raise RuntimeError(f"the {role} process did not start")
-    return json.loads(line)  # type: ignore[no-any-return]
+    return json.loads(line), process.pid
 
 
 if __name__ == "__main__":

@@ -31,9 +31,12 @@ MAX_PENDING_BYTES = 64 << 10  # a gateway that is slower gets its next step late
 class FakeEngine:
     """A worker without a model: one token per request and step, all requests of a step in one frame."""
 
-    def __init__(self, role: Role, answer: list[int]) -> None:
+    def __init__(self, role: Role, answer: list[int], decode: FakeEngine | None) -> None:
         self._role = role
         self._answer = answer
+        self._decode = decode  # of a prefill engine: who gets the KV cache
+        self._handed_over: set[str] = set()
+        self._waiting: dict[str, tuple[GatewayLink, EngineRequest]] = {}
         self._active: dict[str, tuple[GatewayLink, EngineRequest, int]] = {}
         self._stepping = False
         self._server = ControlServer(None, self)
@@ -61,8 +64,24 @@ class FakeEngine:
         if isinstance(message, Cancel):
             self._active.pop(message.request_id, None)
             return
-        position = int(isinstance(message, Decode))
-        self._active[message.request.request_id] = (link, message.request, position)
+        request = message.request
+        if self._role is Role.PREFILL:
+            self._begin(link, request, 0)
+        elif request.request_id in self._handed_over:
+            self._handed_over.remove(request.request_id)
+            self._begin(link, request, 1)
+        else:
+            self._waiting[request.request_id] = (link, request)
+
+    def take_over(self, request_id: str) -> None:
+        """The prompt has been read: what a real decode worker learns with the last KV block."""
+        if request_id in self._waiting:
+            self._begin(*self._waiting.pop(request_id), 1)
+        else:
+            self._handed_over.add(request_id)
+
+    def _begin(self, link: GatewayLink, request: EngineRequest, position: int) -> None:
+        self._active[request.request_id] = (link, request, position)
         if not self._stepping:
             self._stepping = True
             asyncio.get_running_loop().call_soon(self._step)
@@ -86,8 +105,10 @@ class FakeEngine:
             finish = FinishReason.LENGTH if last else None
             token = self._answer[position % len(self._answer)]
             frames.setdefault(link, []).append(TokenChunk(request_id, request.epoch, position, [token], finish))
-            if last or self._role is Role.PREFILL:
+            if last or self._decode is not None:
                 del self._active[request_id]
+                if self._decode is not None:
+                    self._decode.take_over(request_id)
             else:
                 self._active[request_id] = (link, request, position + 1)
         for link, chunks in frames.items():
@@ -139,7 +160,8 @@ class _BareAsgi:
 
 async def run_worker(answer: list[int]) -> None:
     """Both roles in one process."""
-    engines = [FakeEngine(role, answer) for role in Role]
+    decode = FakeEngine(Role.DECODE, answer, None)
+    engines = [FakeEngine(Role.PREFILL, answer, decode), decode]
     infos = [await engine.start() for engine in engines]
     _say(msgspec.to_builtins(infos))
     until_eof = asyncio.create_task(_until_eof())

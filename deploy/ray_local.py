@@ -33,6 +33,7 @@ def prepare(token_path: Path) -> None:
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # in spite of its name: every part of Ray binds to 127.0.0.1
         RAY_USAGE_STATS_ENABLED="0",
         RAY_DEDUP_LOGS="0",
+        RAY_worker_niceness="0",  # by default 15: whatever else runs on the machine would starve the engines
         RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",  # actors that reserve no GPU still see those of the user
         RAY_SERVE_LOG_TO_STDERR="0",
         PYTHONPATH=os.pathsep.join([root, *paths]),  # workers import our packages, installed or not

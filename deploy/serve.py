@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib
 import logging
 import os
@@ -20,6 +21,7 @@ from typing import Any
 
 import msgspec
 import ray
+from ray._private import services
 
 from deploy import ray_local, run_file
 from deploy.config import ServeConfig
@@ -66,7 +68,7 @@ class ServePlan(msgspec.Struct, frozen=True):
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM: the first asks to stop, the second ends everything at once.
+    """Ctrl-C, SIGTERM and a closed terminal: the first asks to stop, the second ends everything at once.
 
     Args:
         leave: what to do before this process ends at once, besides ending those below it.
@@ -80,9 +82,10 @@ class Interrupts:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def install(self) -> None:
-        """Take both signals (Ray takes SIGTERM for itself when it starts)."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        """Take these signals (Ray takes SIGTERM for itself when it starts). `nohup` is respected."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
 
     def bind(self) -> asyncio.Event:
         """An event of the running loop that the first signal sets."""
@@ -136,7 +139,7 @@ def _run(plan: ServePlan, progress: Progress, interrupts: Interrupts) -> int:
         progress.say("Ray is up", detail=True)
         interrupts.install()
         asyncio.run(Serving(plan, progress, address).run(interrupts.bind))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the latter where SIGTERM comes while Ray starts: it has its own handler
         progress.say("Stopped while starting.")
         return EXIT_INTERRUPTED
     except ConfigError as error:
@@ -154,16 +157,32 @@ def _run(plan: ServePlan, progress: Progress, interrupts: Interrupts) -> int:
 
 def start_ray(run_dir: Path) -> str:
     """Start Ray's processes as children of this one; `ray_local.prepare` has set the environment."""
-    context = ray.init(
-        num_cpus=min(os.cpu_count() or 1, PRESTARTED),  # our actors ask for none: it only says how many to prestart
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=ray_local.OBJECT_STORE_BYTES,
-        namespace="baton",
-        _temp_dir=str(run_dir / "ray"),
-    )
+    with _children_in_own_groups():
+        context = ray.init(
+            num_cpus=min(os.cpu_count() or 1, PRESTARTED),  # our actors ask for none: it only says how many to prestart
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=ray_local.OBJECT_STORE_BYTES,
+            namespace="baton",
+            _temp_dir=str(run_dir / "ray"),
+        )
     return str(context.address_info["address"])
+
+
+@contextlib.contextmanager
+def _children_in_own_groups() -> Iterator[None]:
+    """Ray's processes in process groups of their own, which Ray has no option for.
+
+    `timeout`, `make` and terminals signal whole groups: Ray would be gone before its requests are drained, and this
+    process would wait a minute for it.
+    """
+    original = services.ConsolePopen  # on POSIX: subprocess.Popen
+    services.ConsolePopen = functools.partial(original, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = original
 
 
 def stop_ray() -> None:

@@ -143,6 +143,7 @@ class Load(Message, frozen=True):
     free_pages: int
     draining: bool
     compiles_after_warmup: int
+    preemptions: int = 0
 
 
 GatewayToWorker = Hello | Prefill | Decode | Cancel

@@ -99,7 +99,7 @@ class PagePool:
         return self._refcounts[page]
 
     def generation(self, page: int) -> int:
-        """Number of the allocation that gave the page out, pool-wide: names one life of one page; 0 before the first."""
+        """Number of the allocation that gave the page out, pool-wide: names one life of it; 0 before the first."""
         if not 0 <= page < self.num_pages:
             raise AssertionError(f"page {page} is not one of {self.num_pages}")
         return self._generations[page]

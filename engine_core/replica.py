@@ -34,6 +34,26 @@ class Replica:
         return self.engine.resolved
 
     @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.resolved.spec.vocab_size
+
+    @property
+    def max_model_len(self) -> int:
+        """Prompt plus answer, tokens at most."""
+        return self.resolved.max_model_len
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that can be had, free or evictable."""
+        return self.memory.cache.num_available
+
+    @property
+    def compiles_after_warmup(self) -> int:
+        """Must stay 0."""
+        return self.engine.compiles_after_warmup
+
+    @property
     def prefill_budget(self) -> tuple[int, int]:
         """Tokens and sequences of one prefill step at most."""
         resolved = self.resolved

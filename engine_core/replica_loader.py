@@ -63,12 +63,14 @@ def use_compile_cache(path: str) -> None:
 
 
 def _buckets(replica: Replica, *, decodes: bool) -> list[tuple[str, StepInputs]]:
+    """Decode first: meanwhile a prefill worker that starts beside puts the others into the compilation cache."""
     resolved = replica.resolved
     builder = replica.builder
-    buckets = [
+    buckets = []
+    if decodes or resolved.numerics is Numerics.STRICT:
+        buckets += [(f"decode of {size} sequences", builder.decode((), size)) for size in resolved.decode_buckets]
+    buckets += [
         (f"prefill of {size} tokens", builder.prefill((), size, resolved.prefill_rows))
         for size in resolved.prefill_buckets
     ]
-    if decodes or resolved.numerics is Numerics.STRICT:
-        buckets += [(f"decode of {size} sequences", builder.decode((), size)) for size in resolved.decode_buckets]
     return buckets

@@ -16,10 +16,11 @@ import numpy as np
 
 from engine_core.errors import BatonError
 from engine_core.messages import PeerAddress, TokenChunk
+from engine_core.models.spec import ModelSpec
 from kv_transfer import handoff
 from kv_transfer.base import Layers, ReceiverEvents, SenderEvents
 from kv_transfer.handoff import Effect, Key, ReceiverCore, SenderCore
-from kv_transfer.layout import BlockLayout
+from kv_transfer.layout import BlockLayout, CacheShape, fingerprint
 from kv_transfer.ticket import Ticket
 from kv_transfer.wire import as_layers
 
@@ -35,6 +36,25 @@ class KvIdentity:
     incarnation: int
     fingerprint: str
     layout: BlockLayout
+
+    @classmethod
+    def of(cls, worker_id: str, incarnation: int, spec: ModelSpec, weights: str, cache: CacheShape) -> KvIdentity:
+        """The identity of a worker.
+
+        Args:
+            worker_id: its name in the fleet.
+            incarnation: which life of it.
+            spec: of the model.
+            weights: names the weights and how they are computed with.
+            cache: the device cache.
+        """
+        layout = BlockLayout.of(cache)
+        return cls(
+            worker_id=worker_id,
+            incarnation=incarnation,
+            fingerprint=fingerprint(spec, weights, layout),
+            layout=layout,
+        )
 
 
 class OutLink(Protocol):

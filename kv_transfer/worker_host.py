@@ -42,11 +42,35 @@ class RoleScheduler(Protocol):
     def queued_tokens(self) -> int:
         """Prompt tokens still to be computed."""
 
+    @property
+    def num_preemptions(self) -> int:
+        """Times that a running sequence gave its pages to others."""
+
     def cancel(self, key: Key) -> None:
         """Free everything a request holds."""
 
     def tick(self) -> bool:
         """One round; whether another should follow at once."""
+
+
+class ServedReplica(Protocol):
+    """What of `engine_core.replica.Replica` a host needs (that module imports jax, this package never does)."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids beyond it are refused."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Longer sequences are refused."""
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that can be had, free or evictable."""
+
+    @property
+    def compiles_after_warmup(self) -> int:
+        """Must stay 0."""
 
 
 class WorkerHost:
@@ -57,10 +81,7 @@ class WorkerHost:
         scheduler: the role's.
         accept: takes a validated Prefill or Decode, on the engine thread.
         on_cancel: told, on the engine thread, of every request that is given up.
-        vocab_size: token ids beyond it are refused.
-        max_model_len: longer sequences are refused.
-        free_pages: pages that can be had, free or evictable.
-        compiles: compilations after warm-up.
+        replica: says what fits, and how it is doing.
     """
 
     def __init__(
@@ -70,19 +91,13 @@ class WorkerHost:
         scheduler: RoleScheduler,
         accept: Callable[[Prefill | Decode], None],
         on_cancel: Callable[[Key], None],
-        vocab_size: int,
-        max_model_len: int,
-        free_pages: Callable[[], int],
-        compiles: Callable[[], int],
+        replica: ServedReplica,
     ) -> None:
         self.draining = False
         self._scheduler = scheduler
         self._accept = accept
         self._on_cancel = on_cancel
-        self._vocab_size = vocab_size
-        self._max_model_len = max_model_len
-        self._free_pages = free_pages
-        self._compiles = compiles
+        self._replica = replica
         self._server = ControlServer(secret, self)
         self._engine_thread = EngineThread(scheduler.tick, self._on_crash)
         self._owners: dict[Key, GatewayLink] = {}
@@ -131,9 +146,10 @@ class WorkerHost:
             running=self._scheduler.num_running,
             waiting=self._scheduler.num_waiting,
             queued_tokens=self._scheduler.queued_tokens,
-            free_pages=self._free_pages(),
+            free_pages=self._replica.free_pages,
             draining=self.draining,
-            compiles_after_warmup=self._compiles(),
+            compiles_after_warmup=self._replica.compiles_after_warmup,
+            preemptions=self._scheduler.num_preemptions,
         )
 
     # Called by the scheduler's side, on the engine thread.
@@ -196,10 +212,12 @@ class WorkerHost:
         total = request.num_prompt_tokens + request.sampling.max_tokens
         if not 0 < request.num_prompt_tokens <= len(request.token_ids) or request.sampling.max_tokens < 1:
             return RequestError("the prompt is empty, or there is nothing to generate", "prompt")
-        if total > self._max_model_len:
-            return RequestTooLong(f"{total} tokens of prompt and answer, the limit is {self._max_model_len}", "prompt")
-        if min(request.token_ids) < 0 or max(request.token_ids) >= self._vocab_size:
-            return RequestError(f"token ids must be in [0, {self._vocab_size})", "prompt")
+        if total > self._replica.max_model_len:
+            return RequestTooLong(
+                f"{total} tokens of prompt and answer, the limit is {self._replica.max_model_len}", "prompt"
+            )
+        if min(request.token_ids) < 0 or max(request.token_ids) >= self._replica.vocab_size:
+            return RequestError(f"token ids must be in [0, {self._replica.vocab_size})", "prompt")
         return None
 
     def _call_back(self, function: Callable[..., None], *args: object) -> None:

@@ -91,6 +91,11 @@ class PrefillScheduler:
         """Prompt tokens still to be computed."""
         return self._queue.queued_tokens
 
+    @property
+    def num_preemptions(self) -> int:
+        """A prompt's pages are reserved as a whole: nothing is ever preempted."""
+        return 0
+
     def add(self, request: Request) -> None:
         """Take a prompt. A key that is already here is ignored: a duplicate message."""
         sequence = Seq.of(request)

@@ -16,7 +16,6 @@ from engine_core.messages import Decode, Load, PeerAddress, Prefill, TokenChunk,
 from engine_core.replica_loader import open_replica
 from engine_core.types import Role
 from kv_transfer.endpoint import KvIdentity
-from kv_transfer.layout import BlockLayout, fingerprint
 from kv_transfer.tcp import TcpKvSender
 from kv_transfer.ticket import Ticket
 from kv_transfer.worker_host import Key, WorkerHost
@@ -54,13 +53,7 @@ class PrefillWorker:
     ) -> None:
         self._replica = open_replica(config, model_dir, progress, decodes=False)
         resolved = self._replica.resolved
-        layout = BlockLayout.of(resolved.layout)
-        self._identity = KvIdentity(
-            worker_id=worker_id,
-            incarnation=incarnation,
-            fingerprint=fingerprint(resolved.spec, self._replica.identity, layout),
-            layout=layout,
-        )
+        self._identity = KvIdentity.of(worker_id, incarnation, resolved.spec, self._replica.identity, resolved.layout)
         self._secret = secret
         self._info = self._replica.worker_info(Role.PREFILL, worker_id, incarnation, listen, self._identity.fingerprint)
         self._scheduler = PrefillScheduler(self._replica, self)
@@ -69,10 +62,7 @@ class PrefillWorker:
             scheduler=self._scheduler,
             accept=self._accept,
             on_cancel=self._on_cancel,
-            vocab_size=resolved.spec.vocab_size,
-            max_model_len=resolved.max_model_len,
-            free_pages=lambda: self._replica.memory.cache.num_available,
-            compiles=lambda: self._replica.engine.compiles_after_warmup,
+            replica=self._replica,
         )
         self._waker: asyncio.Task[None] | None = None
         self._sender: TcpKvSender

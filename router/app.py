@@ -7,7 +7,9 @@ import logging
 import time
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, Request, Response
+from msgspec import Struct
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -16,10 +18,13 @@ from router.dialects import ChatDialect, CompletionDialect, model_not_found
 from router.endpoint import GenerateEndpoint
 from router.http import HttpError, KeyCheck, encode_json, error_json
 from router.metrics import CONTENT_TYPE
+from router.openai_types import ChatBody, CompletionBody
 from router.service import Service
 
 logger = logging.getLogger(__name__)
 
+BODIES: dict[str, type[Struct]] = {"/v1/chat/completions": ChatBody, "/v1/completions": CompletionBody}
+REF_TEMPLATE = "#/components/schemas/{name}"
 STATUS_CODES = {404: "unknown_url", 405: "method_not_allowed"}
 
 
@@ -27,6 +32,22 @@ class GatewayApp(FastAPI):
     """FastAPI, with the generating endpoints served before its middleware and router."""
 
     hot_paths: dict[str, ASGIApp]
+
+    def openapi(self) -> dict[str, Any]:
+        """Adds what FastAPI does not route."""
+        if self.openapi_schema is None:
+            schema = super().openapi()
+            refs, components = msgspec.json.schema_components(BODIES.values(), ref_template=REF_TEMPLATE)
+            schema.setdefault("components", {}).setdefault("schemas", {}).update(components)
+            for (path, body), ref in zip(BODIES.items(), refs, strict=True):
+                schema["paths"][path] = {
+                    "post": {
+                        "summary": (body.__doc__ or path).splitlines()[0],
+                        "requestBody": {"required": True, "content": {"application/json": {"schema": ref}}},
+                        "responses": {"200": {"description": "The answer, or a stream of server-sent events"}},
+                    }
+                }
+        return super().openapi()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""

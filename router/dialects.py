@@ -14,9 +14,10 @@ from engine_core.errors import RequestError
 from engine_core.types import Request, SamplingParams
 from router.answers import Answer, ChatStream, ChatWhole, CompletionStream, CompletionWhole, Writer
 from router.choice import Choice
+from router.config import GatewayConfig
 from router.http import HttpError
-from router.openai_types import ChatBody, Common, CompletionBody, decode_body
-from router.prompts import chat_prompt, completion_prompts
+from router.openai_types import ChatBody, Common, CompletionBody, decode_body, is_absent
+from router.prompts import chat_prompt, completion_prompts, num_prompts
 from router.sampling import chat_sampling, choice_seed, completion_sampling, stop_strings
 from router.service import Service
 
@@ -62,7 +63,7 @@ class ChatDialect:
         """See Dialect."""
         service = self._service
         asked = decode_body(self._decoder, body)
-        _check_common(asked, service.config.model_name)
+        _check_common(asked, 1, service.config)
         _check_chat(asked)
         max_len = await service.context_length()
         prompt = await chat_prompt(asked, service.codec, max_len)
@@ -94,7 +95,7 @@ class CompletionDialect:
         """See Dialect."""
         service, codec = self._service, self._service.codec
         asked = decode_body(self._decoder, body)
-        _check_common(asked, service.config.model_name)
+        _check_common(asked, num_prompts(asked), service.config)
         _check_completion(asked)
         max_len = await service.context_length()
         prompts = await completion_prompts(asked, codec, max_len, service.config.special_tokens_in_prompt)
@@ -123,10 +124,6 @@ def _requests(
     is_chat: bool,
 ) -> tuple[list[Request], list[Choice], int]:
     n = asked.n or 1
-    limit = service.config.max_choices
-    if n * len(prompts) > limit:
-        name = "n" if n > 1 else "prompt"
-        raise RequestError(f"one request may ask for at most {limit} answers, not {n * len(prompts)}", name)
     stops = stop_strings(asked)
     requests, choices = [], []
     for prompt, sampling in zip(prompts, samplings, strict=True):
@@ -143,9 +140,15 @@ def _usage(asked: Common) -> bool:
     return asked.stream_options is not None and bool(asked.stream_options.include_usage)
 
 
-def _check_common(asked: Common, model_name: str) -> None:
-    if asked.model != model_name:
+def _check_common(asked: Common, num_prompts: int, config: GatewayConfig) -> None:
+    if asked.model != config.model_name:
         raise model_not_found(asked.model)
+    num_choices = num_prompts * (asked.n or 1)
+    if num_choices > config.max_choices:
+        name = "n" if asked.n not in (None, 1) else "prompt"
+        raise RequestError(f"one request may ask for at most {config.max_choices} answers, not {num_choices}", name)
+    if asked.min_tokens and not asked.ignore_eos:
+        raise RequestError("min_tokens is supported together with ignore_eos only", "min_tokens", "unsupported_value")
     if asked.stream_options is not None and not asked.stream:
         raise RequestError("stream_options needs stream to be true", "stream_options")
 
@@ -167,14 +170,15 @@ def _check_completion(asked: CompletionBody) -> None:
 
 
 def _check_chat(asked: ChatBody) -> None:
-    for name, refused in (
-        ("tools", bool(asked.tools)),
-        ("tool_choice", asked.tool_choice not in (None, "none", "auto")),
-        ("functions", bool(asked.functions)),
-        ("function_call", asked.function_call not in (None, "none", "auto")),
-        ("audio", asked.audio is not None),
-        ("modalities", asked.modalities not in (None, ["text"])),
-        ("response_format", asked.response_format is not None and asked.response_format.type != "text"),
+    for name, value, harmless in (
+        ("tools", asked.tools, (b"[]",)),
+        ("tool_choice", asked.tool_choice, (b'"none"', b'"auto"')),
+        ("functions", asked.functions, (b"[]",)),
+        ("function_call", asked.function_call, (b'"none"', b'"auto"')),
+        ("audio", asked.audio, ()),
+        ("modalities", asked.modalities, (b'["text"]',)),
     ):
-        if refused:
+        if not is_absent(value, harmless):
             raise RequestError(f"this value of {name} is not supported", name, "unsupported_value")
+    if asked.response_format is not None and asked.response_format.type != "text":
+        raise RequestError("only response_format {'type': 'text'} is supported", "response_format", "unsupported_value")

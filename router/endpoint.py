@@ -54,10 +54,10 @@ class GenerateEndpoint:
                 raise
             exchange.status = ClientGone.http_status
         except BatonError as error:
-            await exchange.fail(error)
+            await exchange.fail(error, watch)
         except Exception:
             logger.exception("unexpected error while serving %s", self._dialect.name)
-            await exchange.fail(BatonError("the server had an error while processing your request"))
+            await exchange.fail(BatonError("the server had an error while processing your request"), watch)
         finally:
             if watch is not None:
                 watch.close()
@@ -123,8 +123,10 @@ class Exchange:
         finally:
             generation.close()
 
-    async def fail(self, error: BatonError) -> None:
-        """The error object, as a response or as the last event of a stream."""
+    async def fail(self, error: BatonError, watch: DisconnectWatch | None) -> None:
+        """The error object, as a response or as the last event of a stream; whether anyone reads it or not."""
+        if watch is not None:
+            watch.close()
         self.status = error.http_status
         if self._started:
             event = b"data: " + error_json(error) + b"\n\n"

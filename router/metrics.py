@@ -99,6 +99,7 @@ class Metrics(Collector):
             "waiting": ("baton_num_requests_waiting", "Sequences waiting on a worker"),
             "queued_tokens": ("baton_queued_tokens", "Prompt tokens waiting on a worker"),
             "free_pages": ("baton_free_pages", "Free KV pages of a worker"),
+            "preemptions": ("baton_preemptions", "Sequences of a worker that had to give their pages to others"),
             "compiles_after_warmup": ("baton_compiles_after_warmup", "Compiles after warm-up: a bug unless 0"),
         }
         labels = ["worker", "role"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from engine_core.errors import RequestError
 from engine_core.types import MAX_TOP_LOGPROBS
@@ -15,8 +16,10 @@ MAX_STOPS = 4
 MAX_STOP_CHARS = 1024
 MAX_STOP_IDS = 128
 
+
 Penalty = Annotated[float, Meta(ge=-2, le=2)] | None
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)] | None
+Unparsed = Raw | UnsetType  # what need not be understood is not parsed: a megabyte of it costs nothing
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -49,11 +52,11 @@ class ChatMessage(Struct, forbid_unknown_fields=True):
     content: str | list[ContentPart] | None = None
     name: str | None = None
     refusal: str | None = None
-    tool_calls: list[Any] | None = None
     tool_call_id: str | None = None
-    function_call: Any = None
-    audio: Any = None
-    annotations: Any = None
+    tool_calls: Unparsed = UNSET
+    function_call: Unparsed = UNSET
+    audio: Unparsed = UNSET
+    annotations: Unparsed = UNSET
 
 
 class Common(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -75,6 +78,7 @@ class Common(Struct, forbid_unknown_fields=True, kw_only=True):
     stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_IDS)] | None = None
     ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Meta(ge=0)] | None = None  # load generators send it; only together with ignore_eos
     seed: Seed = None
     user: str | None = None  # accepted, without effect
 
@@ -97,24 +101,29 @@ class ChatBody(Common, forbid_unknown_fields=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    functions: list[Any] | None = None
-    function_call: Any = None
-    modalities: list[str] | None = None
-    audio: Any = None
+    chat_template_kwargs: Unparsed = UNSET
+    tools: Unparsed = UNSET
+    tool_choice: Unparsed = UNSET
+    functions: Unparsed = UNSET
+    function_call: Unparsed = UNSET
+    modalities: Unparsed = UNSET
+    audio: Unparsed = UNSET
 
-    metadata: dict[str, Any] | None = None
+    metadata: Unparsed = UNSET
     store: bool | None = None
     parallel_tool_calls: bool | None = None
     service_tier: str | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
-    prediction: Any = None
+    prediction: Unparsed = UNSET
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     safety_identifier: str | None = None
+
+
+def is_absent(value: Unparsed, harmless: Sequence[bytes] = ()) -> bool:
+    """Whether a field was not sent, is null, or is one of the JSON texts that change nothing."""
+    return value is UNSET or bytes(value) in (b"null", *harmless)
 
 
 Body = TypeVar("Body", CompletionBody, ChatBody)
@@ -145,7 +154,7 @@ def decode_body(decoder: msgspec.json.Decoder[Body], body: bytes) -> Body:
 def _invalid(message: str) -> RequestError:
     """msgspec says what and where in one sentence."""
     at = _PATH.search(message)
-    param = at[1] if at else ""
+    param = at[1].removesuffix("[...]") if at else ""
     text = message[: at.start()] if at else message
     for pattern, code in ((_UNKNOWN, "unknown_parameter"), (_MISSING, "missing_required_parameter")):
         field = pattern.search(text)

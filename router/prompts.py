@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from engine_core.errors import RequestError
-from router.openai_types import ChatBody, ChatMessage, CompletionBody
+from router.openai_types import ChatBody, ChatMessage, CompletionBody, Unparsed, is_absent
 from router.sampling import too_long
 from router.tokenizer import TextCodec
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+MAX_KWARGS_BYTES = 16 << 10
 RESERVED_KWARGS = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+
+
+def num_prompts(body: CompletionBody) -> int:
+    """How many prompts there are, before looking at them."""
+    prompt = body.prompt
+    return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
 
 
 async def completion_prompts(
@@ -24,7 +33,7 @@ async def completion_prompts(
     if not prompt:
         raise RequestError("prompt must be a string, token ids, or a list of either, and not empty", "prompt")
     if isinstance(prompt[0], int):
-        return [_check_ids(prompt, "prompt", codec.vocab_size)]
+        return [_check_ids(prompt, "prompt", codec, max_len)]
     prompts = []
     for index, item in enumerate(prompt):
         name = f"prompt[{index}]"
@@ -33,7 +42,7 @@ async def completion_prompts(
         if isinstance(item, str):
             prompts.append(await _encode(item, name, codec, max_len, parse_special))
         elif isinstance(item, list):
-            prompts.append(_check_ids(item, name, codec.vocab_size))
+            prompts.append(_check_ids(item, name, codec, max_len))
     return prompts
 
 
@@ -41,12 +50,26 @@ async def chat_prompt(body: ChatBody, codec: TextCodec, max_len: int) -> list[in
     """Ids of the rendered chat."""
     if not body.messages:
         raise RequestError("messages must not be empty", "messages", "empty_prompt")
-    options: Mapping[str, Any] = body.chat_template_kwargs or {}
+    if len(body.messages) >= max_len:
+        raise too_long(len(body.messages), max_len, "messages", "at least ")
+    options = _options(body.chat_template_kwargs)
     if not RESERVED_KWARGS.isdisjoint(options):
         raise RequestError(f"{sorted(RESERVED_KWARGS & set(options))} cannot be set", "chat_template_kwargs")
     messages = [_message(message, index) for index, message in enumerate(body.messages)]
     _check_chars(sum(len(message["content"]) for message in messages), "messages", codec, max_len)
     return await codec.encode_chat(messages, options)
+
+
+def _options(raw: Unparsed) -> Mapping[str, Any]:
+    """Variables for the chat template; small, because they are parsed into any kind of object."""
+    if isinstance(raw, msgspec.UnsetType):
+        return {}
+    if len(bytes(raw)) > MAX_KWARGS_BYTES:
+        raise RequestError(f"must not exceed {MAX_KWARGS_BYTES} bytes", "chat_template_kwargs")
+    try:
+        return msgspec.json.decode(raw, type=dict[str, Any] | None) or {}
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise RequestError(f"must be a JSON object: {error}", "chat_template_kwargs", "invalid_type") from None
 
 
 def _message(message: ChatMessage, index: int) -> dict[str, str]:
@@ -57,8 +80,9 @@ def _message(message: ChatMessage, index: int) -> dict[str, str]:
         raise RequestError(
             f"unknown role {message.role!r}; this server takes {', '.join(ROLES)}", f"{where}.role", "invalid_value"
         )
-    if message.tool_calls or message.function_call is not None or message.audio is not None:
-        raise RequestError("tool calls and audio are not supported", where, "unsupported_value")
+    for name in ("tool_calls", "function_call", "audio"):
+        if not is_absent(getattr(message, name), (b"[]",)):
+            raise RequestError(f"{name} is not supported", f"{where}.{name}", "unsupported_value")
     content = message.content
     if content is None:
         raise RequestError("content is missing", f"{where}.content", "missing_required_parameter")
@@ -93,9 +117,12 @@ def _check_chars(chars: int, name: str, codec: TextCodec, max_len: int) -> None:
         raise too_long(at_least, max_len, name, "at least ")
 
 
-def _check_ids(ids: Sequence[Any], name: str, vocab_size: int) -> list[int]:
+def _check_ids(ids: Sequence[Any], name: str, codec: TextCodec, max_len: int) -> list[int]:
+    vocab_size = codec.vocab_size
     if not ids:
         raise RequestError("the prompt is empty", name, "empty_prompt")
+    if len(ids) >= max_len:
+        raise too_long(len(ids), max_len, name)
     for index, token_id in enumerate(ids):
         if type(token_id) is not int:
             raise RequestError("prompt must not mix strings and token ids", f"{name}[{index}]", "invalid_type")

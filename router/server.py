@@ -19,6 +19,7 @@ from engine_core.messages import WorkerInfo
 from router.app import build_app
 from router.clients import MakeClient, connect_with
 from router.config import GatewayConfig
+from router.http_protocol import HttpProtocol
 from router.service import Service
 from router.tokenizer import TextCodec
 
@@ -28,6 +29,7 @@ BACKLOG = 2048
 TOKENIZER_THREADS = 2
 START_POLL_S = 0.01
 STOP_S = 0.5
+GC_THRESHOLD = 20_000  # a request leaves hardly any cycles
 
 
 class Gateway:
@@ -70,7 +72,7 @@ class Gateway:
         self._server = _Server(
             uvicorn.Config(
                 build_app(self.service),
-                http="httptools",
+                http=HttpProtocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -86,6 +88,7 @@ class Gateway:
             await asyncio.sleep(START_POLL_S)
         gc.collect()
         gc.freeze()  # what lives as long as the process need not be traversed again
+        gc.set_threshold(GC_THRESHOLD)
         logger.info("listening on %s:%d", self._config.host, self.port)
 
     def follow(self, workers: Sequence[WorkerInfo]) -> None:

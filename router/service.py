@@ -23,6 +23,7 @@ from router.tokenizer import TextCodec
 
 logger = logging.getLogger(__name__)
 
+DEADLINE_INTERVAL_S = 0.5
 RETRY_DELAY_S = 0.05  # before a request goes to a worker that failed it, times the number of attempts
 
 
@@ -33,8 +34,6 @@ class Generation:
         self._service = service
         self._streams = streams
         self._mailbox = mailbox
-        loop = asyncio.get_running_loop()
-        self._deadline = loop.call_later(service.config.request_timeout_s, self._expire)
 
     async def take(self) -> list[Item]:
         """Wait for chunks of any choice; take all that are here.
@@ -54,13 +53,8 @@ class Generation:
 
     def close(self) -> None:
         """Cancel what has not ended."""
-        self._deadline.cancel()
         for stream in self._streams:
             self._service.cancel(stream)
-
-    def _expire(self) -> None:
-        limit_s = self._service.config.request_timeout_s
-        self._mailbox.fail(DeadlineExceeded(f"the request took longer than {limit_s:g} s"))
 
 
 class Service:
@@ -82,6 +76,7 @@ class Service:
         self._placement = LeastLoad(self.registry, config.local_prefill_tokens)
         self._streams: dict[str, Stream] = {}
         self._retries: set[asyncio.Task[None]] = set()
+        self._watch_task: asyncio.Task[None] | None = None
         self._deadline_ms = int(config.request_timeout_s * 1000)
 
     @property
@@ -90,8 +85,9 @@ class Service:
         return f"baton-{self.registry.numerics}-{self.registry.fingerprint[:12]}"
 
     def start(self) -> None:
-        """Begin to watch the workers."""
+        """Begin to watch the workers and the time."""
         self.registry.start()
+        self._watch_task = asyncio.get_running_loop().create_task(self._watch_deadlines())
 
     def follow(self, workers: Sequence[WorkerInfo]) -> None:
         """These workers serve, and no others."""
@@ -102,9 +98,10 @@ class Service:
         self.draining = True
         for stream in list(self._streams.values()):
             self._fail(stream, CapacityError("the gateway is shutting down"))
-        for task in self._retries:
+        tasks = [*self._retries, *([self._watch_task] if self._watch_task else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._retries, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self.registry.close()
 
     async def context_length(self) -> int:
@@ -260,6 +257,20 @@ class Service:
         if stream.last_at:
             self.metrics.e2e.observe(stream.last_at - stream.arrived_at)
         self.registry.forget_idle()
+
+    async def _watch_deadlines(self) -> None:
+        """End what takes too long. One task for all: a timer per request would cost as much as placing it."""
+        limit_s = self.config.request_timeout_s
+        interval_s = min(DEADLINE_INTERVAL_S, limit_s)
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(interval_s)
+            oldest = loop.time() - limit_s
+            for stream in list(self._streams.values()):  # in order of arrival
+                if stream.arrived_at > oldest:
+                    break
+                self._abandon_attempt(stream)
+                self._fail(stream, DeadlineExceeded(f"the request took longer than {limit_s:g} s"))
 
     async def _wait_for_worker(self) -> None:
         try:

@@ -5,107 +5,30 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
+import re
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from deploy.ray_local import Process, process
-
-ROOT = Path(__file__).parents[2]
-READY_S = 90
+from deploy.ray_local import process
+from tests.baton_process import READY_S, Baton, free_port, until
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.1)
-    return value
-
-
-class Baton:
-    """A `baton serve` of fakes in a subprocess."""
-
-    def __init__(self, home: Path, *flags: str) -> None:
-        self.home = home
-        self.port = free_port()
-        self.environment = {**os.environ, "HOME": str(home), "TMPDIR": "/tmp"}
-        command = [sys.executable, "-m", "tests.deploy.serve_fake", str(self.port), str(home), *flags]
-        self.log = home / "stderr"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=log, start_new_session=True
-            )
-
-    def wait_ready(self) -> str:
-        assert self.process.stdout is not None
-        readable, _, _ = select.select([self.process.stdout], [], [], READY_S)
-        assert readable, self.log.read_text()
-        return self.process.stdout.readline().decode()
-
-    def get(self, path: str) -> Any:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as response:
-            return json.load(response)
-
-    def cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "deploy.cli", *arguments]
-        return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=60)
-
-    def status(self) -> Any:
-        return json.loads(self.cli("status", "--json").stdout)
-
-    def family(self) -> list[Process]:
-        """This Baton and every process below it."""
-        parents = {}
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-        found, queue = [], [self.process.pid]
-        while queue:
-            pid = queue.pop()
-            found.append(process(pid))
-            queue += [child for child, parent in parents.items() if parent == pid]
-        return [member for member in found if member is not None]
-
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.signal(signal.SIGTERM)
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                for member in self.family():
-                    os.kill(member.pid, signal.SIGKILL)
-                self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+def fake(home: Path) -> Baton:
+    port = free_port()
+    return Baton(home, port, "-m", "tests.deploy.serve_fake", str(port), str(home))
 
 
 @pytest.fixture(scope="module")
 def baton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Baton]:
     home = tmp_path_factory.mktemp("home")
     (home / "slow").write_text("1.5")
-    running = Baton(home)
+    running = fake(home)
     try:
         assert running.wait_ready() == f"Baton is ready: http://127.0.0.1:{running.port}/v1\n"
         yield running
@@ -175,6 +98,12 @@ class TestRunning:
         wide = [line for line in ours if "127.0.0.1" not in line.split()[3] and "ray::ServeRepli" not in line]
         assert ours and wide == []
 
+    def test_engines_are_not_niced_and_ray_is_in_no_group_of_ours(self, baton: Baton) -> None:
+        """Ray's default niceness would starve them; a signal to the group of `baton serve` must not reach them."""
+        family = [member.pid for member in baton.family() if member.pid != baton.process.pid]
+        assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in family} == {os.getpriority(os.PRIO_PROCESS, 0)}
+        assert os.getpgid(baton.process.pid) not in {os.getpgid(pid) for pid in family}
+
     def test_a_taken_port_is_one_clear_line(self, baton: Baton) -> None:
         second = baton.cli("serve", "--port", str(baton.port))
         assert second.returncode == 2
@@ -199,20 +128,41 @@ class TestRunning:
 
 
 @pytest.mark.ray
-def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+def test_a_closed_terminal_stops_it_and_a_second_signal_at_once(tmp_path: Path) -> None:
     (tmp_path / "slow").write_text("60")
-    running = Baton(tmp_path)
+    running = fake(tmp_path)
     try:
         until(lambda: "compiling" in running.log.read_text(), READY_S)
         family = running.family()
         announced = next((tmp_path / ".cache/baton/run").iterdir())
         run_dir = Path(json.loads(announced.read_text())["token_path"]).parent
-        running.signal(signal.SIGINT)
+        running.signal(signal.SIGHUP)
         time.sleep(0.5)
         running.signal(signal.SIGINT)
         assert running.process.wait(5) == 130
         until(lambda: not [member for member in family if process(member.pid) == member], 5)
         assert not announced.exists() and not run_dir.exists()
+    finally:
+        running.close()
+
+
+@pytest.mark.ray
+def test_sigterm_to_the_group_while_ray_starts(tmp_path: Path) -> None:
+    running = fake(tmp_path)
+
+    def run_dir_in_use() -> str | None:
+        lines = [Path(f"/proc/{member.pid}/cmdline").read_text() for member in running.family()]
+        found = re.search(r"gcs_server.*?(/tmp/baton-\w+)", "\n".join(lines))
+        return found and found[1]
+
+    try:
+        run_dir = Path(until(run_dir_in_use, READY_S))
+        family = running.family()
+        os.killpg(running.process.pid, signal.SIGTERM)
+        assert running.process.wait(20) == 130
+        assert running.log.read_text().endswith("Stopped while starting.\n")
+        until(lambda: not [member for member in family if process(member.pid) == member], 5)
+        assert not run_dir.exists()
     finally:
         running.close()
 
@@ -228,7 +178,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
 )
 def test_what_cannot_start_ends_it_with_one_line(tmp_path: Path, script: str, text: str, code: int, line: str) -> None:
     (tmp_path / script).write_text(text)
-    running = Baton(tmp_path)
+    running = fake(tmp_path)
     try:
         assert running.process.wait(READY_S) == code
         shown = running.log.read_text()

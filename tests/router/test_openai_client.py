@@ -217,6 +217,9 @@ async def test_models_and_operators_routes(cluster: Cluster) -> None:
     assert (await cluster.http.get("/version")).json()["system_fingerprint"] == "baton-fast-fp"
     assert (await cluster.http.get("/config")).json()["model_name"] == "demo"
     assert (await cluster.http.get("/docs")).status_code == 200
+    schema = (await cluster.http.get("/openapi.json")).json()
+    assert "/v1/chat/completions" in schema["paths"]
+    assert "temperature" in schema["components"]["schemas"]["ChatBody"]["properties"]
 
 
 async def test_metrics(cluster: Cluster) -> None:
@@ -234,6 +237,7 @@ async def test_metrics(cluster: Cluster) -> None:
         'baton_num_requests_running{role="decode",worker="decode-0"} 0.0',
         'baton_num_requests_waiting{role="prefill",worker="prefill-0"} 0.0',
         'baton_compiles_after_warmup{role="decode",worker="decode-0"} 0.0',
+        'baton_preemptions{role="decode",worker="decode-0"} 0.0',
         'baton_worker_connected{role="prefill",worker="prefill-0"} 1.0',
     ):
         assert line in lines, "\n".join(lines)

@@ -16,11 +16,10 @@ from jax import lax
 
 from engine_core.kv_cache import from_storage
 
-_DECODE_BLOCK = 64  # KV tokens per step of the online softmax; on a CPU a block should stay in the L2 cache
-_PREFILL_BLOCK = 128
+_SLICE = 16  # KV tokens per step of decode on a CPU, within one page
+_DECODE_BLOCK = 64  # KV tokens per step of decode elsewhere
+_PREFILL_BLOCK = 128  # KV tokens per step of prefill; with the tile, it keeps the scores in a CPU's L2 cache
 _PREFILL_TILE = 128  # query rows of one prefill work item
-_SUM_LANES = 32  # XLA:CPU vectorizes sums of slices, not reductions of the minor dim: widths of such slices,
-_SUM_PLACES = 8  # and number of places added up in one expression
 _MASKED = -1e30
 _LOWEST = -1e29
 _FAR = 2**31 - 1
@@ -124,41 +123,31 @@ def _decode_row(
     window: jax.Array,
     scale: float,
 ) -> jax.Array:
-    """One row, in operations that XLA:CPU vectorizes: query [N, H], kv_len [], pages [P] -> [N, H] f32."""
+    """One row on a CPU: query [N, H], kv_len [], pages [P] -> [N, H] f32.
+
+    A slice of a few tokens within one page is read in place by the operations that use it, where a gather would copy it
+    element by element. The values are added up term by term, which XLA:CPU vectorizes; a reduction it does not.
+    """
     grouped = query.astype(jnp.float32).reshape(sizes.num_kv_heads, sizes.group, sizes.head_dim) * scale
     start = jnp.where(window > 0, jnp.maximum(kv_len - window, 0), 0)
+    block = math.gcd(sizes.page_size, _SLICE)
 
     def step(index: jax.Array, carry: _Softmax) -> _Softmax:
-        k, v = sizes.read(layer_cache, pages, index)
-        places = index * sizes.block + jnp.arange(sizes.block)
-        visible = (places >= start) & (places < kv_len)
-        weights, decay, carry = carry.weigh(_row_scores(grouped, k), visible[:, None, None], axis=0)
-        values = jnp.where(visible[:, None, None], v.astype(jnp.float32), 0)
-        return carry._replace(out=carry.out * decay[..., None] + _weighted_sum(weights, values))
+        at = (pages[index * block // sizes.page_size], index * block % sizes.page_size, 0, 0, 0)
+        stored = lax.dynamic_slice(layer_cache, at, (1, block, *layer_cache.shape[2:]))
+        heads = from_storage(stored.reshape(block, sizes.num_kv_heads, 2, -1))[..., : sizes.head_dim]
+        heads = heads.astype(jnp.float32)
+        places = index * block + jnp.arange(block)
+        visible = ((places >= start) & (places < kv_len))[:, None, None]
+        scores = lax.dot_general(heads[:, :, 0], grouped, (((2,), (2,)), ((1,), (0,)))).swapaxes(0, 1)  # [C, K, G]
+        weights, decay, carry = carry.weigh(scores, visible, axis=0)
+        values = jnp.where(visible, heads[:, :, 1], 0)
+        seen = _tree_sum([weights[place, :, :, None] * values[place, :, None] for place in range(block)])
+        return carry._replace(out=carry.out * decay[..., None] + seen)
 
     empty = _Softmax.empty((sizes.num_kv_heads, sizes.group), sizes.head_dim)
-    carry = lax.fori_loop(start // sizes.block, (kv_len + sizes.block - 1) // sizes.block, step, empty)
+    carry = lax.fori_loop(start // block, (kv_len + block - 1) // block, step, empty)
     out: jax.Array = carry.result().reshape(query.shape)
-    return out
-
-
-def _row_scores(query: jax.Array, k: jax.Array) -> jax.Array:
-    """query [K, G, H] f32, k [C, K, H] -> [C, K, G] f32."""
-    keys = k.astype(jnp.float32)[:, :, None]
-    lanes = math.gcd(_SUM_LANES, query.shape[-1])
-    slices = [slice(at, at + lanes) for at in range(0, query.shape[-1], lanes)]
-    partial = _tree_sum([query[..., part] * keys[..., part] for part in slices])
-    scores: jax.Array = partial.reshape(-1, lanes) @ jnp.ones(lanes)
-    return scores.reshape(partial.shape[:-1])
-
-
-def _weighted_sum(weights: jax.Array, values: jax.Array) -> jax.Array:
-    """weights [C, K, G], values [C, K, H], all f32 -> [K, G, H]."""
-    places = math.gcd(_SUM_PLACES, values.shape[0])
-    weights = weights.reshape(-1, places, *weights.shape[1:], 1)
-    values = values.reshape(-1, places, values.shape[1], 1, values.shape[2])
-    partial = lax.optimization_barrier(_tree_sum([weights[:, at] * values[:, at] for at in range(places)]))
-    out: jax.Array = _tree_sum([partial[at] for at in range(partial.shape[0])])
     return out
 
 

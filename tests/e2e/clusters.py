@@ -1,0 +1,98 @@
+"""One real cluster at a time: `baton serve` over a real model, and what the tests ask of it."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+import urllib.request
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.baton_process import Baton, free_port, until
+
+STOP_S = 20.0  # from a signal to the end of every process
+SETTLE_S = 1.0  # for pages and slots of a client that left
+BEAT_S = 0.25  # a worker's load is at most so old
+
+
+class Cluster(Baton):
+    """A `baton serve` with the tiny model.
+
+    Attributes:
+        model: what clients call it.
+    """
+
+    def __init__(self, home: Path, model_dir: Path, compile_cache: Path, *flags: str) -> None:
+        port = free_port()
+        self.model = model_dir.name
+        self.started_at = time.monotonic()
+        common = ["--model", str(model_dir), "--port", str(port), "--compile_cache", str(compile_cache), "--verbose"]
+        super().__init__(home, port, "-m", "deploy.cli", "serve", *common, *flags)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def body(self, **fields: Any) -> dict[str, Any]:
+        return {"model": self.model, "temperature": 0, "max_tokens": 16, **fields}
+
+    def complete(self, **fields: Any) -> Any:
+        """A completion, not streamed."""
+        reply = httpx.post(f"{self.url}/v1/completions", json=self.body(**fields), timeout=120)
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+    def _metrics_text(self) -> str:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as response:
+            return response.read().decode()
+
+    def num_disconnects(self) -> float:
+        """Clients that left before their answer was complete."""
+        return self._sum("client_disconnects_total")
+
+    def num_retries(self) -> float:
+        """Attempts beyond the first of a stream."""
+        return self._sum("retries_total")
+
+    def _sum(self, counter: str) -> float:
+        values = re.findall(rf"^baton_{counter}(?:{{.*}})? (\S+)$", self._metrics_text(), re.MULTILINE)
+        return sum(map(float, values))
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Worker -> name of a gauge, without its prefix -> value."""
+        found: dict[str, dict[str, float]] = defaultdict(dict)
+        for name, worker, value in re.findall(
+            r'^baton_(\w+){role="\w+",worker="([\w-]+)"} (\S+)$', self._metrics_text(), re.MULTILINE
+        ):
+            found[worker][name] = float(value)
+        return dict(found)
+
+    def at_rest(self, num_pages: int) -> bool:
+        """No worker holds a page, a slot or a request."""
+        return all(
+            worker["num_requests_running"] == worker["num_requests_waiting"] == 0 and worker["free_pages"] == num_pages
+            for worker in self.metrics().values()
+        )
+
+    def until_at_rest(self, num_pages: int, seconds: float = SETTLE_S + BEAT_S) -> float:
+        """Wait for it; returns how long it took."""
+        begin = time.monotonic()
+        while not self.at_rest(num_pages):
+            assert time.monotonic() - begin < seconds, self.metrics()
+            time.sleep(0.05)
+        return time.monotonic() - begin
+
+    def member(self, worker_id: str) -> Any:
+        return next(m for m in self.status()["members"] if m["worker_id"] == worker_id)
+
+    def until_life(self, worker_id: str, incarnation: int) -> None:
+        """Wait until that life of the worker serves."""
+        line = f"{worker_id} (incarnation {incarnation}) is ready"
+        until(lambda: line in self.log.read_text(), 120)
+
+    def terminate(self) -> None:
+        self.signal(signal.SIGTERM)

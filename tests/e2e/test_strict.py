@@ -1,0 +1,123 @@
+"""Strict numerics on real clusters of very few pages: whatever happens to a request, its tokens stay the same bits.
+
+In order: 1 prefill + 2 decode workers first, then one worker that does both; the last test stops it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from benchmarks.mixed_load import Answer, answers, mixed_requests
+from tests.baton_process import until
+from tests.e2e.clusters import STOP_S, Cluster
+from tests.e2e.conftest import FEW_PAGES
+from tests.e2e.model import VOCAB
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+MIXED = mixed_requests(220, VOCAB, max_prompt=300, max_tokens=40)
+LONG = [
+    {"prompt": [random.Random(index).randrange(3, VOCAB) for _ in range(40)], "max_tokens": 300, "ignore_eos": True}
+    | ({"temperature": 0} if index % 2 else {"temperature": 1.0, "seed": index})
+    for index in range(12)
+]
+
+
+def ask(cluster: Cluster, bodies: list[dict[str, Any]], concurrency: int, **options: Any) -> list[Answer | None]:
+    return asyncio.run(answers(cluster.port, cluster.model, bodies, concurrency, **options))
+
+
+def preemptions(cluster: Cluster) -> float:
+    return sum(values["preemptions"] for values in cluster.metrics().values())
+
+
+def bytes_received(port: int) -> int:
+    """By all connections to a port of this machine, at the end that called."""
+    if not shutil.which("ss"):
+        pytest.skip("ss (iproute2) is not installed")
+    command = ["ss", "-tinH", "state", "established", f"( dport = :{port} )"]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return sum(map(int, re.findall(r"bytes_received:(\d+)", listing)))
+
+
+@pytest.fixture(scope="module")
+def apart(clusters: Any) -> dict[str, list[Answer | None]]:
+    """What the disaggregated cluster answers."""
+    cluster = clusters.get("strict")
+    found = {"mixed": ask(cluster, MIXED, 16), "alone": ask(cluster, LONG, 1)}
+    _, _, kv_port = cluster.member("prefill-0")["info"]["address"]
+    assert bytes_received(kv_port) > 1 << 20, "the KV did not come from the prefill worker"
+    assert cluster.num_retries() == 0
+    return found
+
+
+def test_a_full_cache_changes_no_answer(clusters: Any, apart: dict[str, list[Answer | None]]) -> None:
+    """Twelve answers of 22 pages each at once, where two workers have 64."""
+    cluster = clusters.get("strict")
+    cluster.until_at_rest(FEW_PAGES)
+    before = preemptions(cluster)
+    assert ask(cluster, LONG, len(LONG)) == apart["alone"]
+    cluster.until_at_rest(FEW_PAGES)
+    assert preemptions(cluster) > before
+    assert all(values["compiles_after_warmup"] == 0 for values in cluster.metrics().values())
+
+
+def test_clients_that_leave_change_no_answer(clusters: Any, apart: dict[str, list[Answer | None]]) -> None:
+    """Half of the requests are abandoned at any moment: queued, while KV is on its way, decoding."""
+    cluster = clusters.get("strict")
+    rng = random.Random(0)
+    patience = [rng.uniform(0.01, 0.3) if rng.random() < 0.5 else None for _ in MIXED]
+    found = ask(cluster, MIXED, 24, seed=2, patience_s=patience)
+    stayed = [index for index, limit in enumerate(patience) if limit is None]
+    assert [found[index] for index in stayed] == [apart["mixed"][index] for index in stayed]
+    assert sum(answer is None for answer in found) > 20
+    cluster.until_at_rest(FEW_PAGES)
+
+
+def test_a_dead_worker_changes_no_answer(clusters: Any, apart: dict[str, list[Answer | None]]) -> None:
+    """Streams of the one that is killed go on at the other."""
+    cluster = clusters.get("strict")
+    before = cluster.member("decode-1")
+    found: list[list[Answer | None]] = []
+    thread = threading.Thread(target=lambda: found.append(ask(cluster, LONG, 4)))
+    thread.start()
+    until(lambda: cluster.metrics()["decode-1"]["num_requests_running"] > 0, 30)
+    os.kill(before["pid"], signal.SIGKILL)
+    thread.join(200)
+    assert found == [apart["alone"]]
+    assert cluster.num_retries() > 0
+    cluster.until_life("decode-1", before["incarnation"] + 1)
+
+
+def test_the_same_tokens_apart_and_together(clusters: Any, apart: dict[str, list[Answer | None]]) -> None:
+    cluster = clusters.get("colocated")
+    together = ask(cluster, MIXED, 8, seed=1)
+    different = [index for index, pair in enumerate(zip(apart["mixed"], together, strict=True)) if pair[0] != pair[1]]
+    assert not different, [(MIXED[index], apart["mixed"][index], together[index]) for index in different[:2]]
+    assert len({answer[0] for answer in together if answer}) > 150
+    assert ask(cluster, LONG, len(LONG)) == apart["alone"]
+    cluster.until_at_rest(FEW_PAGES)
+
+
+def test_sigint_drains(clusters: Any) -> None:
+    cluster = clusters.get("colocated")
+    thread_answers: list[list[Answer | None]] = []
+    thread = threading.Thread(target=lambda: thread_answers.append(ask(cluster, LONG[:2], 2)))
+    thread.start()
+    until(lambda: not cluster.at_rest(FEW_PAGES), 30)
+    begin = time.monotonic()
+    assert cluster.stop(lambda: cluster.signal(signal.SIGINT), STOP_S) == 0
+    assert time.monotonic() - begin < STOP_S
+    thread.join(60)
+    assert len(thread_answers) == 1
