@@ -93,8 +93,11 @@ def uniform(seed: jax.Array, position: jax.Array) -> jax.Array:
 
 
 def _argmax(logits: jax.Array) -> jax.Array:
-    """First index of the maximum over the last axis, in range even where there is a NaN."""
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    """First index of the maximum over the last axis, NaN left out. In two passes, each of which XLA:CPU vectorizes."""
+    logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits)
+    places = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(logits == highest, places, logits.shape[-1] - 1), axis=-1)
 
 
 def _pick_one_by_one(logits: jax.Array, slots: SlotState, slot_ids: jax.Array, inputs: SamplingInputs) -> jax.Array:
@@ -166,24 +169,30 @@ def _draw(logits: jax.Array, row: SamplingInputs, filtered: jax.Array) -> jax.Ar
 
 def _filter(logits: jax.Array, mass: jax.Array, top: jax.Array, row: SamplingInputs) -> jax.Array:
     """Zero the mass of what top-k, top-p and min-p exclude."""
-    by_count = _threshold(lambda at: jnp.sum(logits >= at) >= row.top_k, top, row.top_k > 0)
+    by_count = _threshold(lambda at: jnp.sum(logits >= at), row.top_k, top, row.top_k > 0)
     mass = jnp.where(logits >= by_count, mass, 0)
-    goal = row.top_p * _sum(mass)
-    by_mass = _threshold(lambda at: _sum(jnp.where(logits >= at, mass, 0)) >= goal, top, row.top_p < 1)
+    goal = row.top_p * jnp.sum(mass)
+    by_mass = _threshold(lambda at: jnp.sum(jnp.where(logits >= at, mass, 0)), goal, top, row.top_p < 1)
     return jnp.where((logits >= by_mass) & (mass >= row.min_p), mass, 0)
 
 
-def _threshold(enough: Callable[[jax.Array], jax.Array], top: jax.Array, active: jax.Array) -> jax.Array:
-    """Find the largest float t <= top for which `enough(t)`, which holds below some point; -inf if there is none.
+def _threshold(
+    measure: Callable[[jax.Array], jax.Array], goal: jax.Array, top: jax.Array, active: jax.Array
+) -> jax.Array:
+    """Find a float t <= top with `measure(t) >= goal`, the largest unless `measure(t) == goal`; -inf if inactive.
 
-    Floats, read as integers with the order of negative ones reversed, are in order: 32 halvings find t exactly.
+    `measure` never rises with t, so where it equals the goal, it measures the same set as at the largest t. Floats,
+    read as integers with the order of negative ones reversed, are in order: at most 32 halvings find t exactly.
     """
 
     def halve(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = (low | high) - ((low ^ high) >> 1)  # mean, rounded up, without overflow
-        holds = enough(_from_order(middle))
-        return jnp.where(holds, middle, low), jnp.where(holds, high, middle - 1)
+        measured = measure(_from_order(middle))
+        return (
+            jnp.where(measured >= goal, middle, low),
+            jnp.where(measured > goal, high, jnp.where(measured == goal, middle, middle - 1)),
+        )
 
     lowest = _to_order(jnp.full_like(top, -jnp.inf))
     bounds = (lowest, jnp.where(active, _to_order(top), lowest))
@@ -201,10 +210,6 @@ def _from_order(order: jax.Array) -> jax.Array:
 
 def _chunks(mass: jax.Array) -> jax.Array:
     return jnp.pad(mass, (0, -mass.size % _LANES)).reshape(-1, _LANES)
-
-
-def _sum(mass: jax.Array) -> jax.Array:
-    return jnp.sum(mass)
 
 
 def _inverse_cdf(mass: jax.Array, at: jax.Array) -> jax.Array:

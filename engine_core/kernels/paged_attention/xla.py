@@ -16,10 +16,12 @@ from jax import lax
 
 from engine_core.kv_cache import from_storage
 
-_BLOCK_TOKENS = 128  # KV tokens per step of the online softmax
-_SLICE_TOKENS = 16  # KV tokens per step on a CPU, within one page
-_TILE_ROWS = 128  # query rows of one prefill work item
+_SLICE = 16  # KV tokens per step of decode on a CPU, within one page
+_DECODE_BLOCK = 64  # KV tokens per step of decode elsewhere
+_PREFILL_BLOCK = 128  # KV tokens per step of prefill; with the tile, it keeps the scores in a CPU's L2 cache
+_PREFILL_TILE = 128  # query rows of one prefill work item
 _MASKED = -1e30
+_LOWEST = -1e29
 _FAR = 2**31 - 1
 
 
@@ -32,101 +34,51 @@ class _Softmax(NamedTuple):
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], head_dim: int) -> _Softmax:
-        return cls(jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
+        """Nothing seen. `top` starts far above a masked score, whose weight is therefore 0 and not exp(0)."""
+        return cls(jnp.full(shape, _LOWEST), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
 
-    def add(self, scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Return (top, decay of what was, weights of the new scores, total)."""
+    def weigh(self, scores: jax.Array, visible: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, _Softmax]:
+        """Weights of a block's places (on `axis`); the decay of `out`; the carry without the block's values."""
         scores = jnp.where(visible, scores, _MASKED)
-        top = jnp.maximum(self.top, scores.max(-1))
+        top = jnp.maximum(self.top, scores.max(axis))
         decay = jnp.exp(self.top - top)
-        weights = jnp.where(visible, jnp.exp(scores - top[..., None]), 0)
-        return top, decay, weights, self.total * decay + weights.sum(-1)
+        weights = jnp.exp(scores - jnp.expand_dims(top, axis))
+        return weights, decay, _Softmax(top, self.total * decay + weights.sum(axis), self.out)
 
     def result(self) -> jax.Array:
         """`[..., H]` f32; zeros where nothing was visible."""
         return self.out / jnp.where(self.total > 0, self.total, 1)[..., None]
 
 
-def _block_pages(layer_cache: jax.Array) -> int:
-    return max(1, _BLOCK_TOKENS // layer_cache.shape[1])
+class _Sizes(NamedTuple):
+    """Static sizes of one call."""
 
+    num_kv_heads: int  # K
+    group: int  # query heads per KV head
+    head_dim: int  # H
+    page_size: int
+    block_pages: int
 
-def _pad_table(page_table: jax.Array, block_pages: int) -> jax.Array:
-    missing = -page_table.shape[1] % block_pages
-    return jnp.pad(page_table, ((0, 0), (0, missing)))
+    @classmethod
+    def of(cls, q: jax.Array, layer_cache: jax.Array, block: int) -> _Sizes:
+        page_size, num_kv_heads = layer_cache.shape[1], layer_cache.shape[2] * layer_cache.shape[3] // 2
+        return cls(num_kv_heads, q.shape[1] // num_kv_heads, q.shape[2], page_size, max(1, block // page_size))
 
+    @property
+    def block(self) -> int:
+        return self.block_pages * self.page_size
 
-def _read_block(layer_cache: jax.Array, pages: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """Gather pages [..., n] into k, v: [..., C, K, H] in the logical dtype."""
-    page_size = layer_cache.shape[1]
-    gathered = layer_cache.at[pages].get(mode="clip", wrap_negative_indices=False)
-    places = pages.shape[-1] * page_size
-    heads = gathered.reshape(*pages.shape[:-1], places, -1, 2, layer_cache.shape[-1])[..., :head_dim]
-    return from_storage(heads[..., 0, :]), from_storage(heads[..., 1, :])
+    def pad(self, page_table: jax.Array) -> jax.Array:
+        """Widen a table to whole blocks."""
+        return jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % self.block_pages)))
 
-
-def _decode_rows(
-    q: jax.Array, kv_lens: jax.Array, page_table: jax.Array, layer_cache: jax.Array, window: jax.Array, scale: float
-) -> jax.Array:
-    """Attend with R rows at a time: q [R, N, H], kv_lens [R], page_table [R, P] (whole blocks) -> [R, N, H]."""
-    rows, num_heads, head_dim = q.shape
-    num_kv_heads = layer_cache.shape[2] * layer_cache.shape[3] // 2
-    block_pages = _block_pages(layer_cache)
-    block = block_pages * layer_cache.shape[1]
-    groups = q.astype(jnp.float32).reshape(rows, num_kv_heads, -1, 1, head_dim) * scale  # [R, K, G, 1, H]
-    start = jnp.where(window > 0, jnp.maximum(kv_lens - window, 0), 0)  # [R], first visible place
-
-    def step(index: jax.Array, carry: _Softmax) -> _Softmax:
-        pages = lax.dynamic_slice_in_dim(page_table, index * block_pages, block_pages, axis=1)
-        k, v = _read_block(layer_cache, pages, head_dim)  # [R, C, K, H]
-        places = index * block + jnp.arange(block)
-        seen = (places < kv_lens[:, None]) & (places >= start[:, None])  # [R, C]
-        keys = k.astype(jnp.float32).swapaxes(1, 2)[:, :, None]  # [R, K, 1, C, H]
-        scores = jnp.sum(groups * keys, axis=-1)  # [R, K, G, C]
-        top, decay, weights, total = carry.add(scores, seen[:, None, None])
-        values = jnp.where(seen[:, :, None, None], v.astype(jnp.float32), 0).swapaxes(1, 2)[:, :, None]
-        out = carry.out * decay[..., None] + jnp.sum(weights[..., None] * values, axis=3)
-        return _Softmax(top, total, out)
-
-    empty = _Softmax.empty((rows, num_kv_heads, num_heads // num_kv_heads), head_dim)
-    first = jnp.min(start) // block
-    last = (jnp.max(kv_lens) + block - 1) // block
-    carry = lax.fori_loop(first, last, step, empty)
-    out: jax.Array = carry.result().reshape(q.shape).astype(q.dtype)
-    return out
-
-
-def _decode_row(
-    q: jax.Array, kv_len: jax.Array, pages: jax.Array, layer_cache: jax.Array, window: jax.Array, scale: float
-) -> jax.Array:
-    """Attend with one row on a CPU: q [N, H], pages [P] -> [N, H].
-
-    XLA:CPU gathers pages element by element, at 4 GB/s. A slice of a few tokens within one page is read in place by the
-    products that use it: measured 3.1 ms against 14.9 at 8 rows x 512 tokens x 8 KV heads of 128, f32, one layer.
-    """
-    num_heads, head_dim = q.shape
-    page_size = layer_cache.shape[1]
-    num_kv_heads = layer_cache.shape[2] * layer_cache.shape[3] // 2
-    block = math.gcd(page_size, _SLICE_TOKENS)
-    groups = q.astype(jnp.float32).reshape(num_kv_heads, -1, head_dim) * scale  # [K, G, H]
-    start = jnp.where(window > 0, jnp.maximum(kv_len - window, 0), 0)  # first visible place
-
-    def step(index: jax.Array, carry: _Softmax) -> _Softmax:
-        page, offset = pages[index * block // page_size], index * block % page_size
-        stored = lax.dynamic_slice(layer_cache, (page, offset, 0, 0, 0), (1, block, *layer_cache.shape[2:]))
-        heads = from_storage(stored).reshape(block, num_kv_heads, 2, -1)[..., :head_dim].astype(jnp.float32)
-        places = index * block + jnp.arange(block)
-        seen = (places < kv_len) & (places >= start)  # [C]
-        keys, values = heads[:, :, 0], jnp.where(seen[:, None, None], heads[:, :, 1], 0)  # [C, K, H]
-        scores = lax.dot_general(keys, groups, (((2,), (2,)), ((1,), (0,)))).swapaxes(1, 2)  # [K, G, C]
-        top, decay, weights, total = carry.add(scores, seen)
-        values = values.swapaxes(0, 1)[:, None]  # [K, 1, C, H]
-        return _Softmax(top, total, carry.out * decay[..., None] + jnp.sum(weights[..., None] * values, axis=2))
-
-    empty = _Softmax.empty((num_kv_heads, num_heads // num_kv_heads), head_dim)
-    carry = lax.fori_loop(start // block, (kv_len + block - 1) // block, step, empty)
-    out: jax.Array = carry.result().reshape(q.shape).astype(q.dtype)
-    return out
+    def read(self, layer_cache: jax.Array, page_table: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Block `index` of rows [..., P] of a padded table: k, v [..., block, K, H] in the logical dtype."""
+        pages = lax.dynamic_slice_in_dim(page_table, index * self.block_pages, self.block_pages, axis=-1)
+        gathered = lax.optimization_barrier(layer_cache.at[pages].get(mode="clip", wrap_negative_indices=False))
+        shape = (*page_table.shape[:-1], self.block, self.num_kv_heads, 2, layer_cache.shape[-1])
+        heads = from_storage(gathered.reshape(shape))[..., : self.head_dim]
+        return heads[..., 0, :], heads[..., 1, :]
 
 
 def decode(
@@ -140,25 +92,104 @@ def decode(
 ) -> jax.Array:
     """Attend with one query token per sequence; see `api.ragged_paged_attention`.
 
-    On a CPU the rows run one after the other, each for its own number of blocks; elsewhere all at once.
+    On a CPU the rows run one after the other, each for its own number of blocks; elsewhere all at once, for the
+    longest row's. Either way a row's own operations are the same whatever its neighbours do.
     """
-    page_table = _pad_table(page_table, _block_pages(layer_cache))
+    sizes = _Sizes.of(q, layer_cache, _DECODE_BLOCK)
 
     def one_by_one(q: jax.Array, cache: jax.Array, lens: jax.Array, table: jax.Array, window: jax.Array) -> jax.Array:
-        def row(args: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-            query, length, pages = args
-            return _decode_row(query, length, pages, cache, window, scale)
+        def row(index: jax.Array, out: jax.Array) -> jax.Array:
+            attended = _decode_row(sizes, q[index], cache, lens[index], table[index], window, scale)
+            return out.at[index].set(attended.astype(q.dtype))
 
-        out: jax.Array = lax.map(row, (q, lens, table))
+        used = jnp.max(jnp.where(lens > 0, jnp.arange(1, 1 + lens.size), 0))  # data, so never unrolled for B == 1
+        out: jax.Array = lax.fori_loop(0, used, row, jnp.zeros_like(q))
         return out
 
     def together(q: jax.Array, cache: jax.Array, lens: jax.Array, table: jax.Array, window: jax.Array) -> jax.Array:
-        return _decode_rows(q, lens, table, cache, window, scale)
+        return _decode_rows(sizes, q, cache, lens, table, window, scale)
 
-    out: jax.Array = lax.platform_dependent(
-        q, layer_cache, kv_lens, page_table, window, cpu=one_by_one, default=together
-    )
+    args = (q, layer_cache, kv_lens, sizes.pad(page_table), window)
+    out: jax.Array = lax.platform_dependent(*args, cpu=one_by_one, default=together)
     return out
+
+
+def _decode_row(
+    sizes: _Sizes,
+    query: jax.Array,
+    layer_cache: jax.Array,
+    kv_len: jax.Array,
+    pages: jax.Array,
+    window: jax.Array,
+    scale: float,
+) -> jax.Array:
+    """One row on a CPU: query [N, H], kv_len [], pages [P] -> [N, H] f32.
+
+    A slice of a few tokens within one page is read in place by the operations that use it, where a gather would copy it
+    element by element. The values are added up term by term, which XLA:CPU vectorizes; a reduction it does not.
+    """
+    grouped = query.astype(jnp.float32).reshape(sizes.num_kv_heads, sizes.group, sizes.head_dim) * scale
+    start = jnp.where(window > 0, jnp.maximum(kv_len - window, 0), 0)
+    block = math.gcd(sizes.page_size, _SLICE)
+
+    def step(index: jax.Array, carry: _Softmax) -> _Softmax:
+        at = (pages[index * block // sizes.page_size], index * block % sizes.page_size, 0, 0, 0)
+        stored = lax.dynamic_slice(layer_cache, at, (1, block, *layer_cache.shape[2:]))
+        heads = from_storage(stored.reshape(block, sizes.num_kv_heads, 2, -1))[..., : sizes.head_dim]
+        heads = heads.astype(jnp.float32)
+        places = index * block + jnp.arange(block)
+        visible = ((places >= start) & (places < kv_len))[:, None, None]
+        scores = lax.dot_general(heads[:, :, 0], grouped, (((2,), (2,)), ((1,), (0,)))).swapaxes(0, 1)  # [C, K, G]
+        weights, decay, carry = carry.weigh(scores, visible, axis=0)
+        values = jnp.where(visible, heads[:, :, 1], 0)
+        seen = _tree_sum([weights[place, :, :, None] * values[place, :, None] for place in range(block)])
+        return carry._replace(out=carry.out * decay[..., None] + seen)
+
+    empty = _Softmax.empty((sizes.num_kv_heads, sizes.group), sizes.head_dim)
+    carry = lax.fori_loop(start // block, (kv_len + block - 1) // block, step, empty)
+    out: jax.Array = carry.result().reshape(query.shape)
+    return out
+
+
+def _tree_sum(terms: list[jax.Array]) -> jax.Array:
+    while len(terms) > 1:
+        terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)] + terms[len(terms) & ~1 :]
+    return terms[0]
+
+
+def _decode_rows(
+    sizes: _Sizes,
+    q: jax.Array,
+    layer_cache: jax.Array,
+    kv_lens: jax.Array,
+    page_table: jax.Array,
+    window: jax.Array,
+    scale: float,
+) -> jax.Array:
+    """All rows at once, in operations that suit an accelerator: q [B, N, H] -> [B, N, H]."""
+    grouped = q.reshape(-1, sizes.num_kv_heads, sizes.group, sizes.head_dim)
+    start = jnp.where(window > 0, jnp.maximum(kv_lens - window, 0), 0)
+
+    def step(index: jax.Array, carry: _Softmax) -> _Softmax:
+        k, v = sizes.read(layer_cache, page_table, index)
+        places = index * sizes.block + jnp.arange(sizes.block)
+        visible = (places >= start[:, None]) & (places < kv_lens[:, None])  # [B, C]
+        scores = _dot("bkgh,bckh->bkgc", grouped.astype(k.dtype), k) * scale
+        weights, decay, carry = carry.weigh(scores, visible[:, None, None], axis=-1)
+        values = jnp.where(visible[:, :, None, None], v, 0)
+        out = carry.out * decay[..., None] + _dot("bkgc,bckh->bkgh", weights.astype(v.dtype), values)
+        return carry._replace(out=out)
+
+    empty = _Softmax.empty(grouped.shape[:-1], sizes.head_dim)
+    first = jnp.min(jnp.where(kv_lens > 0, start, _FAR)) // sizes.block
+    carry = lax.fori_loop(first, (jnp.max(kv_lens) + sizes.block - 1) // sizes.block, step, empty)
+    out: jax.Array = carry.result().reshape(q.shape)
+    return out.astype(q.dtype)
+
+
+def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Products of the cache's dtype, exact for bfloat16 and full float32, summed in float32."""
+    return jnp.einsum(spec, a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
 def prefill(
@@ -177,52 +208,56 @@ def prefill(
     zeros over the next sequence's first rows, which that sequence's own tiles then write.
     """
     num_rows = q.shape[0]
-    block_pages = _block_pages(layer_cache)
-    page_table = _pad_table(page_table, block_pages)
-    tile = min(_TILE_ROWS, num_rows)
+    sizes = _Sizes.of(q, layer_cache, _PREFILL_BLOCK)
+    page_table = sizes.pad(page_table)
+    tile = min(_PREFILL_TILE, num_rows)
     padded = jnp.pad(q, ((0, tile), (0, 0), (0, 0)))
     q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
-    tiles_end = jnp.cumsum((q_lens + tile - 1) // tile)  # [B], work items up to and including each row
+    tiles = (q_lens + tile - 1) // tile
+    tiles_end = jnp.cumsum(tiles)  # [B], work items up to and including each row's
 
     def item(index: jax.Array, out: jax.Array) -> jax.Array:
         row = jnp.searchsorted(tiles_end, index, side="right", method="compare_all")
-        ahead = (q_lens[row] + tile - 1) // tile - (tiles_end[row] - index)
-        begin = cu_q_lens[row] + ahead * tile
-        queries = lax.dynamic_slice_in_dim(padded, begin, tile)
-        places = kv_lens[row] - q_lens[row] + ahead * tile + jnp.arange(tile)
+        ahead = (index - tiles_end[row] + tiles[row]) * tile  # query rows in earlier tiles of this sequence
+        begin = cu_q_lens[row] + ahead
+        places = kv_lens[row] - q_lens[row] + ahead + jnp.arange(tile)
         places = jnp.where(places < kv_lens[row], places, -1)
-        done = _attend_tile(queries, places, layer_cache, page_table[row], window, scale)
-        return lax.dynamic_update_slice_in_dim(out, done, begin, axis=0)
+        queries = lax.dynamic_slice_in_dim(padded, begin, tile)
+        attended = _attend_tile(sizes, queries, places, layer_cache, page_table[row], window, scale)
+        return lax.dynamic_update_slice_in_dim(out, attended, begin, axis=0)
 
     out: jax.Array = lax.fori_loop(0, tiles_end[-1], item, jnp.zeros_like(padded))
     return out[:num_rows]
 
 
 def _attend_tile(
-    q: jax.Array, places: jax.Array, layer_cache: jax.Array, pages: jax.Array, window: jax.Array, scale: float
+    sizes: _Sizes,
+    q: jax.Array,
+    places: jax.Array,
+    layer_cache: jax.Array,
+    pages: jax.Array,
+    window: jax.Array,
+    scale: float,
 ) -> jax.Array:
-    """Attend with one tile of a sequence: q [tile, N, H] at places [tile] (-1: padding), pages [P] -> [tile, N, H]."""
-    tile, num_heads, head_dim = q.shape
-    num_kv_heads = layer_cache.shape[2] * layer_cache.shape[3] // 2
-    group = num_heads // num_kv_heads
-    block_pages = _block_pages(layer_cache)
-    block = block_pages * layer_cache.shape[1]
-    queries = (q.astype(jnp.float32) * scale).reshape(tile, num_kv_heads, group, head_dim)
-    queries = queries.transpose(1, 2, 0, 3).reshape(num_kv_heads, group * tile, head_dim)
+    """One tile of a sequence: q [tile, N, H] at places [tile] (-1: padding), pages [P] -> [tile, N, H]."""
+    tile = q.shape[0]
+    queries = q.reshape(tile, sizes.num_kv_heads, sizes.group, sizes.head_dim)
+    queries = queries.transpose(1, 2, 0, 3).reshape(sizes.num_kv_heads, sizes.group * tile, sizes.head_dim)
     starts = jnp.where(window > 0, jnp.maximum(places - window + 1, 0), 0)
+    last = jnp.max(places)
 
     def step(index: jax.Array, carry: _Softmax) -> _Softmax:
-        k, v = _read_block(layer_cache, lax.dynamic_slice_in_dim(pages, index * block_pages, block_pages), head_dim)
-        keys = index * block + jnp.arange(block)
-        seen = (keys <= places[:, None]) & (keys >= starts[:, None])  # [tile, C]
-        scores = lax.dot_general(queries, k.astype(jnp.float32).transpose(1, 0, 2), (((2,), (2,)), ((0,), (0,))))
-        top, decay, weights, total = carry.add(scores, jnp.tile(seen, (group, 1)))
-        values = jnp.where((keys <= places.max())[:, None, None], v.astype(jnp.float32), 0).transpose(1, 0, 2)
-        out = carry.out * decay[..., None] + lax.dot_general(weights, values, (((2,), (1,)), ((0,), (0,))))
-        return _Softmax(top, total, out)
+        k, v = sizes.read(layer_cache, pages, index)
+        keys = index * sizes.block + jnp.arange(sizes.block)
+        visible = jnp.tile((keys <= places[:, None]) & (keys >= starts[:, None]), (sizes.group, 1))
+        scores = _dot("kqh,ckh->kqc", queries.astype(k.dtype), k) * scale
+        weights, decay, carry = carry.weigh(scores, visible, axis=-1)
+        values = jnp.where((keys <= last)[:, None, None], v, 0)
+        out = carry.out * decay[..., None] + _dot("kqc,ckh->kqh", weights.astype(v.dtype), values)
+        return carry._replace(out=out)
 
-    empty = _Softmax.empty((num_kv_heads, group * tile), head_dim)
-    first = jnp.min(jnp.where(places >= 0, starts, _FAR)) // block
-    carry = lax.fori_loop(first, jnp.max(places) // block + 1, step, empty)
-    out: jax.Array = carry.result().reshape(num_kv_heads, group, tile, head_dim).transpose(2, 0, 1, 3)
-    return out.reshape(q.shape).astype(q.dtype)
+    empty = _Softmax.empty(queries.shape[:-1], sizes.head_dim)
+    first = jnp.min(jnp.where(places >= 0, starts, _FAR)) // sizes.block
+    carry = lax.fori_loop(first, last // sizes.block + 1, step, empty)
+    out: jax.Array = carry.result().reshape(sizes.num_kv_heads, sizes.group, tile, sizes.head_dim)
+    return out.transpose(2, 0, 1, 3).reshape(q.shape).astype(q.dtype)
