@@ -32,6 +32,8 @@ from engine_core.types import Request
 
 Key = tuple[str, int]
 
+LAND_PAGES = 16  # written between two steps while sequences are running, so that their inter-token latency holds
+
 
 class DecodeEvents(Protocol):
     """What the scheduler tells its worker; called on the engine thread."""
@@ -52,6 +54,24 @@ class _Landing:
 
     sequence: Seq
     prefill: PeerAddress
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """Blocks that have arrived and wait to be written."""
+
+    key: Key
+    indices: list[int]
+    layers: list[np.ndarray]
+    generations: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Landed:
+    """Behind the last blocks of a sequence."""
+
+    key: Key
+    first_token: TokenChunk
 
 
 @dataclass(slots=True)
@@ -79,6 +99,7 @@ class DecodeScheduler:
         self._sequences: dict[Key, Seq] = {}
         self._waiting: deque[_Landing] = deque()
         self._landing: dict[Key, _Landing] = {}
+        self._arrived: deque[_Blocks | _Landed] = deque()
         self._ready: deque[Seq] = deque()
         self._running: list[Seq] = []
         self._inflight: deque[_Flight] = deque()
@@ -112,17 +133,38 @@ class DecodeScheduler:
             self._waiting.append(_Landing(sequence, prefill))
 
     def land(self, key: Key, indices: Sequence[int], layers: Sequence[np.ndarray], generations: Sequence[int]) -> None:
-        """Verified blocks arrived: queue their write. What no longer matches its page's generation is dropped."""
-        landing = self._landing.get(key)
-        if landing is None:
-            return
-        pages = [landing.sequence.pages[i] for i in indices]
-        generation = self._replica.memory.cache.pool.generation
-        if [generation(page) for page in pages] == list(generations):
-            self._replica.engine.scatter(pages, layers)
+        """Verified blocks arrived: they are written between the next steps, a few at a time."""
+        for at in range(0, len(indices), LAND_PAGES):
+            part = slice(at, at + LAND_PAGES)
+            blocks = _Blocks(key, list(indices[part]), [layer[part] for layer in layers], list(generations[part]))
+            self._arrived.append(blocks)
 
     def landed(self, key: Key, first_token: TokenChunk) -> None:
-        """All wanted blocks have landed and the prefill worker has told the gateway the first token."""
+        """All wanted blocks have arrived and the prefill worker has told the gateway the first token."""
+        self._arrived.append(_Landed(key, first_token))
+
+    def _write_arrived(self) -> None:
+        """Write what has landed: everything, or one portion per step while sequences are running."""
+        while self._arrived:
+            arrived = self._arrived.popleft()
+            if isinstance(arrived, _Landed):
+                self._finish_landing(arrived.key, arrived.first_token)
+                continue
+            self._write(arrived)
+            if self._running:
+                return
+
+    def _write(self, blocks: _Blocks) -> None:
+        """What is no longer wanted, or does not match its page's generation, is dropped."""
+        landing = self._landing.get(blocks.key)
+        if landing is None:
+            return
+        pages = [landing.sequence.pages[i] for i in blocks.indices]
+        generation = self._replica.memory.cache.pool.generation
+        if [generation(page) for page in pages] == blocks.generations:
+            self._replica.engine.scatter(pages, blocks.layers)
+
+    def _finish_landing(self, key: Key, first_token: TokenChunk) -> None:
         landing = self._landing.pop(key, None)
         if landing is None:
             return
@@ -160,6 +202,7 @@ class DecodeScheduler:
     def tick(self) -> bool:
         """One round: reserve landings, admit, dispatch a prefill chunk and a decode step, read the steps before."""
         self._reserve_landings()
+        self._write_arrived()
         self._admit_ready()
         before = len(self._inflight)
         self._dispatch_prefill()
@@ -170,7 +213,7 @@ class DecodeScheduler:
             self._read(self._inflight.popleft(), chunks)
         if chunks:
             self._events.tokens(chunks)
-        return dispatched or bool(chunks)
+        return dispatched or bool(chunks) or bool(self._arrived)
 
     def _reserve_landings(self) -> None:
         memory = self._replica.memory

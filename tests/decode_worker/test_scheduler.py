@@ -8,7 +8,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from decode_worker.scheduler import DecodeScheduler
+from decode_worker.scheduler import LAND_PAGES, DecodeScheduler
 from engine_core.errors import TransferTimeout
 from engine_core.messages import PeerAddress, TokenChunk
 from engine_core.types import FinishReason, Numerics, Request, SamplingParams
@@ -150,6 +150,7 @@ def test_wrong_generation_is_dropped():
     ((key, _, wanted),) = events.tickets
     before = replica.engine.cache.copy()
     land(replica, scheduler, key, [(i, g - 1) for i, g in wanted], prompt)
+    run(scheduler)
     assert (replica.engine.cache == before).all()
 
 
@@ -268,4 +269,28 @@ def test_random_traffic_with_cancels_leaves_nothing_behind(seed):
         expected = generate(prompt, limits[name])
         answer = events.answer(name)
         assert answer == expected if name not in cancelled else expected[: len(answer)] == answer, name
+    assert_released(replica, scheduler)
+
+
+def test_a_landing_is_spread_over_steps_while_others_run():
+    replica, events = fake_replica(num_pages=128, max_model_len=200, prefix_cache=False), Events()
+    scheduler = DecodeScheduler(replica, events)
+    scheduler.add(request("a", [5, 6, 7], 40), None)
+    scheduler.tick()
+    prompt = [2 + i % 80 for i in range(4 * (2 * LAND_PAGES + 3))]
+    scheduler.add(request("b", prompt, 3), PREFILL)
+    scheduler.tick()
+    ((key, _, wanted),) = events.tickets
+    blocks = np.array(prompt, np.float32).reshape(-1, 4, 1, 1)
+    scheduler.land(key, [index for index, _ in wanted], [blocks], [generation for _, generation in wanted])
+    scheduler.landed(key, first_token("b", prompt))
+    written = []
+    scatter = replica.engine.scatter
+    replica.engine.scatter = lambda pages, layers: (written.append(len(pages)), scatter(pages, layers))
+    for portions in range(1, 4):
+        scheduler.tick()
+        assert len(written) == portions and written[-1] <= LAND_PAGES
+    run(scheduler)
+    assert events.answer("a") == generate([5, 6, 7], 40)
+    assert events.answer("b") == generate(prompt, 3)[1:]
     assert_released(replica, scheduler)
