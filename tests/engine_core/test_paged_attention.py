@@ -130,12 +130,12 @@ def test_decode_against_reference(dtype, window):
     assert not out[[4, 9]].any(), "padding rows are zero"
 
 
-def test_decode_rows_are_bitwise_independent_of_row_and_neighbours():
+def test_decode_rows_are_bitwise_independent_of_row_neighbours_and_bucket():
     lens = [1, 15, 16, 17, 127, 128, 129, 300]
     case = make_case([1] * 8, lens, heads=(4, 2, 16))
     out = case.attend("xla")
     rng = np.random.default_rng(1)
-    for rows in (rng.permutation(8), rng.permutation(8), [2] * 8, [0, 0, 0, 0, 3, 0, 0, 7]):
+    for rows in (rng.permutation(8), rng.permutation(8), [2] * 8, [0, 0, 0, 0, 3, 0, 0, 7], [3], [7, 2]):
         np.testing.assert_array_equal(case.attend("xla", rows=rows), out[np.asarray(rows)])
 
 
