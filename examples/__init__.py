@@ -1,0 +1,1 @@
+"""Examples: how the demo model was made."""
