@@ -30,8 +30,9 @@ class Case:
     def attend(self, implementation="auto", window=0, rows=None):
         order = slice(None) if rows is None else jnp.asarray(rows)
         q = self.q if rows is None else self.q[order]
+        cu_q_lens = self.cu_q_lens if rows is None else jnp.arange(len(rows) + 1)
         return np.asarray(
-            attend(q, self.cache, self.kv_lens[order], self.page_table[order], self.cu_q_lens, window, implementation)
+            attend(q, self.cache, self.kv_lens[order], self.page_table[order], cu_q_lens, window, implementation)
         )
 
 
