@@ -30,8 +30,9 @@ class Case:
     def attend(self, implementation="auto", window=0, rows=None):
         order = slice(None) if rows is None else jnp.asarray(rows)
         q = self.q if rows is None else self.q[order]
+        cu_q_lens = self.cu_q_lens if rows is None else jnp.arange(len(rows) + 1)
         return np.asarray(
-            attend(q, self.cache, self.kv_lens[order], self.page_table[order], self.cu_q_lens, window, implementation)
+            attend(q, self.cache, self.kv_lens[order], self.page_table[order], cu_q_lens, window, implementation)
         )
 
 
@@ -130,12 +131,12 @@ def test_decode_against_reference(dtype, window):
     assert not out[[4, 9]].any(), "padding rows are zero"
 
 
-def test_decode_rows_are_bitwise_independent_of_row_and_neighbours():
+def test_decode_rows_are_bitwise_independent_of_row_neighbours_and_bucket():
     lens = [1, 15, 16, 17, 127, 128, 129, 300]
     case = make_case([1] * 8, lens, heads=(4, 2, 16))
     out = case.attend("xla")
     rng = np.random.default_rng(1)
-    for rows in (rng.permutation(8), rng.permutation(8), [2] * 8, [0, 0, 0, 0, 3, 0, 0, 7]):
+    for rows in (rng.permutation(8), rng.permutation(8), [2] * 8, [0, 0, 0, 0, 3, 0, 0, 7], [3], [7, 2]):
         np.testing.assert_array_equal(case.attend("xla", rows=rows), out[np.asarray(rows)])
 
 

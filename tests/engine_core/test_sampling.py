@@ -180,6 +180,15 @@ def test_draws_follow_a_large_vocabulary():
     assert chi_square(counts, allowed(logits, temperature=0.7)) < 1
 
 
+def test_inverse_cdf_never_takes_what_has_no_mass():
+    """Not at the ends of [0, 1), not beside the chunk borders, and not where rounding leaves a rest."""
+    invert = jax.jit(jax.vmap(sampling._inverse_cdf, in_axes=(None, 0)))
+    mass = np.zeros(700, np.float32)
+    mass[[130, 255, 256, 511, 650]] = [0.1, 0.3, 1, 0.25, 0.1]
+    at = jnp.asarray([0, 0.05, 0.1, 0.5, 0.8, 0.99, 1 - 2**-24], jnp.float32)
+    assert np.asarray(invert(jnp.asarray(mass), at)).tolist() == [130, 130, 255, 256, 511, 650, 650]
+
+
 def test_same_seed_and_position_same_token_else_not():
     rng = np.random.default_rng(5)
     logits = np.tile(rng.standard_normal(500), (6, 1))
@@ -238,6 +247,7 @@ def test_penalties_and_bias_against_numpy():
     slots = start(make_slots(vocab), jnp.int32(1), pad(prompt, vocab), pad(output, vocab))
     bias = [[(int(rng.integers(vocab)), float(rng.uniform(-5, 5)))] for _ in range(rows)]
     logits = rng.standard_normal((rows, vocab)).astype(np.float32) * 2
+    logits[::2] -= 9  # below zero a repetition penalty multiplies
     inputs = make_inputs(rows, vocab, bias=bias, **penalties)
     tokens = pick(logits, inputs, slots, np.full(rows, 1))
 
@@ -273,10 +283,10 @@ def test_penalty_changes_with_what_was_generated():
     logits = jnp.asarray([[0, 0, 1, 0.9, 0, 0, 0, 0, 0, 0]], jnp.float32)
     inputs = make_inputs(1, 10, frequency_penalty=0.5)
     tokens = []
-    for _ in range(3):
+    for _ in range(4):
         output, slots = run(logits, slots, jnp.asarray([3]), inputs)
         tokens.append(int(output.tokens[0]))
-    assert tokens == [2, 3, 2]
+    assert tokens == [2, 3, 2, 3]
 
 
 def test_logprobs_are_of_the_raw_logits():

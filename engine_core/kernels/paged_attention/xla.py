@@ -75,7 +75,7 @@ class _Sizes(NamedTuple):
     def read(self, layer_cache: jax.Array, page_table: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Block `index` of rows [..., P] of a padded table: k, v [..., block, K, H] in the logical dtype."""
         pages = lax.dynamic_slice_in_dim(page_table, index * self.block_pages, self.block_pages, axis=-1)
-        gathered = lax.optimization_barrier(layer_cache.at[pages].get(mode="clip", wrap_negative_indices=False))
+        gathered = layer_cache.at[pages].get(mode="clip", wrap_negative_indices=False)
         shape = (*page_table.shape[:-1], self.block, self.num_kv_heads, 2, layer_cache.shape[-1])
         heads = from_storage(gathered.reshape(shape))[..., : self.head_dim]
         return heads[..., 0, :], heads[..., 1, :]
