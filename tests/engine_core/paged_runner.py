@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from engine_core.config import Degrees
 from engine_core.kv_cache import CacheLayout, create_cache
 from engine_core.layers.linear import choose_numbers
-from engine_core.mesh import cache_axes, make_mesh, replicated
+from engine_core.layers.moe import choose_experts
+from engine_core.mesh import ROWS, by_rows, cache_axes, make_mesh, replicated
 from engine_core.models.decoder import Decoder
 from engine_core.models.registry import load_spec
-from engine_core.step import build_step, param_specs
+from engine_core.step import build_step, input_specs, param_specs
 from engine_core.step_io import SamplingInputs, SlotState, StepInputs
 from engine_core.weights import load_params
 
@@ -98,10 +100,14 @@ def step_inputs(chunks: Sequence[Chunk], *, num_tokens: int, num_rows: int, voca
 class PagedRunner:
     """Params, cache, slots and the jitted step of one checkpoint."""
 
-    def __init__(self, directory: Path, *, scan: bool, tp: int = 1, dtype: str = "float32"):
+    def __init__(
+        self, directory: Path, *, scan: bool, tp: int = 1, dtype: str = "float32", experts: str = "auto"
+    ) -> None:
         self.spec = load_spec(directory)
-        self.mesh = make_mesh(tp, jax.devices())
-        self.model = Decoder(self.spec, choose_numbers(dtype, "cpu"), tp=tp, scan=scan)
+        degrees = Degrees(tp=tp)
+        self.mesh = make_mesh(degrees, jax.devices())
+        choice = choose_experts(experts, "cpu")
+        self.model = Decoder(self.spec, choose_numbers(dtype, "cpu"), degrees=degrees, experts=choice, scan=scan)
         self.params = load_params(directory, self.model, self.mesh, None)
         self._layout = CacheLayout(
             num_layers=self.spec.num_layers,
@@ -117,8 +123,8 @@ class PagedRunner:
         forward = jax.shard_map(
             self.model.forward,
             mesh=self.mesh,
-            in_specs=(param_specs(self.model), cache_spec, P(), P()),
-            out_specs=(P(), cache_spec),
+            in_specs=(param_specs(self.model), cache_spec, P(ROWS), input_specs()),
+            out_specs=(P(ROWS), cache_spec),
             check_vma=False,
         )
         self._forward = jax.jit(forward)
@@ -133,7 +139,7 @@ class PagedRunner:
             output_counts=jnp.zeros((NUM_SLOTS, vocab), jnp.int32),
             in_prompt=jnp.zeros((NUM_SLOTS, vocab), bool),
         )
-        self.slots = jax.device_put(slots, replicated(self.mesh))
+        self.slots = jax.device_put(slots, by_rows(self.mesh))
 
     def inputs(self, chunks: Sequence[Chunk], num_tokens: int, num_rows: int) -> StepInputs:
         return step_inputs(chunks, num_tokens=num_tokens, num_rows=num_rows, vocab=self.spec.vocab_size)
