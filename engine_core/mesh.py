@@ -83,7 +83,7 @@ def by_rows(mesh: Mesh) -> NamedSharding:
 
 
 def cache_axes(stacked: bool) -> tuple[str | tuple[str, ...] | None, ...]:
-    """Mesh axes of one cache array `[(L,) num_pages, page_size, 2K/pack, pack, H]`: pages by rows, heads over tensor."""
+    """Mesh axes of one cache array `[(L,) num_pages, page_size, 2K/pack, pack, H]`: pages by rows, heads by tensor."""
     page = (ROWS, None, TENSOR, None, None)
     return (None, *page) if stacked else page
 

@@ -258,7 +258,8 @@ def _sources(plan: Params[WeightPlan]) -> list[Source]:
 
 
 def _num_bytes(tensor: Any) -> int:
-    return math.prod(tensor.get_shape()) * ITEM_SIZES[tensor.get_dtype()]
+    shape: list[int] = tensor.get_shape()
+    return math.prod(shape) * ITEM_SIZES[tensor.get_dtype()]
 
 
 def _numpy_dtype(name: str) -> np.dtype[Any]:

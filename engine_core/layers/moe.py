@@ -72,7 +72,7 @@ class MoeMlp(nnx.Module):
 
         Returns:
             [T, D] in the residual dtype, zeros in padding rows. One all-reduce over the tensor axis. Over the expert
-            axis: two exchanges of rows and an all-gather of counts, or (fused) all-gathers and a reduce-scatter of rows.
+            axis: two exchanges of rows and an all-gather of counts, or (fused) all-gathers and a reduce-scatter.
         """
         logits = matmul(x, self.router[...], self.numbers.min_rows)
         routing = route(logits, valid, self.spec.experts_per_token, normalize=self.spec.normalize)
@@ -96,7 +96,8 @@ class MoeMlp(nnx.Module):
         x, experts, scores = (jax.lax.all_gather(y, mesh.EXPERT, tiled=True) for y in (x, *routing))
         first = jax.lax.axis_index(mesh.EXPERT) * weights.down.shape[0]
         mixed = fused_experts(x, Routing(experts, scores), first, *weights)
-        return jax.lax.psum_scatter(mixed, mesh.EXPERT, tiled=True)
+        own: jax.Array = jax.lax.psum_scatter(mixed, mesh.EXPERT, tiled=True)
+        return own
 
 
 def _sources(spec: MoeSpec, hidden: int) -> tuple[tuple[Source, ...], tuple[Source, ...]]:

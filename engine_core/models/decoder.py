@@ -1,8 +1,8 @@
-"""The decoder-only transformer: Qwen2.5, Qwen3, Qwen3-MoE, Llama 3, Mistral and Mixtral differ only in their `ModelSpec`.
+"""The decoder-only transformer: Qwen2.5, Qwen3, Llama 3, Mistral, Qwen3-MoE and Mixtral differ only in `ModelSpec`.
 
-A model is a list of segments, runs of layers of one shape: a layer has a dense MLP or experts. The layers of a segment share one `Template`; what differs
-between them (the sliding window) is data. A segment runs *scanned*, its weights and cache stacked along a leading layer
-dimension, or *unrolled* over per-layer arrays.
+A model is a list of segments, runs of layers of one shape: a layer has a dense MLP or experts. The layers of a segment
+share one `Template`; what differs between them (the sliding window) is data. A segment runs *scanned*, its weights
+stacked along a leading layer dimension and the cache over all layers, or *unrolled* over per-layer arrays.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from engine_core.config import Degrees
 from engine_core.errors import ConfigError
 from engine_core.kv_cache import CacheLayout, create_cache, gather_pages, scatter_pages
-from engine_core.config import Degrees
 from engine_core.mesh import make_mesh
 
 

@@ -14,10 +14,8 @@ def grouped_matmul(
     if scales is not None:
         wide = wide * scales[..., None]
     products = jnp.einsum("mk,egnk->megn", x.astype(jnp.float32), wide, precision="highest")
-    if weights.shape[1] == 1:
-        candidates = products[:, :, 0]
-    else:
-        candidates = jax.nn.silu(products[:, :, 0]) * products[:, :, 1]
+    first = products[:, :, 0]
+    candidates = first if weights.shape[1] == 1 else jax.nn.silu(first) * products[:, :, 1]
     ends = jnp.cumsum(group_sizes)
     group = jnp.searchsorted(ends, jnp.arange(x.shape[0]), side="right")
     chosen = jnp.take_along_axis(candidates, jnp.minimum(group, ends.size - 1)[:, None, None], axis=1)[:, 0]

@@ -35,8 +35,8 @@ def tiled(
             products = products * scales[group]
         return lax.dynamic_update_slice_in_dim(out, activate(products).astype(out_dtype), row, axis=0)
 
-    out = jnp.zeros((num_rows + tile, weights.shape[2]), out_dtype)
-    out = lax.fori_loop(0, tile_ends[-1], visit, out)
+    nothing = jnp.zeros((num_rows + tile, weights.shape[2]), out_dtype)
+    out: jax.Array = lax.fori_loop(0, tile_ends[-1], visit, nothing)
     return out[:num_rows]
 
 

@@ -1,1 +1,1 @@
-"""Mixture of experts: `router` picks experts, `grouped` runs sorted rows, `fused` all experts, `exchange` moves rows."""
+"""Mixture of experts: `router` picks experts, `grouped` runs sorted rows, `fused` everything, `exchange` moves rows."""

@@ -94,7 +94,8 @@ class Exchange:
         everything = lax.all_gather(rows, self.axis, tiled=True)
         sender_starts = jnp.arange(self.size, dtype=jnp.int32) * rows.shape[0]
         source = _moved(sender_starts + incoming.places - incoming.starts, incoming.sizes, count)
-        return everything.at[source].get(mode="clip")
+        gathered: jax.Array = everything.at[source].get(mode="clip")
+        return gathered
 
 
 def _before(sizes: jax.Array, axis: int) -> jax.Array:
