@@ -142,7 +142,8 @@ def _check(model_dir: Path, plan: Params[WeightPlan], tensors: Mapping[str, Any]
     for leaf in jax.tree.leaves(plan):
         for source in itertools.chain.from_iterable(leaf.parts):
             tensor = tensors[source.name]
-            shape = (source.rows, *leaf.shape[len(leaf.stack) + 1 :])
+            rows, *rest = leaf.shape[len(leaf.stack) :]
+            shape = (source.rows, rows) if leaf.transposed else (source.rows, *rest)
             if tuple(tensor.get_shape()) != shape:
                 raise CheckpointError(
                     f"{model_dir}: {source.name} has shape {tensor.get_shape()}, config.json asks for {list(shape)}"
@@ -181,7 +182,11 @@ def _read_stack(
         number = 0
         for chosen, at, size in zip(ranges, place, leaf.stack, strict=True):
             number = number * size + chosen[at]
-        matrix = _read_shard(leaf.parts[number], leaf, tensors, index, num_shards)
+        if leaf.transposed:
+            tensor = tensors[leaf.parts[number][0].name]
+            matrix = tensor[index[::-1]].T.astype(_numpy_dtype(leaf.dtype))
+        else:
+            matrix = _read_shard(leaf.parts[number], leaf, tensors, index, num_shards)
         if not ranges:
             return matrix
         if shard is None:
@@ -239,7 +244,8 @@ class _FusedRows:
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         """Read a part; only these bytes are touched."""
         rows, *rest = index
-        inside = slice(self._fused.start + rows.start, self._fused.start + rows.stop)
+        first, last, _ = rows.indices(self._rows)
+        inside = slice(self._fused.start + first, self._fused.start + last)
         lead = [slice(place, place + 1) for place in self._fused.index]
         read: np.ndarray = self._tensor[(*lead, inside, *rest)]
         return read.reshape(read.shape[len(lead) :])

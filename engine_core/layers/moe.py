@@ -53,10 +53,24 @@ class MoeMlp(nnx.Module):
         self.router = declare(ParamSpec((count, hidden), numbers.weight, (None, None), (router,)))
         gate_up, down = _sources(spec, hidden)
         self.gate_up = declare(
-            ParamSpec((count, 2 * size, hidden), numbers.weight, (mesh.EXPERT, mesh.TENSOR, None), gate_up, (count,))
+            ParamSpec(
+                (count, 2, hidden, size),
+                numbers.weight,
+                (mesh.EXPERT, None, None, mesh.TENSOR),
+                gate_up,
+                (count, 2),
+                transposed=True,
+            )
         )
         self.down = declare(
-            ParamSpec((count, hidden, size), numbers.weight, (mesh.EXPERT, None, mesh.TENSOR), down, (count,))
+            ParamSpec(
+                (count, size, hidden),
+                numbers.weight,
+                (mesh.EXPERT, mesh.TENSOR, None),
+                down,
+                (count,),
+                transposed=True,
+            )
         )
         self.spec = spec
         self.numbers = numbers
@@ -76,8 +90,7 @@ class MoeMlp(nnx.Module):
         """
         logits = matmul(x, self.router[...], self.numbers.min_rows)
         routing = route(logits, valid, self.spec.experts_per_token, normalize=self.spec.normalize)
-        gate_up, down = self.gate_up[...], self.down[...]
-        weights = ExpertWeights(gate_up.reshape(gate_up.shape[0], 2, -1, gate_up.shape[2]), down)
+        weights = ExpertWeights(self.gate_up[...], self.down[...])
         if self.choice.experts == "fused":
             mixed = self._fused(x, routing, weights)
         else:

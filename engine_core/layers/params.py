@@ -68,6 +68,7 @@ class ParamSpec:
             of every source, in this order: a local split is a split of the local array. For a stack: the sources of
             each matrix, one matrix after the other.
         stack: sizes of the leading dimensions that stack matrices; empty for a single one.
+        transposed: matrices are stored as `[in, out]`, with one source each, which the checkpoint has as `[out, in]`.
     """
 
     shape: tuple[int, ...]
@@ -75,6 +76,7 @@ class ParamSpec:
     axes: tuple[str | None, ...]
     sources: tuple[Source, ...]
     stack: tuple[int, ...] = ()
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class WeightPlan:
         dtype: of the stored array.
         axes: mesh axis of each dimension.
         stack: sizes of the leading dimensions that stack matrices: layers, experts, both (in this order) or none.
+        transposed: see `ParamSpec`.
         parts: per matrix of the stack, in row-major order, its fused sources by absolute checkpoint name.
     """
 
@@ -93,6 +96,7 @@ class WeightPlan:
     dtype: str
     axes: tuple[str | None, ...]
     stack: tuple[int, ...]
+    transposed: bool
     parts: tuple[tuple[Source, ...], ...]
 
 
@@ -101,15 +105,21 @@ def plan_weight(spec: ParamSpec, prefixes: Sequence[str], stacked: bool) -> Weig
     assert stacked or len(prefixes) == 1
     matrices = math.prod(spec.stack)
     fused = len(spec.sources) // matrices
+    assert fused == 1 or not spec.transposed
     parts = tuple(
         tuple(source.under(prefix) for source in spec.sources[fused * i : fused * (i + 1)])
         for prefix in prefixes
         for i in range(matrices)
     )
-    if not stacked:
-        return WeightPlan(spec.shape, spec.dtype, spec.axes, spec.stack, parts)
-    count = len(prefixes)
-    return WeightPlan((count, *spec.shape), spec.dtype, (None, *spec.axes), (count, *spec.stack), parts)
+    layers = (len(prefixes),) if stacked else ()
+    return WeightPlan(
+        shape=(*layers, *spec.shape),
+        dtype=spec.dtype,
+        axes=(*(None for _ in layers), *spec.axes),
+        stack=(*layers, *spec.stack),
+        transposed=spec.transposed,
+        parts=parts,
+    )
 
 
 def declare(spec: ParamSpec) -> nnx.Param[jax.Array]:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from engine_core.config import Degrees
 from engine_core.layers.linear import choose_numbers
 from engine_core.layers.moe import MoeMlp, choose_experts
-from engine_core.layers.params import ParamSpec, Template
+from engine_core.layers.params import Template
 from engine_core.mesh import ROWS, make_mesh
 from engine_core.models.spec import ExpertNames, MoeSpec
 from tests.engine_core.parity import GOLDEN, check_parity, load_expected
@@ -73,7 +73,6 @@ def check_layer(degrees: Degrees, experts: str) -> dict:
     whole = Template(MoeMlp(spec, HIDDEN, numbers, Degrees(), choice))
     split = Template(MoeMlp(spec, HIDDEN, numbers, degrees, choice))
     leaves = [rng.standard_normal(param.shape).astype(np.float32) for param in whole.params]
-    shards = [_split_columns(param, leaf, degrees.tp) for param, leaf in zip(split.params, leaves, strict=True)]
     mesh = make_mesh(degrees, jax.devices())
     run = jax.jit(
         jax.shard_map(
@@ -84,7 +83,7 @@ def check_layer(degrees: Degrees, experts: str) -> dict:
             check_vma=False,
         )
     )
-    one = jax.jit(lambda x, valid: whole.bind(leaves)(x, valid))
+    one = jax.jit(lambda leaves, x, valid: whole.bind(leaves)(x, valid))
     rows = ROWS_PER_SHARD * degrees.row_shards
     error = scale = 0.0
     router = next(i for i, param in enumerate(split.params) if len(param.shape) == 2)
@@ -93,18 +92,10 @@ def check_layer(degrees: Degrees, experts: str) -> dict:
         if load == "skewed":  # all rows to the last experts
             x = np.tile(leaves[router][-1], (rows, 1)) + 0.1 * x
         valid = np.arange(rows) < (rows // 3 if load == "padded" else rows)
-        wanted, found = np.asarray(one(x, valid)), np.asarray(run(shards, x, valid))
+        wanted, found = np.asarray(one(leaves, x, valid)), np.asarray(run(leaves, x, valid))
         assert not wanted[~valid].any()
         error, scale = max(error, float(np.abs(wanted - found).max())), max(scale, float(np.abs(wanted).max()))
     return {"layer": str(degrees), "tp": degrees.tp, "experts": experts, "error": error, "scale": scale}
-
-
-def _split_columns(param: ParamSpec, leaf: np.ndarray, tp: int) -> np.ndarray:
-    """Lay gate and up out as `load_params` does: each tensor shard has its part of both."""
-    if leaf.ndim != 3 or param.axes[1] != "tensor":
-        return leaf
-    count, _, hidden = leaf.shape
-    return leaf.reshape(count, 2, tp, -1, hidden).swapaxes(1, 2).reshape(leaf.shape)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ K, N = 48, 40
 def numpy_grouped(x, weights, scales, sizes):
     wide = weights.astype(np.float64)
     if scales is not None:
-        wide = wide * scales[..., None]
+        wide = wide * scales[:, :, None]
     out, at = [], 0
     for group, size in enumerate(sizes):
         rows = x[at : at + size].astype(np.float64)
-        products = [rows @ wide[group, i].T for i in range(weights.shape[1])]
+        products = [rows @ wide[group, i] for i in range(weights.shape[1])]
         out.append(products[0] if len(products) == 1 else products[0] / (1 + np.exp(-products[0])) * products[1])
         at += size
     return np.concatenate(out)
@@ -38,7 +38,7 @@ def numpy_grouped(x, weights, scales, sizes):
 def draw(dtype, num_products, num_rows, seed=0):
     rng = np.random.default_rng(seed)
     x = (rng.standard_normal((num_rows, K)) / 4).astype(np.float32)
-    values = rng.standard_normal((6, num_products, N, K))
+    values = rng.standard_normal((6, num_products, K, N))
     if dtype == "int8":
         return x, np.clip(values * 40, -127, 127).astype(np.int8), rng.uniform(0.01, 0.03, (6, num_products, N))
     if dtype.startswith("float8"):
@@ -96,9 +96,9 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weights": jnp.zeros((6, 3, N, K))}, "G must be 1 or 2"),
-        ({"weights": jnp.zeros((6, 1, N, K + 1))}, "K is"),
-        ({"weights": jnp.zeros((6, 1, N, K), jnp.int32)}, "weights must be one of .* not int32"),
+        ({"weights": jnp.zeros((6, 3, K, N))}, "G must be 1 or 2"),
+        ({"weights": jnp.zeros((6, 1, K + 1, N))}, "K is"),
+        ({"weights": jnp.zeros((6, 1, K, N), jnp.int32)}, "weights must be one of .* not int32"),
         ({"group_sizes": jnp.zeros(5, jnp.int32)}, "E is 5 but was 6"),
         ({"group_sizes": jnp.zeros(6)}, "group_sizes must be int32"),
         ({"scales": jnp.zeros((6, 2, N))}, "G is 2 but was 1"),
@@ -107,7 +107,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 def test_refuses_what_does_not_fit(change: dict, message: str) -> None:
     arguments = {
         "x": jnp.zeros((4, K)),
-        "weights": jnp.zeros((6, 1, N, K)),
+        "weights": jnp.zeros((6, 1, K, N)),
         "scales": None,
         "group_sizes": jnp.zeros(6, jnp.int32),
         **change,

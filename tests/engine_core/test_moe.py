@@ -112,10 +112,15 @@ def test_equals_the_layer_of_transformers(experts: str, load: str, family: str) 
     else:
         config = configs.Qwen3MoeConfig(**sizes, num_experts=EXPERTS, moe_intermediate_size=SIZE)
         block = modeling.Qwen3MoeSparseMoeBlock(config)
-    by_shape = {leaf.shape: torch.tensor(leaf) for leaf in leaves}
+    router, gate_up, down = (next(leaf for leaf in leaves if leaf.ndim == ndim) for ndim in (2, 4, 3))
+    hugging_face = {
+        "gate.weight": router,
+        "experts.gate_up_proj": np.concatenate([gate_up[:, 0], gate_up[:, 1]], axis=-1).swapaxes(1, 2),
+        "experts.down_proj": down.swapaxes(1, 2),
+    }
     with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.copy_(by_shape[tuple(parameter.shape)])
+        for name, parameter in block.named_parameters():
+            parameter.copy_(torch.tensor(hugging_face[name]))
         wanted = block(torch.tensor(x)[None])[0].numpy()
     found = run(layer, leaves, x, valid)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())

@@ -12,8 +12,8 @@ def grouped_matmul(
     """Every row with every matrix in float32, of which its own group's is kept; see `api.grouped_matmul`."""
     wide = weights.astype(jnp.float32)
     if scales is not None:
-        wide = wide * scales[..., None]
-    products = jnp.einsum("mk,egnk->megn", x.astype(jnp.float32), wide, precision="highest")
+        wide = wide * scales[:, :, None]
+    products = jnp.einsum("mk,egkn->megn", x.astype(jnp.float32), wide, precision="highest")
     first = products[:, :, 0]
     candidates = first if weights.shape[1] == 1 else jax.nn.silu(first) * products[:, :, 1]
     ends = jnp.cumsum(group_sizes)

@@ -18,8 +18,8 @@ def fused_experts(
         x: [T, D], rounded to the weights' dtype.
         routing: of these rows, over all experts of the model.
         first_expert: number of the first of the experts given here.
-        gate_up: [E, 2, F, D].
-        down: [E, D, F].
+        gate_up: [E, 2, D, F].
+        down: [E, F, D].
 
     Returns:
         [T, D] f32; zeros for rows that go to none of these experts.
@@ -28,7 +28,7 @@ def fused_experts(
     chosen = routing.experts[:, :, None] - first_expert == jnp.arange(down.shape[0])  # [T, k, E]
     weights = jnp.where(chosen, routing.weights[:, :, None], 0).sum(axis=1)  # [T, E]
     products = jnp.einsum(
-        "td,egfd->etgf", x.astype(gate_up.dtype), gate_up, precision=exact, preferred_element_type=jnp.float32
+        "td,egdf->etgf", x.astype(gate_up.dtype), gate_up, precision=exact, preferred_element_type=jnp.float32
     )
     hidden = (activate(products) * weights.T[:, :, None]).astype(down.dtype)  # [E, T, F]
-    return jnp.einsum("etf,edf->td", hidden, down, precision=exact, preferred_element_type=jnp.float32)
+    return jnp.einsum("etf,efd->td", hidden, down, precision=exact, preferred_element_type=jnp.float32)

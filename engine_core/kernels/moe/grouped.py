@@ -19,8 +19,8 @@ from engine_core.kernels.moe.router import Routing
 class ExpertWeights(NamedTuple):
     """This device's experts."""
 
-    gate_up: jax.Array  # [E, 2, F, D]
-    down: jax.Array  # [E, D, F]
+    gate_up: jax.Array  # [E, 2, D, F]
+    down: jax.Array  # [E, F, D]
 
 
 class _Permutation(NamedTuple):
