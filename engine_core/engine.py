@@ -81,7 +81,7 @@ class Engine:
         devices = jax.local_devices()[: config.degrees.num_devices]
         mesh = make_mesh(config.degrees, devices)
         numbers = choose_numbers(resolved.dtype, devices[0].platform)
-        experts = choose_experts(config.model.experts, devices[0].platform)
+        experts = choose_experts(config.model.experts, numbers.weight, devices[0].platform)
         model = Decoder(resolved.spec, numbers, degrees=config.degrees, experts=experts, scan=resolved.stacked)
         self._params = load_params(model_dir, model, mesh, _share_reporter(progress))
         self._step = build_step(model, mesh)

@@ -184,7 +184,7 @@ def _read_stack(
             number = number * size + chosen[at]
         if leaf.transposed:
             tensor = tensors[leaf.parts[number][0].name]
-            matrix = tensor[index[::-1]].T.astype(_numpy_dtype(leaf.dtype))
+            matrix: np.ndarray = tensor[index[::-1]].T.astype(_numpy_dtype(leaf.dtype))
         else:
             matrix = _read_shard(leaf.parts[number], leaf, tensors, index, num_shards)
         if not ranges:

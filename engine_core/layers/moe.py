@@ -35,12 +35,13 @@ class ExpertChoice:
     native_exchange: bool
 
 
-def choose_experts(asked: str, platform: str) -> ExpertChoice:
-    """What "auto", "grouped" or "fused" means on a platform ("cpu", "gpu", "tpu")."""
+def choose_experts(asked: str, dtype: str, platform: str) -> ExpertChoice:
+    """What "auto", "grouped" or "fused" means for weights of a dtype on a platform ("cpu", "gpu", "tpu")."""
+    product: grouped_matmul.Implementation = "tiled" if platform == "cpu" else "ragged_dot"
+    if platform == "tpu" and dtype == "bfloat16":
+        product = "tpu"
     return ExpertChoice(
-        experts="fused" if asked == "fused" else "grouped",
-        product="tiled" if platform == "cpu" else "ragged_dot",
-        native_exchange=platform != "cpu",
+        experts="fused" if asked == "fused" else "grouped", product=product, native_exchange=platform != "cpu"
     )
 
 
@@ -72,6 +73,10 @@ class MoeMlp(nnx.Module):
                 transposed=True,
             )
         )
+        if choice.experts == "grouped" and choice.product == "tpu":
+            columns = size // degrees.tp
+            for depth, width in ((hidden, columns), (columns, hidden)):
+                grouped_matmul.check_supported(numbers.compute, numbers.weight, depth, width)
         self.spec = spec
         self.numbers = numbers
         self.degrees = degrees

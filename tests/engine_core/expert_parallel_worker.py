@@ -68,7 +68,7 @@ def check_layer(degrees: Degrees, experts: str) -> dict:
         layers=(True,),
         names=names,
     )
-    numbers, choice = choose_numbers("float32", "cpu"), choose_experts(experts, "cpu")
+    numbers, choice = choose_numbers("float32", "cpu"), choose_experts(experts, "float32", "cpu")
     rng = np.random.default_rng(3)
     whole = Template(MoeMlp(spec, HIDDEN, numbers, Degrees(), choice))
     split = Template(MoeMlp(spec, HIDDEN, numbers, degrees, choice))

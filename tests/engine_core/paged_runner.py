@@ -113,7 +113,7 @@ class PagedRunner:
         self.spec = load_spec(directory)
         self.shards = degrees.row_shards
         self.mesh = make_mesh(degrees, jax.devices())
-        choice = choose_experts(experts, "cpu")
+        choice = choose_experts(experts, dtype, "cpu")
         self.model = Decoder(self.spec, choose_numbers(dtype, "cpu"), degrees=degrees, experts=choice, scan=scan)
         self.params = load_params(directory, self.model, self.mesh, None)
         self._layout = CacheLayout(

@@ -61,8 +61,6 @@ def test_a_layer_equals_that_of_one_device(results: list[dict]) -> None:
     assert {result["layer"] for result in layers} >= {"dp 1 x ep 8 x tp 1", "dp 1 x ep 1 x tp 8", "dp 2 x ep 2 x tp 2"}
     for result in layers:
         assert result["error"] < 1e-5 * result["scale"], result
-        if result["tp"] == 1 and result["experts"] == "grouped":
-            assert result["error"] == 0, result  # rows are only moved; nothing is added up in another order
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
-from engine_core.kernels.grouped_matmul import grouped_matmul
+from engine_core.errors import ConfigError
+from engine_core.kernels.grouped_matmul import check_supported, grouped_matmul, tpu, tuned
 
 IMPLEMENTATIONS = ["reference", "tiled", "ragged_dot"]
 SIZES = {
@@ -35,14 +37,14 @@ def numpy_grouped(x, weights, scales, sizes):
     return np.concatenate(out)
 
 
-def draw(dtype, num_products, num_rows, seed=0):
-    rng = np.random.default_rng(seed)
-    x = (rng.standard_normal((num_rows, K)) / 4).astype(np.float32)
-    values = rng.standard_normal((6, num_products, K, N))
+def draw(dtype, num_products, num_rows, *, depth=K, width=N, rng=None):
+    rng = rng or np.random.default_rng(0)
+    x = (rng.standard_normal((num_rows, depth)) / 4).astype(np.float32)
+    values = rng.standard_normal((6, num_products, depth, width))
     if dtype == "int8":
-        return x, np.clip(values * 40, -127, 127).astype(np.int8), rng.uniform(0.01, 0.03, (6, num_products, N))
+        return x, np.clip(values * 40, -127, 127).astype(np.int8), rng.uniform(0.01, 0.03, (6, num_products, width))
     if dtype.startswith("float8"):
-        return x, values.astype(dtype), rng.uniform(0.5, 1.5, (6, num_products, N))
+        return x, values.astype(dtype), rng.uniform(0.5, 1.5, (6, num_products, width))
     return x, values.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32), None
 
 
@@ -114,3 +116,73 @@ def test_refuses_what_does_not_fit(change: dict, message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         grouped_matmul(**arguments, out_dtype=jnp.float32, implementation="tiled")
+
+
+PANELS = {
+    "one panel": tpu.Tiles(panel=48, columns=256, rows=(16, 32)),
+    "many panels": tpu.Tiles(panel=16, columns=128, rows=(16,)),
+    "groups straddle": tpu.Tiles(panel=32, columns=128, rows=(16, 32)),
+}
+INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tiles", "num_products", "dtype"),
+    [
+        ("ragged", "groups straddle", 1, "bfloat16"),
+        ("ragged", "many panels", 2, "bfloat16"),
+        ("one group", "many panels", 1, "bfloat16"),
+        ("first", "groups straddle", 2, "int8"),
+        ("none", "one panel", 1, "bfloat16"),
+        ("even", "one panel", 2, "float8_e4m3fn"),
+        ("padding behind", "groups straddle", 1, "int8"),
+    ],
+)
+def test_the_tpu_kernel_in_the_interpreter(sizes: str, tiles: str, num_products: int, dtype: str) -> None:
+    """Races are reported, and memory that nobody wrote is NaN."""
+    counts = SIZES[sizes]
+    num_rows = sum(counts) + (11 if sizes == "padding behind" else 0) or 3
+    rng = np.random.default_rng(1)
+    x, weights, scales = draw(dtype, num_products, num_rows, depth=128, width=256, rng=rng)
+    x = x.astype(ml_dtypes.bfloat16)
+    y = tpu.grouped_matmul(
+        jnp.asarray(x),
+        jnp.asarray(weights),
+        None if scales is None else jnp.asarray(scales, jnp.float32),
+        jnp.asarray(counts, jnp.int32),
+        jnp.float32,
+        tiles=PANELS[tiles],
+        interpret=INTERPRET,
+    )
+    assert y.shape == (num_rows, 256)
+    wanted = numpy_grouped(x, weights, scales, counts)
+    np.testing.assert_allclose(np.asarray(y)[: sum(counts)], wanted, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 37, 130, 1024, 16384])
+@pytest.mark.parametrize(("depth", "width", "products"), [(2048, 768, 2), (192, 2048, 1), (14336, 4096, 1)])
+@pytest.mark.parametrize("chip", [("v5e", 128, 128), ("v6e", 128, 256), ("tpu7x", 64, 256)])
+def test_tiles_fit(rows: int, depth: int, width: int, products: int, chip: tuple[str, int, int]) -> None:
+    name, mebibytes, mxu = chip
+    key = tuned.TuningKey(rows=rows, depth=depth, width=width, products=products, weight_dtype="bfloat16")
+    tiles = tuned.choose_tiles(key, tuned.Chip(name=name, vmem_bytes=mebibytes << 20, mxu_size=mxu))
+    assert width % tiles.columns == 0 and (tiles.columns == width or tiles.columns % 128 == 0)
+    assert tiles.panel >= tiles.rows[-1] and list(tiles.rows) == sorted(set(tiles.rows))
+    assert all(size % 16 == 0 for size in (tiles.panel, *tiles.rows))
+    weights = jax.ShapeDtypeStruct((8, products, depth, width), jnp.bfloat16)
+    assert tpu.vmem_bytes(tiles, weights, None, 2, 2) < mebibytes << 20
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype", "depth", "message"),
+    [
+        ("float32", "bfloat16", 128, "dtype float32 is not supported"),
+        ("bfloat16", "float32", 128, "weight dtype float32"),
+        ("bfloat16", "bfloat16", 120, "depth 120"),
+    ],
+)
+def test_refuses_at_start_what_the_tpu_kernel_cannot_do(
+    dtype: str, weight_dtype: str, depth: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_supported(dtype, weight_dtype, depth, 256)

@@ -32,7 +32,7 @@ def moe_spec(*, normalize: bool) -> MoeSpec:
 
 
 def make_layer(experts: str, *, normalize: bool, dtype: str = "float32") -> Template:
-    choice = choose_experts(experts, "cpu")
+    choice = choose_experts(experts, dtype, "cpu")
     return Template(MoeMlp(moe_spec(normalize=normalize), HIDDEN, choose_numbers(dtype, "cpu"), Degrees(), choice))
 
 

@@ -74,6 +74,6 @@ def test_refuses_a_degree_that_splits_heads(case: str, tp: int, name: str) -> No
             load_spec(GOLDEN / case),
             choose_numbers("float32", "cpu"),
             degrees=Degrees(tp=tp),
-            experts=choose_experts("auto", "cpu"),
+            experts=choose_experts("auto", "float32", "cpu"),
             scan=False,
         )

@@ -28,7 +28,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def load(directory: Path, *, scan: bool = False, dtype: str = "float32", progress: weights.Progress | None = None):
-    experts = choose_experts("auto", "cpu")
+    experts = choose_experts("auto", dtype, "cpu")
     model = Decoder(load_spec(directory), choose_numbers(dtype, "cpu"), degrees=Degrees(), experts=experts, scan=scan)
     return model, load_params(directory, model, make_mesh(Degrees(), jax.devices()), progress)
 
