@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from engine_core import weights
 from engine_core.config import Degrees
 from engine_core.layers.linear import choose_numbers
 from engine_core.layers.moe import MoeMlp, choose_experts
@@ -35,7 +36,22 @@ LAYERS = [  # degrees, implementation, alignment of columns
 EXPERTS, HIDDEN, SIZE, ROWS_PER_SHARD = 16, 32, 24, 5
 
 
-def check(case: str, degrees: Degrees, experts: str, scan: bool) -> dict:
+def count_reads() -> list[int]:
+    """Elements of each piece of a weight that is read from here on."""
+    sizes: list[int] = []
+    read = weights._read_stack
+
+    def counted(*arguments) -> np.ndarray:
+        piece = read(*arguments)
+        sizes.append(piece.size)
+        return piece
+
+    weights._read_stack = counted
+    return sizes
+
+
+def check(case: str, degrees: Degrees, experts: str, scan: bool, reads: list[int]) -> dict:
+    reads.clear()
     runner = check_parity(GOLDEN / case, load_expected(case), scan=scan, degrees=degrees, experts=experts)
     plan = jax.tree.leaves(runner.model.plan())
     shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(runner.params)]
@@ -52,6 +68,7 @@ def check(case: str, degrees: Degrees, experts: str, scan: bool) -> dict:
             int(np.prod(shape)) * count == int(np.prod(leaf.shape))
             for leaf, shape, count in zip(plan, shapes, parts, strict=True)
         ),
+        "read_once": sum(reads) == sum(int(np.prod(leaf.shape)) for leaf in plan),
         "expert_leaves": sum("expert" in names for names in axes),
         "cache_part": cache.size // int(np.prod(cache.sharding.shard_shape(cache.shape))),
         "compiled": runner.step._cache_size(),
@@ -107,7 +124,8 @@ def check_layer(degrees: Degrees, experts: str, align: int) -> dict:
 
 
 if __name__ == "__main__":
+    reads = count_reads()
     for arguments in CASES:
-        print(json.dumps(check(*arguments)), flush=True)
+        print(json.dumps(check(*arguments, reads)), flush=True)
     for arguments in LAYERS:
         print(json.dumps(check_layer(*arguments)), flush=True)

@@ -12,13 +12,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from engine_core.config import Degrees
+from engine_core.config import Degrees, EngineConfig
 from engine_core.errors import ConfigError
 from engine_core.layers.linear import choose_numbers
 from engine_core.layers.moe import choose_experts
 from engine_core.mesh import make_mesh
 from engine_core.models.decoder import Decoder
 from engine_core.models.registry import load_spec
+from engine_core.resolve import resolve
 from tests.engine_core.parity import GOLDEN
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +52,11 @@ def test_experts_and_pages_are_split(results: list[dict]) -> None:
         assert result["split_right"], result
         assert result["expert_leaves"] >= 2, result
         assert result["cache_part"] == result["devices"], result
+
+
+def test_every_weight_is_read_once_though_devices_hold_copies(results: list[dict]) -> None:
+    for result in (result for result in results if "case" in result):
+        assert result["read_once"], result
 
 
 def test_compiles_once_per_bucket(results: list[dict]) -> None:
@@ -91,6 +97,16 @@ def test_the_tensor_axis_splits_columns_or_else_experts() -> None:
     assert wide.splits_columns(spec, Degrees(tp=4, ep=4))  # narrow columns: there is no other way
     with pytest.raises(ConfigError, match="tp 5 divides neither the columns of an expert, 24, nor the 8 experts"):
         choice.splits_columns(spec, Degrees(tp=5))
+
+
+@pytest.mark.parametrize("degrees", [{"ep": 2}, {"dp": 2}])
+def test_the_engine_refuses_row_shards(degrees: dict[str, int]) -> None:
+    """Its scheduler would put a sequence's rows and pages on different shards."""
+    config = EngineConfig(**degrees)
+    with pytest.raises(ConfigError, match=r"ep [12] and dp [12]: the scheduler does not place sequences"):
+        resolve(config, load_spec(GOLDEN / "qwen3_moe"), "identity", jax.devices()[:1] * 2)
+    with pytest.raises(ConfigError, match="but only 1 device"):
+        resolve(config, load_spec(GOLDEN / "qwen3_moe"), "identity", jax.devices()[:1])
 
 
 def test_refuses_more_devices_than_there_are() -> None:
