@@ -77,6 +77,11 @@ def resolve(config: EngineConfig, spec: ModelSpec, identity: str, devices: list[
     if degrees.num_devices > len(devices):
         wanted = f"tp is {degrees.tp}" if degrees.num_devices == degrees.tp else str(degrees)
         raise ConfigError(f"{wanted} but only {len(devices)} device(s) are visible")
+    if degrees.row_shards > 1:
+        raise ConfigError(
+            f"ep {config.ep} and dp {config.dp}: the scheduler does not place sequences on several row shards yet, so "
+            "both must be 1; tp splits the experts too"
+        )
     max_model_len = config.batch.max_model_len or spec.max_position
     if max_model_len > spec.max_position:
         raise ConfigError(f"batch.max_model_len is {max_model_len}, the model's context is {spec.max_position}")

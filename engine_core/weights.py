@@ -116,7 +116,7 @@ def _check(model_dir: Path, plan: Params[WeightPlan], tensors: Mapping[str, Any]
 def _load(leaf: WeightPlan, tensors: Mapping[str, Any], mesh: Mesh) -> jax.Array:
     depth = len(leaf.stack)
     rows_axis = leaf.axes[depth]
-    num_shards = 1 if rows_axis is None else mesh.shape[rows_axis]
+    num_shards = mesh.shape[rows_axis] if isinstance(rows_axis, str) else 1
     shards: dict[str, np.ndarray] = {}
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:

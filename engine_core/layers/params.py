@@ -16,6 +16,8 @@ from flax import nnx
 
 M = TypeVar("M", bound=nnx.Module)
 Leaves = tuple[jax.Array, ...]
+Axis = str | tuple[str, ...] | None
+"""Mesh axes over which a dimension is split."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class ParamSpec:
 
     shape: tuple[int, ...]
     dtype: str
-    axes: tuple[str | None, ...]
+    axes: tuple[Axis, ...]
     sources: tuple[Source, ...]
     stack: tuple[int, ...] = ()
     transposed: bool = False
@@ -94,7 +96,7 @@ class WeightPlan:
 
     shape: tuple[int, ...]
     dtype: str
-    axes: tuple[str | None, ...]
+    axes: tuple[Axis, ...]
     stack: tuple[int, ...]
     transposed: bool
     parts: tuple[tuple[Source, ...], ...]

@@ -23,6 +23,8 @@ LLAMA = {
 QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"]}
 QWEN3 = {**LLAMA, "architectures": ["Qwen3ForCausalLM"]}
 MISTRAL = {**LLAMA, "architectures": ["MistralForCausalLM"]}
+QWEN3_MOE = {**LLAMA, "architectures": ["Qwen3MoeForCausalLM"]}
+MIXTRAL = {**LLAMA, "architectures": ["MixtralForCausalLM"]}
 LLAMA3_SCALING = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -52,6 +54,62 @@ def test_architectures_differ_in_biases_and_head_norms() -> None:
         "Qwen3ForCausalLM": (False, True),
         "MistralForCausalLM": (False, False),
     }
+
+
+def test_experts_take_the_defaults_of_transformers() -> None:
+    qwen, mixtral = spec(QWEN3_MOE), spec(MIXTRAL)
+    assert (qwen.head_dim, qwen.rope_theta, qwen.rms_norm_eps, qwen.qk_norm) == (8, 10000.0, 1e-6, True)
+    assert (mixtral.rope_theta, mixtral.rms_norm_eps, mixtral.eos_token_ids) == (1e6, 1e-5, (2,))
+    assert (qwen.moe.num_experts, qwen.moe.experts_per_token, qwen.moe.intermediate_size) == (128, 8, 768)
+    assert (mixtral.moe.num_experts, mixtral.moe.experts_per_token, mixtral.moe.intermediate_size) == (8, 2, 96)
+    assert (qwen.moe.normalize, mixtral.moe.normalize) == (False, True)
+    assert (qwen.moe.names.block, mixtral.moe.names.block) == ("mlp", "block_sparse_moe")
+
+
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts"])
+def test_number_of_experts_of_both_versions(key: str) -> None:
+    assert spec({**QWEN3_MOE, key: 16, "norm_topk_prob": True}).moe.num_experts == 16
+    assert spec({**QWEN3_MOE, "norm_topk_prob": True}).moe.normalize
+
+
+@pytest.mark.parametrize(
+    ("change", "layers"),
+    [
+        ({}, (True, True, True, True)),
+        ({"decoder_sparse_step": 2}, (False, True, False, True)),
+        ({"mlp_only_layers": [0, 2]}, (False, True, False, True)),
+        ({"mlp_only_layers": [3], "decoder_sparse_step": 2}, (False, True, False, False)),
+        ({"mlp_only_layers": None}, (True, True, True, True)),
+    ],
+)
+def test_which_layers_have_experts(change: dict, layers: tuple[bool, ...]) -> None:
+    assert spec({**QWEN3_MOE, **change}).moe.layers == layers
+
+
+def test_a_moe_model_without_a_moe_layer_is_dense() -> None:
+    assert spec({**QWEN3_MOE, "decoder_sparse_step": 5}).moe is None
+    assert spec(LLAMA).moe is None
+
+
+def test_the_window_of_qwen3_moe_holds_for_all_layers_or_none() -> None:
+    assert spec({**QWEN3_MOE, "sliding_window": 16, "max_window_layers": 2}).sliding_window == (0,) * 4
+    windowed = {**QWEN3_MOE, "sliding_window": 16, "use_sliding_window": True, "max_window_layers": 2}
+    assert spec(windowed).sliding_window == (16,) * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts": 4}, "num_experts_per_tok 8 is more than num_experts 4"),
+        ({"num_local_experts": 0}, "num_local_experts must be a positive integer"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step must be a positive integer"),
+        ({"mlp_only_layers": ["first"]}, "mlp_only_layers must be integers"),
+        ({"moe_intermediate_size": "large"}, "moe_intermediate_size"),
+    ],
+)
+def test_refuses_experts_that_cannot_be(change: dict, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        spec({**QWEN3_MOE, **change})
 
 
 @pytest.mark.parametrize(

@@ -59,14 +59,16 @@ def split(directory: Path) -> dict[str, str]:
     return weight_map
 
 
-def test_leaves_hold_the_tensors_their_plan_names() -> None:
+@pytest.mark.parametrize("case", ["qwen2", "qwen3_moe", "mixtral"])
+def test_leaves_hold_the_tensors_their_plan_names(case: str) -> None:
     for scan in (False, True):
-        model, params = load(GOLDEN / "qwen2", scan=scan)
-        tensors = load_file(GOLDEN / "qwen2" / "model.safetensors")
+        model, params = load(GOLDEN / case, scan=scan)
+        tensors = load_file(GOLDEN / case / "model.safetensors")
         plans = jax.tree.leaves(model.plan())
         arrays = jax.tree.leaves(params)
         for plan, array in zip(plans, arrays, strict=True):
-            wanted = np.stack([np.concatenate([tensors[source.name] for source in part]) for part in plan.parts])
+            parts = [np.concatenate([tensors[source.name] for source in part]) for part in plan.parts]
+            wanted = np.stack([part.T if plan.transposed else part for part in parts])
             np.testing.assert_array_equal(array, wanted.reshape(plan.shape).astype(np.float32))
         assert {source.name for plan in plans for part in plan.parts for source in part} == set(tensors)
 
@@ -168,3 +170,47 @@ def test_an_index_may_not_name_what_no_file_holds(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no weight_map"):
         load(checkpoint)
+
+
+def fuse_experts(tensors: dict[str, np.ndarray]) -> None:
+    """Rewrite a MoE checkpoint as transformers 5 holds it in memory: all experts of a layer in two tensors."""
+    names = {"mlp": ("gate_proj", "up_proj", "down_proj"), "block_sparse_moe": ("w1", "w3", "w2")}
+    for layer in range(4):
+        for block, (gate, up, down) in names.items():
+            prefix = f"model.layers.{layer}.{block}"
+            count = sum(name.startswith(f"{prefix}.experts.") and name.endswith(f"{down}.weight") for name in tensors)
+            if not count:
+                continue
+            experts = [
+                [tensors.pop(f"{prefix}.experts.{e}.{x}.weight") for x in (gate, up, down)] for e in range(count)
+            ]
+            fused = f"model.layers.{layer}.mlp"
+            tensors[f"{fused}.experts.gate_up_proj"] = np.stack([np.concatenate(e[:2]) for e in experts])
+            tensors[f"{fused}.experts.down_proj"] = np.stack([e[2] for e in experts])
+            tensors[f"{fused}.gate.weight"] = tensors.pop(f"{prefix}.gate.weight")
+
+
+@pytest.mark.parametrize("case", ["qwen3_moe", "mixtral"])
+def test_fused_experts_equal_single_ones(case: str, tmp_path: Path) -> None:
+    directory = tmp_path / "fused"
+    shutil.copytree(GOLDEN / case, directory)
+    rewrite(directory, fuse_experts)
+    seen: list[tuple[int, int]] = []
+    _, fused = load(directory, scan=True, progress=lambda done, total: seen.append((done, total)))
+    _, single = load(GOLDEN / case, scan=True)
+    jax.tree.map(np.testing.assert_array_equal, fused, single)
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_fused_experts_of_another_shape(tmp_path: Path) -> None:
+    directory = tmp_path / "fused"
+    shutil.copytree(GOLDEN / "mixtral", directory)
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        fuse_experts(tensors)
+        name = "model.layers.1.mlp.experts.down_proj"
+        tensors[name] = np.concatenate([tensors[name]] * 2)
+
+    rewrite(directory, change)
+    with pytest.raises(CheckpointError, match=r"experts\.0\.w2\.weight has shape \[10, 64, 72\]"):
+        load(directory)

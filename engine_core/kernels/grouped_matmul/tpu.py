@@ -213,8 +213,9 @@ def _kernel(*refs: jax.Ref, tiles: Tiles, scaled: bool) -> None:
 
     def here(index: jax.Array) -> jax.Array:
         """Whether there is a group at this index of `hit`, and it has rows in this panel."""
-        start: jax.Array = starts[lax.min(index, ends.shape[0] - 1)]
-        return (index < count) & (start < last_row)
+        start = starts[lax.min(index, ends.shape[0] - 1)]
+        found: jax.Array = (index < count) & (start < last_row)
+        return found
 
     def work(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         index, _ = carry

@@ -80,7 +80,7 @@ class Exchange:
 
     def _move(self, rows: jax.Array, outgoing: Leg, incoming: Leg, count: int) -> jax.Array:
         if self.native:
-            landing = jnp.zeros((count, rows.shape[1]), rows.dtype)
+            landing = lax.empty((count, rows.shape[1]), rows.dtype)
             moved: jax.Array = lax.ragged_all_to_all(
                 rows,
                 landing,
@@ -104,6 +104,11 @@ def _before(sizes: jax.Array, axis: int) -> jax.Array:
 
 
 def _moved(shifts: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
-    """[count] i32: each place plus the shift of the run it is in, for runs of `sizes` that lie one behind the other."""
-    shift = jnp.repeat(shifts.reshape(-1), sizes.reshape(-1), total_repeat_length=count)
-    return jnp.arange(count, dtype=jnp.int32) + shift
+    """[count] i32: each place plus the shift of the run it is in, for runs of `sizes` that lie one behind the other.
+
+    As a sum of steps, which is one fused operation; gathers and scatters of scalars are slow on TPU.
+    """
+    shifts, starts = shifts.reshape(-1), _before(sizes.reshape(-1), axis=0)
+    steps = jnp.diff(shifts, prepend=0)
+    places = jnp.arange(count, dtype=jnp.int32)
+    return places + jnp.where(places[:, None] >= starts, steps, 0).sum(axis=1, dtype=jnp.int32)
