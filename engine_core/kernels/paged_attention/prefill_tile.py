@@ -167,7 +167,7 @@ def _score(refs: TileRefs, sizes: TileSizes, group: _Group) -> jax.Array:
         if sizes.soft_cap is not None:
             scores = jnp.tanh(scores) * sizes.soft_cap
         if group.masked:
-            scores += refs.bias[group.index % group.shape.blocks, part]
+            scores += refs.bias[group.index % group.shape.blocks, part, pl.ds(0, group.shape.lanes)]
         refs.scores[group.scores, part, : group.shape.lanes] = scores
         top = scores.reshape(-1, 8, group.shape.lanes).max(0)
         highest = top if highest is None else jnp.maximum(highest, top)
