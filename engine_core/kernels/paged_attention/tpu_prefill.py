@@ -313,7 +313,7 @@ def _fill_bias(
             place = begin + lax.broadcasted_iota(jnp.int32, row.shape, 0)
             chosen = jnp.where(row == place, 1.0, 0.0)
             seen = lax.dot_general(chosen, tree, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-            visible = jnp.where(key < span.context, jnp.where(visible, 1.0, 0.0), seen) > 0.5
+            visible &= jnp.where(key < span.context, 1.0, seen) > 0.5
         refs.tile.bias[block, :, pl.ds(0, shape.lanes)] = jnp.where(visible, 0.0, MASKED)
 
 
@@ -484,8 +484,8 @@ def prefill(
         cu_q_lens: [B + 1] i32, cumulative numbers of new tokens; a row without any is skipped.
         row_range: [2] i32, rows that this call does: [begin, end); results of other rows' tokens are not written.
         sinks: [N] f32, a score of each head that takes weight and has no value; None: none.
-        custom_mask: [T, M] bool: token row t sees its sequence's new token i where custom_mask[t, i], and all
-            that came before them; no sequence has more than M new tokens. None: causal.
+        custom_mask: [T, M] bool: token row t sees its sequence's i-th new token only where custom_mask[t, i]; no
+            sequence has more than M new tokens. None: all up to its own.
         k_scale: value of one unit of the cached keys; None: 1.
         v_scale: the same for values.
         scale: of the scores, H ** -0.5 as a rule.
