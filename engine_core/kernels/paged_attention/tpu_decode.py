@@ -90,10 +90,11 @@ class _Refs(NamedTuple):
     new: Any  # [B, 2K / pack, pack, H] VMEM
     kv: Any  # [num_buffers, tile_kv, 2K / pack, pack, H] VMEM
     scores: Any  # [N, tile_kv * K] f32 VMEM, base 2, of one item
+    weights: Any  # [N, tile_kv * K] VMEM, in q's dtype
     zeros: Any  # [N, H] VMEM
     token_of: Any  # [8, block rows] i32 VMEM: token offset of a score column in its block
     bias: Any  # [N, block rows] f32 VMEM: masks rows of other KV heads
-    tops: Any  # [2, N, 128] f32 VMEM: highest score of the sequence so far; of the next item
+    tops: Any  # [2, N, 128] f32 VMEM: highest score of the sequence so far; of `scores`, by lane
     total: Any  # [N, 128] f32 VMEM: sums of weights, by lane
     acc: Any  # [N, H] f32 VMEM
     items: Any  # [num_buffers, 2] i32 SMEM: row, first position
@@ -237,8 +238,7 @@ def _score_block(refs: _Refs, sizes: _Sizes, slot: jax.Array, q: jax.Array, bloc
     if sizes.windowed:
         visible &= token >= _first_visible(refs, sizes, length) - begin
     scores = scores + refs.bias[...] + jnp.where(visible, 0.0, _MASKED)
-    columns = sizes.words.block_rows
-    refs.scores[:, block * columns : (block + 1) * columns] = scores
+    refs.scores[:, _columns(sizes, block)] = scores
     return scores
 
 
@@ -248,25 +248,41 @@ def _fold(values: jax.Array, combine: Any) -> jax.Array:
     return functools.reduce(combine, groups)
 
 
-def _weigh_block(refs: _Refs, sizes: _Sizes, slot: jax.Array, top: jax.Array, block: int, dtype: Any) -> Any:
-    """Weights of one block: their sums by lane [N, 128] and their product with the values [N, H], both f32."""
-    columns = sizes.words.block_rows
-    scores = refs.scores[:, block * columns : (block + 1) * columns]
-    weights = jnp.exp2(scores - top)
-    values = kv_words.load(refs.kv.at[slot], sizes.words, block, kv_words.VALUE, dtype, sizes.native)
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    out = jnp.dot(weights.astype(dtype), values, preferred_element_type=jnp.float32, precision=precision)
-    return _fold(weights, jnp.add), out
+def _columns(sizes: _Sizes, block: int) -> slice:
+    return slice(block * sizes.words.block_rows, (block + 1) * sizes.words.block_rows)
+
+
+def _weigh(refs: _Refs, sizes: _Sizes) -> jax.Array:
+    """Turn `scores` into `weights`, and return the decay [N, 1] of what was summed before; `total` follows."""
+    top = jnp.maximum(refs.tops[0], refs.tops[1].max(axis=1, keepdims=True))
+    decay = jnp.exp2(refs.tops[0] - top)
+    total = refs.total[...] * decay
+    for block in range(_num_blocks(sizes)):
+        weights = jnp.exp2(refs.scores[:, _columns(sizes, block)] - top[:, :1])
+        refs.weights[:, _columns(sizes, block)] = weights.astype(refs.weights.dtype)
+        total += _fold(weights, jnp.add)
+    refs.total[...] = total
+    refs.tops[0] = top
+    return decay[:, :1]
 
 
 def _score(refs: _Refs, sizes: _Sizes, slot: jax.Array) -> None:
-    """The first item's scores."""
+    """Fill `scores` from the keys of an item, and the highest of them by lane."""
     q = refs.q[refs.items[slot, 0]]
-    highest = [
-        _fold(_score_block(refs, sizes, slot, q, block), jnp.maximum) for block in range(_num_blocks(sizes))
-    ]
-    top = functools.reduce(jnp.maximum, highest).max(axis=1, keepdims=True)
-    refs.tops[1] = jnp.broadcast_to(top, refs.tops.shape[1:])
+    highest = [_fold(_score_block(refs, sizes, slot, q, block), jnp.maximum) for block in range(_num_blocks(sizes))]
+    refs.tops[1] = functools.reduce(jnp.maximum, highest)
+
+
+def _mix(refs: _Refs, sizes: _Sizes, slot: jax.Array, decay: jax.Array) -> None:
+    """Add the values of an item, by their weights."""
+    dtype = refs.weights.dtype
+    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    acc = refs.acc[...] * decay
+    for block in range(_num_blocks(sizes)):
+        values = kv_words.load(refs.kv.at[slot], sizes.words, block, kv_words.VALUE, dtype, sizes.native)
+        weights = refs.weights[:, _columns(sizes, block)]
+        acc += jnp.dot(weights, values, preferred_element_type=jnp.float32, precision=precision)
+    refs.acc[...] = acc
 
 
 def _num_blocks(sizes: _Sizes) -> int:
@@ -274,21 +290,13 @@ def _num_blocks(sizes: _Sizes) -> int:
 
 
 def _attend(refs: _Refs, sizes: _Sizes, slot: jax.Array, following: jax.Array) -> None:
-    """Weigh the values of the item in `slot`, score the keys of the one in `following`; straight-line code."""
-    top = jnp.maximum(refs.tops[0], refs.tops[1])
-    decay = jnp.exp2(refs.tops[0] - top)
-    q = refs.q[refs.items[following, 0]]
-    sums, outs, highest = [], [], []
-    for block in range(_num_blocks(sizes)):
-        total, out = _weigh_block(refs, sizes, slot, top[:, :1], block, q.dtype)
-        sums.append(total)
-        outs.append(out)
-        highest.append(_fold(_score_block(refs, sizes, following, q, block), jnp.maximum))
-    refs.total[...] = refs.total[...] * decay + functools.reduce(jnp.add, sums)
-    refs.acc[...] = refs.acc[...] * decay[:, :1] + functools.reduce(jnp.add, outs)
-    refs.tops[0] = top
-    next_top = functools.reduce(jnp.maximum, highest).max(axis=1, keepdims=True)
-    refs.tops[1] = jnp.broadcast_to(next_top, top.shape)
+    """Finish the item in `slot`, score the one in `following`. Straight-line code.
+
+    The order is the one in which the latencies of the MXU and of the reduction over lanes hide behind other work.
+    """
+    decay = _weigh(refs, sizes)
+    _score(refs, sizes, following)
+    _mix(refs, sizes, slot, decay)
 
 
 def _begin_sequence(refs: _Refs) -> None:
@@ -490,6 +498,7 @@ def decode(
         pltpu.VMEM((num_rows, words, pack, width), cache.dtype),
         pltpu.VMEM((tiles.num_buffers, tiles.tile_kv, words, pack, width), cache.dtype),
         pltpu.VMEM((heads, columns), jnp.float32),
+        pltpu.VMEM((heads, columns), q.dtype),
         pltpu.VMEM(padded[1:], q.dtype),
         pltpu.VMEM((_SUBLANES, layout.block_rows), jnp.int32),
         pltpu.VMEM((heads, layout.block_rows), jnp.float32),
@@ -533,7 +542,7 @@ def _vmem_bytes(sizes: _Sizes, dtype: Any, storage: Any) -> int:
     token = layout.words * layout.pack * layout.width * jnp.dtype(storage).itemsize
     rows = sizes.rows * (token + sizes.heads * layout.width * jnp.dtype(dtype).itemsize)
     ring = tiles.num_buffers * tiles.tile_kv * token
-    scores = 4 * sizes.heads * (tiles.tile_kv * layout.heads + layout.block_rows + 4 * layout.width)
+    scores = 8 * sizes.heads * (tiles.tile_kv * layout.heads + layout.block_rows + 4 * layout.width)
     return rows + ring + scores + (8 << 20)
 
 
