@@ -32,6 +32,7 @@ class Case:
     dtype: str = "bfloat16"
     q_dtype: str = "bfloat16"
     tile_kv: int = 128
+    group: int = 2
     num_buffers: int = 3
     window: int = 0
     soft_cap: float | None = None
@@ -118,7 +119,7 @@ def run(case, seed=0, interpret=None):
         scale=case.head_dim**-0.5,
         window=jnp.asarray([case.window], jnp.int32) if case.window else 0,
         soft_cap=case.soft_cap,
-        tiles=tpu_decode.DecodeTiles(tile_kv=case.tile_kv, num_buffers=case.num_buffers),
+        tiles=tpu_decode.DecodeTiles(tile_kv=case.tile_kv, group=case.group, num_buffers=case.num_buffers),
         interpret=interpret or pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"),
     )
     expected = reference(case, q.astype(np.float32), ks, vs, sinks)
