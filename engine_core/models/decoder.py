@@ -61,10 +61,15 @@ class DecoderLayer(nnx.Module):
         self.mlp = SwigluMlp(spec.hidden_size, spec.intermediate_size, numbers, tp)
 
     def __call__(
-        self, x: jax.Array, cache: jax.Array, inputs: AttentionInputs, window: int | jax.Array
+        self,
+        x: jax.Array,
+        cache: jax.Array,
+        layer: int | jax.Array,
+        inputs: AttentionInputs,
+        window: int | jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """x: [T, D], cache: [num_pages, *page_shape] -> the same, updated."""
-        attended, cache = self.attention(self.input_norm(x), cache, inputs, window)
+        """x: [T, D], cache: [L, num_pages, *page_shape] -> the same, updated."""
+        attended, cache = self.attention(self.input_norm(x), cache, layer, inputs, window)
         x = x + attended
         return x + self.mlp(self.post_norm(x)), cache
 
@@ -158,25 +163,22 @@ class Decoder:
     ) -> tuple[jax.Array, list[jax.Array]]:
         updated = []
         for weights, cache, window in zip(leaves, caches, segment.windows, strict=True):
-            x, written = self.layer.bind(weights)(x, cache, inputs, window)
-            updated.append(written)
+            x, written = self.layer.bind(weights)(x, cache[None], 0, inputs, window)
+            updated.append(written[0])
         return x, updated
 
     def _scan(
         self, segment: Segment, leaves: Leaves, x: jax.Array, cache: jax.Array, inputs: AttentionInputs
     ) -> tuple[jax.Array, jax.Array]:
-        num_layers, num_pages = cache.shape[:2]
         same = len(set(segment.windows)) == 1
 
         def body(
             carry: tuple[jax.Array, jax.Array], layer: tuple[jax.Array, jax.Array, Leaves]
         ) -> tuple[tuple[jax.Array, jax.Array], None]:
             index, window, weights = layer
-            here = inputs.at_layer(index, num_layers, num_pages)
-            return self.layer.bind(weights)(*carry, here, segment.windows[0] if same else window), None
+            return self.layer.bind(weights)(*carry, index, inputs, segment.windows[0] if same else window), None
 
-        flat = cache.reshape(num_layers * num_pages, *cache.shape[2:])
-        indices = jnp.arange(num_layers, dtype=jnp.int32)
+        indices = jnp.arange(segment.num_layers, dtype=jnp.int32)
         windows = jnp.array(segment.windows, dtype=jnp.int32)
-        (x, flat), _ = jax.lax.scan(body, (x, flat), (indices, windows, leaves))
-        return x, flat.reshape(cache.shape)
+        (x, cache), _ = jax.lax.scan(body, (x, cache), (indices, windows, leaves))
+        return x, cache

@@ -6,19 +6,21 @@ Call it on local arrays: under tensor parallelism inside `jax.shard_map`, each d
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 from engine_core.errors import ConfigError
-from engine_core.kernels.paged_attention import reference, tpu_prefill, tuned, xla
+from engine_core.kernels.paged_attention import reference, tpu_decode, tpu_prefill, tuned, xla
 from engine_core.kernels.paged_attention.rows import Rows, Scoring
 from engine_core.kernels.shapes import check_shapes
-from engine_core.kv_cache import pack_heads, to_storage
+from engine_core.kv_cache import from_storage, pack_heads, to_storage
 
-Implementation = Literal["auto", "reference", "xla", "tpu"]
+Implementation = Literal["auto", "reference", "xla", "tpu", "tpu_interpreted"]
 
+_INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 _HEAD_DIMS = (64, 128, 256)
 _PAGE_SIZES = (16, 32, 64, 128, 256)
 _DTYPES = ("float32", "bfloat16")
@@ -103,7 +105,8 @@ def paged_attention(
         layer: [] i32, the layer, [0, L).
         rows: which token belongs where.
         scoring: scale, window and the like.
-        implementation: "auto" chooses by the platform that the trace is for.
+        implementation: "auto" chooses by the platform that the trace is for; "tpu_interpreted" runs the TPU kernels in
+            the TPU interpreter, which finds races, on a CPU.
 
     Returns:
         [T, N, H] in q's dtype, zeros in padding rows; the cache.
@@ -117,7 +120,10 @@ def paged_attention(
     if implementation == "reference":
         return reference.paged_attention(q, k, v, cache, layer, rows, scoring)
     if implementation == "tpu":
-        return _on_tpu(q, k, v, cache, layer, rows, scoring)
+        return _on_tpu(q, k, v, cache, layer, rows, scoring, False)
+    if implementation == "tpu_interpreted":
+        out, written = _on_tpu(q, k, v, from_storage(cache), layer, rows, scoring, _INTERPRET)
+        return out, to_storage(written, cache.dtype)
     return _in_xla(q, k, v, cache, layer, rows, scoring)
 
 
@@ -125,9 +131,7 @@ def _check(q: jax.Array, k: jax.Array, v: jax.Array, cache: jax.Array, rows: Row
     check_shapes("T N H", q, "T K H", k, "T K H", v, "T", rows.page_ids, "T", rows.offsets)
     check_shapes("B", rows.kv_lens, "B P", rows.page_table)
     if rows.cu_q_lens.shape != (rows.kv_lens.shape[0] + 1,):
-        raise ValueError(
-            f"[B + 1]: cu_q_lens has shape {rows.cu_q_lens.shape} but B is {rows.kv_lens.shape[0]}"
-        )
+        raise ValueError(f"[B + 1]: cu_q_lens has shape {rows.cu_q_lens.shape} but B is {rows.kv_lens.shape[0]}")
     num_kv_heads = cache.shape[3] * cache.shape[4] // 2
     if q.shape[1] % k.shape[1] or q.shape[2] > cache.shape[5] or k.shape[1] > num_kv_heads:
         raise ValueError(f"[T N H]: {q.shape} does not fit a cache of {num_kv_heads} heads of {cache.shape[5]}")
@@ -179,10 +183,79 @@ def _on_tpu(
     layer: jax.Array | int,
     rows: Rows,
     scoring: Scoring,
+    interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Decode rows by one kernel, the others by another; a case that is statically empty is not compiled."""
-    num_rows = rows.kv_lens.shape[0]
-    if q.shape[0] == num_rows:
-        lens = jnp.where(rows.kv_lens > 0, 1, 0)
-        rows = replace(rows, cu_q_lens=jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(lens, dtype=jnp.int32)]))
-    raise NotImplementedError
+    """Decode rows by one kernel, all others by another; a case that is statically empty is not compiled."""
+    num_tokens, num_rows = q.shape[0], rows.kv_lens.shape[0]
+    if num_tokens == num_rows:
+        rows = replace(rows, num_decode=jnp.full((1,), num_rows, jnp.int32))
+    if rows.num_decode is None:
+        return _prefill(q, k, v, cache, layer, rows, scoring, interpret)
+    first = [array[:num_rows] for array in (q, k, v)]
+    decoded, cache = _decode(*first, cache, layer, rows, scoring, interpret)
+    if num_tokens == num_rows:
+        return decoded, cache
+    out, cache = _prefill(q, k, v, cache, layer, rows, scoring, interpret)
+    decoded = jnp.pad(decoded, ((0, num_tokens - num_rows), (0, 0), (0, 0)))
+    is_decode = jnp.arange(num_tokens) < rows.num_decode
+    return jnp.where(is_decode[:, None, None], decoded, out), cache
+
+
+def _prefill(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: jax.Array,
+    layer: jax.Array | int,
+    rows: Rows,
+    scoring: Scoring,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
+    tiles = tuned.prefill_tiles(_key("prefill", q, k, cache), _device_kind())
+    return tpu_prefill.prefill(q, k, v, cache, layer, rows, scoring, tiles=tiles, interpret=interpret)
+
+
+def _decode(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: jax.Array,
+    layer: jax.Array | int,
+    rows: Rows,
+    scoring: Scoring,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
+    if scoring.custom_mask is not None:
+        raise ValueError("custom_mask: a step of one token for each sequence has no tree")
+    assert rows.num_decode is not None
+    out, pages = tpu_decode.decode(
+        q,
+        k,
+        v,
+        cache.reshape(-1, *cache.shape[2:]),
+        jnp.reshape(layer * cache.shape[1], (1,)).astype(jnp.int32),
+        rows.kv_lens,
+        rows.page_table,
+        rows.num_decode.reshape(1),
+        scoring.sinks,
+        scoring.k_scale,
+        scoring.v_scale,
+        scale=scoring.scale,
+        window=scoring.window,
+        soft_cap=scoring.soft_cap,
+        tiles=tuned.decode_tiles(_key("decode", q, k, cache), _device_kind()),
+        interpret=interpret,
+    )
+    return out, pages.reshape(cache.shape)
+
+
+def _key(op: str, q: jax.Array, k: jax.Array, cache: jax.Array) -> tuned.TuningKey:
+    return tuned.TuningKey(
+        op=op,
+        num_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        head_dim=q.shape[2],
+        dtype=q.dtype.name,
+        cache_dtype=cache.dtype.name,
+        page_size=cache.shape[2],
+    )

@@ -19,9 +19,7 @@ _LANES = 128
 _HIGH = 0xFFFF0000
 
 
-def load_kv(
-    tokens: Any, head: jax.Array | int, count: int, dtype: Any, native: bool
-) -> tuple[jax.Array, jax.Array]:
+def load_kv(tokens: Any, head: jax.Array | int, count: int, dtype: Any, native: bool) -> tuple[jax.Array, jax.Array]:
     """Read the keys and values of one KV head.
 
     Args:

@@ -99,9 +99,7 @@ def attend(refs: TileRefs, sizes: TileSizes, shape: TileShape, tokens: Any, vali
     """
 
     def body(step: jax.Array, carry: None) -> None:
-        groups = [
-            (local, index) for local in range(sizes.body_heads) for index in range(sizes.lane_groups(shape))
-        ]
+        groups = [(local, index) for local in range(sizes.body_heads) for index in range(sizes.lane_groups(shape))]
         started: list[tuple[_Group, jax.Array]] = []
         for number, (local, index) in enumerate(groups):
             head = step * sizes.body_heads + local

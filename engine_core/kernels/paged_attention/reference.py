@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from engine_core.kernels.paged_attention.rows import Rows, Scoring
+from engine_core.kernels.paged_attention.rows import Rows, Scoring, quantized
 from engine_core.kv_cache import from_storage, pack_heads, to_storage
 
 
@@ -22,16 +20,6 @@ def paged_attention(
     here = rows.at_layer(layer, *cache.shape[:2])
     pages = write(cache.reshape(-1, *cache.shape[2:]), k, v, here, scoring)
     return attend(q, k.shape[1], pages, here, scoring), pages.reshape(cache.shape)
-
-
-def quantized(values: jax.Array, scale: jax.Array | float | None, dtype: Any) -> jax.Array:
-    """`values / scale` in the cache's dtype, rounded to nearest, clipped to its range if that is narrow."""
-    if dtype == jnp.uint16 or jnp.dtype(dtype).itemsize > 1:
-        return values
-    scaled = values.astype(jnp.float32) / (1.0 if scale is None else scale)
-    limits = jnp.iinfo(dtype) if dtype == jnp.int8 else jnp.finfo(dtype)
-    scaled = jnp.clip(scaled, float(limits.min), float(limits.max))
-    return (jnp.round(scaled) if dtype == jnp.int8 else scaled).astype(dtype)
 
 
 def write(pages: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, scoring: Scoring) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,3 +70,13 @@ class Scoring:
     custom_mask: jax.Array | None = None
     k_scale: jax.Array | float | None = None
     v_scale: jax.Array | float | None = None
+
+
+def quantized(values: jax.Array, scale: jax.Array | float | None, dtype: Any) -> jax.Array:
+    """`values / scale` in the cache's dtype, rounded to nearest, clipped to its range if that is narrow."""
+    if dtype == jnp.uint16 or jnp.dtype(dtype).itemsize > 1:
+        return values
+    scaled = values.astype(jnp.float32) / (1.0 if scale is None else scale)
+    limits = jnp.iinfo(dtype) if dtype == jnp.int8 else jnp.finfo(dtype)
+    scaled = jnp.clip(scaled, float(limits.min), float(limits.max))
+    return (jnp.round(scaled) if dtype == jnp.int8 else scaled).astype(dtype)

@@ -1,4 +1,4 @@
-"""Paged attention of any number of query tokens per sequence on TPU, their keys and values put into the cache on the way.
+"""Paged attention of any number of query tokens per sequence on TPU, their keys and values written on the way.
 
 One kernel instance walks a list of *items*, query tiles of one sequence after the other, sequence after sequence; and
 for each item the tiles of keys and values that its tokens see. A tile of queries is large, or small where that holds
@@ -29,7 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from engine_core.kernels.paged_attention import head_rows, prefill_tile
 from engine_core.kernels.paged_attention.prefill_tile import MASKED, TileRefs, TileShape, TileSizes
-from engine_core.kernels.shapes import check_shapes
+from engine_core.kernels.paged_attention.rows import Rows, Scoring, quantized
 
 _LANES = 128
 _LOG2_E = math.log2(math.e)
@@ -251,9 +251,7 @@ def _query_copies(refs: _Refs, sizes: _Sizes, slot: jax.Array, item: _Item) -> l
     source, target = pl.ds(span.begin, span.tokens), pl.ds(0, span.tokens)
     copies = [pltpu.make_async_copy(refs.q_hbm.at[source], refs.q.at[slot, target], refs.q_sems.at[slot])]
     if refs.tree is not None:
-        copies.append(
-            pltpu.make_async_copy(refs.tree_hbm.at[source], refs.tree.at[slot, target], refs.q_sems.at[slot])
-        )
+        copies.append(pltpu.make_async_copy(refs.tree_hbm.at[source], refs.tree.at[slot, target], refs.q_sems.at[slot]))
     return copies
 
 
@@ -278,8 +276,7 @@ def _store_results(refs: _Refs, sizes: _Sizes, shape: TileShape, slot: jax.Array
 
     def one(word: jax.Array, carry: None) -> None:
         heads = [
-            refs.tile.queries[word * pack + index, pl.ds(0, shape.tokens)].astype(jnp.float32)
-            for index in range(pack)
+            refs.tile.queries[word * pack + index, pl.ds(0, shape.tokens)].astype(jnp.float32) for index in range(pack)
         ]
         head_rows.store_heads(tokens, word, heads, sizes.tile.native)
 
@@ -293,9 +290,7 @@ def _tree_rows(refs: _Refs, sizes: _Sizes, shape: TileShape, slot: jax.Array, bl
     return jnp.concatenate([rows] * shape.heads)
 
 
-def _fill_bias(
-    refs: _Refs, sizes: _Sizes, shape: TileShape, span: _Span, tile: jax.Array, slot: jax.Array
-) -> None:
+def _fill_bias(refs: _Refs, sizes: _Sizes, shape: TileShape, span: _Span, tile: jax.Array, slot: jax.Array) -> None:
     """Make the masks of a tile for all heads; see `TileRefs.bias`."""
     begin = tile * sizes.tile.tile_kv
     plane = (sizes.tile.tile_kv, shape.lanes)
@@ -449,48 +444,30 @@ def small_tile(group: int, tile_q: int) -> TileShape:
     return TileShape(min(_LANES // heads, tile_q), _LANES)
 
 
-def prefill(
+def prefill(  # noqa: PLR0913
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     cache: jax.Array,
-    base_page: jax.Array,
-    kv_lens: jax.Array,
-    page_table: jax.Array,
-    cu_q_lens: jax.Array,
-    row_range: jax.Array,
-    sinks: jax.Array | None,
-    custom_mask: jax.Array | None,
-    k_scale: jax.Array | float | None,
-    v_scale: jax.Array | float | None,
+    layer: jax.Array | int,
+    rows: Rows,
+    scoring: Scoring,
     *,
-    scale: float,
-    window: int | jax.Array,
-    soft_cap: float | None,
     tiles: PrefillTiles,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Append each sequence's new tokens to the cache and attend with all of them; see `reference` for the definition.
+    """Append each sequence's new tokens to the cache and attend with all of them; `reference` is the definition.
 
     Args:
         q: [T, N, H] bf16 or f32, rows of one sequence after the other.
-        k: [T, K, H] of the same tokens, after rotary embedding; in the cache's dtype, or converted to it (clipped).
+        k: [T, K, H] of the same tokens, after rotary embedding.
         v: [T, K, H].
-        cache: [pages of all layers, page_size, 2K / pack, pack, align(H, 128)] f32, bf16, int8 or fp8. Donated: written
-            in place. Places that no query sees may hold anything, NaN too.
-        base_page: [1] i32, the layer's first page.
-        kv_lens: [B] i32, tokens with the new ones.
-        page_table: [B, P] i32, page ids within a layer, in order; anything beyond the last used page.
-        cu_q_lens: [B + 1] i32, cumulative numbers of new tokens; a row without any is skipped.
-        row_range: [2] i32, rows that this call does: [begin, end); results of other rows' tokens are not written.
-        sinks: [N] f32, a score of each head that takes weight and has no value; None: none.
-        custom_mask: [T, M] bool: token row t sees its sequence's i-th new token only where custom_mask[t, i]; no
-            sequence has more than M new tokens. None: all up to its own.
-        k_scale: value of one unit of the cached keys; None: 1.
-        v_scale: the same for values.
-        scale: of the scores, H ** -0.5 as a rule.
-        window: tokens that a query sees, its own included; 0: all. An int or [1] i32.
-        soft_cap: scores become soft_cap * tanh(score / soft_cap); None: they stay.
+        cache: [L, num_pages, page_size, 2K / pack, pack, align(H, 128)] f32, bf16, int8 or fp8. Donated: written in
+            place. Places that no query sees may hold anything, NaN too.
+        layer: [] i32, the layer.
+        rows: of which `page_ids` and `offsets` are not read; the rows before `num_decode` are left out, the results of
+            their tokens are not written. A row without tokens is skipped.
+        scoring: scale, window and the like.
         tiles: from `tuned`.
         interpret: False, or `pltpu.InterpretParams`.
 
@@ -500,47 +477,43 @@ def prefill(
     Raises:
         ValueError: shapes or tiles do not fit.
     """
-    check_shapes("T N H", q, "T K H", k, "T K H", v, "B", kv_lens, "B P", page_table, "1", base_page)
     num_tokens, num_heads, head_dim = q.shape
-    page_size, words, pack, width = cache.shape[1:]
-    _check(q, k.shape[1], cache, tiles)
-    small = small_tile(num_heads // k.shape[1], tiles.tile_q)
-    sizes = _Sizes(
-        rows=kv_lens.shape[0],
-        pages=page_table.shape[1],
-        page_size=page_size,
-        large=small if num_tokens <= small.tokens else TileShape(tiles.tile_q, tiles.lanes),
-        small=small,
-        tile=_tile_sizes(q, k.shape[1], tiles, soft_cap, interpret is False),
-        scale=scale * _LOG2_E if soft_cap is None else scale / soft_cap,
-        windowed=not (isinstance(window, int) and window == 0),
-    )
+    pages = cache.reshape(-1, *cache.shape[2:])
+    _check(q, k.shape[1], pages, tiles)
+    sizes = _sizes(q, k.shape[1], pages.shape[1], rows, scoring, tiles, interpret is False)
+    words, pack, width = pages.shape[2:]
     q_pack = 4 // q.dtype.itemsize
     heads = -(-num_heads // q_pack) * q_pack
     queries = _pad_to(q, (num_tokens, heads, width)).reshape(num_tokens, heads // q_pack, q_pack, width)
-    new = _pad_to(jnp.stack([k, v], axis=2).reshape(num_tokens, -1, head_dim), (num_tokens, words * pack, width))
-    tree = None
-    if custom_mask is not None:
-        check_shapes("T M", custom_mask, "T N H", q)
-        columns = -(-custom_mask.shape[1] // _LANES)
-        tree = _pad_to(custom_mask.astype(jnp.float32), (num_tokens, columns * _LANES))
-        tree = tree.reshape(num_tokens, columns, _LANES)
+    sides = [quantized(k, scoring.k_scale, pages.dtype), quantized(v, scoring.v_scale, pages.dtype)]
+    new = jnp.stack(sides, axis=2).astype(pages.dtype).reshape(num_tokens, -1, head_dim)
+    new = _pad_to(new, (num_tokens, words * pack, width)).reshape(num_tokens, words, pack, width)
+    num_rows = jnp.full((1,), sizes.rows, jnp.int32)
+    num_decode = jnp.zeros_like(num_rows) if rows.num_decode is None else rows.num_decode.reshape(1)
+    scales = [1.0 if scale is None else scale for scale in (scoring.k_scale, scoring.v_scale)]
     inputs = [
-        cu_q_lens,
-        kv_lens,
-        page_table.reshape(-1),
-        base_page,
-        row_range,
-        jnp.asarray(window, jnp.int32).reshape(1),
-        jnp.stack([jnp.asarray(1 if s is None else s, jnp.float32).reshape(()) for s in (k_scale, v_scale)]),
-        None if sinks is None else sinks.astype(jnp.float32) * _LOG2_E,
+        rows.cu_q_lens,
+        rows.kv_lens,
+        rows.page_table.reshape(-1),
+        jnp.reshape(layer * cache.shape[1], (1,)).astype(jnp.int32),
+        jnp.concatenate([num_decode, num_rows]),
+        jnp.asarray(scoring.window, jnp.int32).reshape(1),
+        jnp.stack([jnp.asarray(scale, jnp.float32).reshape(()) for scale in scales]),
+        None if scoring.sinks is None else scoring.sinks.astype(jnp.float32) * _LOG2_E,
         queries,
-        new.reshape(num_tokens, words, pack, width),
-        tree,
-        cache,
+        new,
+        None if scoring.custom_mask is None else _packed_tree(scoring.custom_mask),
+        pages,
     ]
-    out, cache = _call(inputs, sizes, interpret)
-    return out.reshape(num_tokens, heads, width)[:, :num_heads, :head_dim], cache
+    out, pages = _call(inputs, sizes, interpret)
+    return out.reshape(num_tokens, heads, width)[:, :num_heads, :head_dim], pages.reshape(cache.shape)
+
+
+def _packed_tree(custom_mask: jax.Array) -> jax.Array:
+    """[T, M / 128, 128] f32 of [T, M] bool."""
+    num_tokens, columns = custom_mask.shape
+    whole = -(-columns // _LANES)
+    return _pad_to(custom_mask.astype(jnp.float32), (num_tokens, whole * _LANES)).reshape(num_tokens, whole, _LANES)
 
 
 def _call(inputs: list[jax.Array | None], sizes: _Sizes, interpret: Any) -> tuple[jax.Array, jax.Array]:
@@ -576,9 +549,7 @@ def _call(inputs: list[jax.Array | None], sizes: _Sizes, interpret: Any) -> tupl
         out_specs=[hbm, hbm],
         scratch_shapes=[*local, *tile, *tail],
         input_output_aliases={len(present) - 1: 1},
-        compiler_params=pltpu.CompilerParams(
-            vmem_limit_bytes=vmem_bytes + _SPILL_BYTES, disable_bounds_checks=True
-        ),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=vmem_bytes + _SPILL_BYTES, disable_bounds_checks=True),
         interpret=interpret,
     )(*present)
     return out, cache
@@ -601,11 +572,22 @@ def _tile_scratch(sizes: _Sizes, heads: int, width: int, dtype: Any) -> TileRefs
     )
 
 
-def _tile_sizes(q: jax.Array, kv_heads: int, tiles: PrefillTiles, soft_cap: float | None, native: bool) -> TileSizes:
-    return TileSizes(
-        group=q.shape[1] // kv_heads,
+def _sizes(
+    q: jax.Array,
+    kv_heads: int,
+    page_size: int,
+    rows: Rows,
+    scoring: Scoring,
+    tiles: PrefillTiles,
+    native: bool,
+) -> _Sizes:
+    num_tokens, num_heads, head_dim = q.shape
+    soft_cap = scoring.soft_cap
+    small = small_tile(num_heads // kv_heads, tiles.tile_q)
+    tile = TileSizes(
+        group=num_heads // kv_heads,
         kv_heads=kv_heads,
-        head_rows=-(-q.shape[2] // _ROWS) * _ROWS,
+        head_rows=-(-head_dim // _ROWS) * _ROWS,
         sum_rows=_ROWS,
         tile_kv=tiles.tile_kv,
         sub_kv=tiles.sub_kv,
@@ -613,6 +595,16 @@ def _tile_sizes(q: jax.Array, kv_heads: int, tiles: PrefillTiles, soft_cap: floa
         body_heads=tiles.body_heads,
         soft_cap=None if soft_cap is None else soft_cap * _LOG2_E,
         native=native,
+    )
+    return _Sizes(
+        rows=rows.kv_lens.shape[0],
+        pages=rows.page_table.shape[1],
+        page_size=page_size,
+        large=small if num_tokens <= small.tokens else TileShape(tiles.tile_q, tiles.lanes),
+        small=small,
+        tile=tile,
+        scale=scoring.scale * _LOG2_E if soft_cap is None else scoring.scale / soft_cap,
+        windowed=not (isinstance(scoring.window, int) and scoring.window == 0),
     )
 
 
