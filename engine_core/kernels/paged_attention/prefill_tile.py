@@ -14,6 +14,7 @@ multiplied into the queries.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from jax.experimental import pallas as pl
 from engine_core.kernels.paged_attention import head_rows
 
 MASKED = -1e30
+_UNROLL = 4  # lane groups, so that their latencies overlap
 LOWEST = -1e29  # maximum of no scores: far above a masked one, whose weight is therefore 0 and not exp(0)
 
 
@@ -218,7 +220,7 @@ def begin(refs: TileRefs, sizes: TileSizes, shape: TileShape, sinks: Any) -> Non
                 top = jnp.where(lane >= head * shape.tokens, sinks[first + head], top)
         refs.tops[row, :, pl.ds(0, shape.lanes)] = top
 
-    lax.fori_loop(0, sizes.kv_heads * groups, one, None)
+    lax.fori_loop(0, sizes.kv_heads * groups, one, None, unroll=math.gcd(sizes.kv_heads * groups, _UNROLL))
 
 
 def finish(refs: TileRefs, sizes: TileSizes, shape: TileShape, v_scale: jax.Array) -> None:
@@ -242,4 +244,4 @@ def finish(refs: TileRefs, sizes: TileSizes, shape: TileShape, v_scale: jax.Arra
             stacked = out.reshape(shape.heads, shape.tokens, width)
             refs.queries[pl.ds(head + index * shape.heads, shape.heads), pl.ds(0, shape.tokens)] = stacked
 
-    lax.fori_loop(0, sizes.kv_heads * groups, one, None)
+    lax.fori_loop(0, sizes.kv_heads * groups, one, None, unroll=math.gcd(sizes.kv_heads * groups, _UNROLL))

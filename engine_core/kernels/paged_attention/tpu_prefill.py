@@ -34,6 +34,7 @@ from engine_core.kernels.paged_attention.rows import Rows, Scoring, quantized
 _LANES = 128
 _LOG2_E = math.log2(math.e)
 _FAR = 2**30
+_UNROLL = 2  # word rows
 _ROWS = 16  # of a tile of bfloat16
 _SPILL_BYTES = 12 << 20  # room for the compiler's own
 
@@ -266,7 +267,7 @@ def _scale_queries(refs: _Refs, sizes: _Sizes, shape: TileShape, slot: jax.Array
             scaled = (head * factor).astype(refs.tile.queries.dtype)
             refs.tile.queries[word * pack + index, pl.ds(0, shape.tokens)] = scaled
 
-    lax.fori_loop(0, num_heads // pack, one, None)
+    lax.fori_loop(0, num_heads // pack, one, None, unroll=math.gcd(num_heads // pack, _UNROLL))
 
 
 def _store_results(refs: _Refs, sizes: _Sizes, shape: TileShape, slot: jax.Array) -> None:
@@ -280,7 +281,7 @@ def _store_results(refs: _Refs, sizes: _Sizes, shape: TileShape, slot: jax.Array
         ]
         head_rows.store_heads(tokens, word, heads, sizes.tile.native)
 
-    lax.fori_loop(0, num_heads // pack, one, None)
+    lax.fori_loop(0, num_heads // pack, one, None, unroll=math.gcd(num_heads // pack, _UNROLL))
 
 
 def _tree_rows(refs: _Refs, sizes: _Sizes, shape: TileShape, slot: jax.Array, block: int) -> jax.Array:
