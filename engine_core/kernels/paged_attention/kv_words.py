@@ -69,11 +69,9 @@ def _word_rows(tokens: Any, layout: WordLayout, block: int, start: int, step: in
 def _halves(words: jax.Array, side: int) -> jax.Array:
     """bf16 rows of one side of [n, 128] words: row 2i from word row i, row 2i + 1 from word row n / 2 + i."""
     low, high = jnp.split(words, 2)
-    if side == KEY:
-        joined = (low & 0xFFFF) | (high << 16)
-    else:
-        joined = (low >> 16) | (high & jnp.uint32(0xFFFF0000))
-    return pltpu.bitcast(joined, jnp.bfloat16)
+    keys = (low & 0xFFFF) | (high << 16)
+    values = (low >> 16) | (high & jnp.uint32(0xFFFF0000))
+    return pltpu.bitcast(keys if side == KEY else values, jnp.bfloat16)
 
 
 def _quarters(words: jax.Array, side: int, storage: Any, dtype: Any) -> jax.Array:
@@ -123,6 +121,55 @@ def clear(tokens: Any, layout: WordLayout, begin: jax.Array, count: int, native:
         )
     else:
         tokens[pl.ds(begin, count)] = jnp.zeros((count, *tokens.shape[1:]), tokens.dtype)
+
+
+def store(tokens: Any, layout: WordLayout, token: jax.Array | int, words: jax.Array, native: bool) -> None:
+    """Put a token's [2K / pack, H] u32 words, as `pack_words` makes them, into its place."""
+    if native:
+        folds = layout.width // _LANES
+        rows = layout.words * folds
+        view = tokens.bitcast(jnp.uint32).reshape(tokens.shape[0] * rows, _LANES)
+        for fold in range(folds):
+            places = pl.ds(token * rows + fold, layout.words, folds) if folds > 1 else pl.ds(token * rows, rows)
+            view[places] = words[:, fold * _LANES : (fold + 1) * _LANES]
+    else:
+        tokens[token] = pltpu.bitcast(words, tokens.dtype).reshape(tokens.shape[1:])
+
+
+def pack_words(k: jax.Array, v: jax.Array, layout: WordLayout, storage: Any) -> jax.Array:
+    """Lay new keys and values out as in the cache. Plain XLA; elementwise for pack 2, where it would be slow otherwise.
+
+    Args:
+        k: [B, K, H], already in units of the cache.
+        v: the same.
+        layout: of a token.
+        storage: the cache's dtype.
+
+    Returns:
+        [B, 2K / pack, width] u32, zeros in the padding.
+    """
+    padding = ((0, 0), (0, layout.heads - layout.kv_heads), (0, layout.width - k.shape[2]))
+    bits = jnp.dtype(f"uint{32 // layout.pack}")
+    sides = [
+        lax.bitcast_convert_type(jnp.pad(_rounded(side, storage), padding), bits).astype(jnp.uint32) for side in (k, v)
+    ]
+    if layout.pack == 1:
+        return jnp.stack(sides, axis=2).reshape(k.shape[0], layout.words, layout.width)
+    heads = layout.pack // 2
+    words = jnp.zeros((), jnp.uint32)
+    for part in range(layout.pack):
+        words |= sides[part % 2][:, part // 2 :: heads] << (part * 32 // layout.pack)
+    return words
+
+
+def _rounded(values: jax.Array, storage: Any) -> jax.Array:
+    """`values` in the cache's dtype, the nearest one, clipped where that is narrow."""
+    if jnp.dtype(storage).itemsize > 1:
+        return values.astype(storage)
+    integer = jnp.issubdtype(storage, jnp.integer)
+    lowest, highest = (-128.0, 127.0) if integer else (-float(jnp.finfo(storage).max), float(jnp.finfo(storage).max))
+    clipped = jnp.clip(values.astype(jnp.float32), lowest, highest)
+    return (jnp.round(clipped) if integer else clipped).astype(storage)
 
 
 def _word_of_row(layout: WordLayout, row: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -18,7 +18,7 @@ load or shuffle is spent on separating heads. Only K and V are: they share 32-bi
 
 Softmax is online in float32 (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022) in base 2.
 
-VMEM: num_buffers * group * tile_kv tokens of the cache + B query rows + B new cache rows
+VMEM: num_buffers * group * tile_kv tokens of the cache + B query rows + 2 B cache rows
       + 1.5 * [group, N, tile_kv * K] f32. SMEM: the page table, B * P i32.
 """
 
@@ -34,6 +34,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from engine_core.kernels.paged_attention import kv_words
 from engine_core.kernels.paged_attention import tpu_decode_attend as attend
 from engine_core.kernels.paged_attention import tpu_decode_items as items
 from engine_core.kernels.paged_attention.kv_words import WordLayout
@@ -125,7 +126,7 @@ def _walk(refs: Refs, sizes: Sizes, count: jax.Array, inputs: list[Any]) -> None
     lax.fori_loop(group, fetched - 1, drain, None)
     attend.attend_last(refs, sizes, ahead(fetched, -1 + ring))
     items.send_results(refs, sizes, ahead(fetched, -1 + ring))
-    written = refs.new.at[pl.ds(0, count)]
+    written = refs.leaving.at[pl.ds(0, count)]
     pltpu.make_async_copy(written, written, refs.sems.at[NEW_ROWS]).wait()
 
 
@@ -135,24 +136,7 @@ def _pad_to(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.pad(array, [(0, after - before) for before, after in zip(array.shape, shape, strict=True)])
 
 
-def _pack_new(k: jax.Array, v: jax.Array, cache: jax.Array, scales: jax.Array | None) -> jax.Array:
-    """[B, *token shape of the cache] of the new keys and values, in the cache's dtype."""
-    both = jnp.stack([k, v], axis=2)
-    if scales is not None:
-        both = both.astype(jnp.float32) / scales[:, None]
-        if jnp.issubdtype(cache.dtype, jnp.integer):
-            limits = jnp.iinfo(cache.dtype)
-            both = jnp.round(both)
-        else:
-            limits = jnp.finfo(cache.dtype)
-        both = jnp.clip(both, float(limits.min), float(limits.max))
-    both = both.astype(cache.dtype)
-    words, pack, width = cache.shape[2:]
-    heads = both.reshape(k.shape[0], 2 * k.shape[1], k.shape[2])
-    return _pad_to(heads, (k.shape[0], words * pack, width)).reshape(k.shape[0], words, pack, width)
-
-
-def decode(
+def decode(  # noqa: PLR0913 (a kernel's operands)
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -203,9 +187,10 @@ def decode(
     page_size, words, pack, width = cache.shape[1:]
     layout = WordLayout(kv_heads=k.shape[1], words=words, pack=pack, width=width)
     _check(q, k, cache, layout, tiles)
-    scales = None
+    scales = jnp.ones(2, jnp.float32)
     if k_scale is not None or v_scale is not None:
         scales = jnp.stack([jnp.asarray(1 if s is None else s, jnp.float32).reshape(()) for s in (k_scale, v_scale)])
+        k, v = k.astype(jnp.float32) / scales[0], v.astype(jnp.float32) / scales[1]
     heads = -(-num_heads // SUBLANES) * SUBLANES
     sizes = Sizes(
         rows=num_rows,
@@ -242,10 +227,10 @@ def decode(
         base_page.astype(jnp.int32),
         num_decode.astype(jnp.int32),
         jnp.asarray(window, jnp.int32).reshape(1),
-        jnp.ones(2, jnp.float32) if scales is None else scales,
+        scales,
         sink_rows,
         _pad_to(q, padded),
-        _pack_new(k, v, cache, scales),
+        kv_words.pack_words(k, v, layout, cache.dtype),
         cache,
     )
     return out[:, :num_heads, :head_dim], cache
@@ -261,6 +246,7 @@ def _scratch(sizes: Sizes, dtype: Any, storage: Any) -> list[Any]:
     groups_noted = pltpu.SMEM((tiles.num_buffers,), jnp.int32)
     return [
         pltpu.VMEM((sizes.rows + 1, sizes.heads, layout.width), dtype),
+        pltpu.VMEM((sizes.rows, layout.words, layout.width), jnp.uint32),
         pltpu.VMEM((sizes.rows, *token), storage),
         pltpu.VMEM((tiles.num_buffers, tiles.group * tiles.tile_kv, *token), storage),
         pltpu.VMEM(item, jnp.float32),
@@ -289,15 +275,13 @@ def _vmem_bytes(sizes: Sizes, dtype: Any, storage: Any) -> int:
     """What the kernel needs, with room for the compiler's own."""
     layout, tiles = sizes.words, sizes.tiles
     token = layout.words * layout.pack * layout.width * jnp.dtype(storage).itemsize
-    rows = sizes.rows * (token + sizes.heads * layout.width * jnp.dtype(dtype).itemsize)
+    rows = sizes.rows * (2 * token + sizes.heads * layout.width * jnp.dtype(dtype).itemsize)
     ring = tiles.num_buffers * tiles.group * tiles.tile_kv * token
     scores = 8 * sizes.heads * tiles.group * tiles.tile_kv * layout.heads
     return rows + ring + scores + (8 << 20)
 
 
-def _check(
-    q: jax.Array, k: jax.Array, cache: jax.Array, layout: WordLayout, tiles: DecodeTiles
-) -> None:
+def _check(q: jax.Array, k: jax.Array, cache: jax.Array, layout: WordLayout, tiles: DecodeTiles) -> None:
     """Refuse what does not fit together, naming the field."""
     bits = jnp.dtype(cache.dtype).itemsize * 8
     if layout.pack != 32 // bits:

@@ -48,7 +48,9 @@ def _load(refs: Refs, sizes: Sizes, slot: jax.Array, place: int, block: int, sid
     return kv_words.load(refs.kv.at[slot], sizes.words, place * sizes.blocks + block, side, refs.q.dtype, sizes.native)
 
 
-def _score_block(refs: Refs, sizes: Sizes, q: jax.Array, keys: jax.Array, begin: jax.Array, end: jax.Array) -> jax.Array:
+def _score_block(
+    refs: Refs, sizes: Sizes, q: jax.Array, keys: jax.Array, begin: jax.Array, end: jax.Array
+) -> jax.Array:
     """[N, block rows] f32 in base 2: scores of the tokens [begin, end) of a block, the others masked."""
     scores = _dot(q, keys, transposed=True)
     if sizes.soft_cap is None:

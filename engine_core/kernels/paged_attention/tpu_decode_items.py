@@ -207,9 +207,11 @@ def _complete_item(refs: Refs, sizes: Sizes, slot: jax.Array, place: jax.Array) 
         page = lax.div(newest, sizes.page_size)
         source = refs.base_page[0] + refs.page_table[row * sizes.pages + page]
         target = refs.cache.at[source, newest - page * sizes.page_size]
-        pltpu.make_async_copy(refs.new.at[row], target, refs.sems.at[NEW_ROWS]).start()
-        refs.kv[slot, offset + tokens - 1] = refs.new[row]
-        _clear(refs, sizes, slot, offset + tokens, offset + tile)
+        new = refs.new[row]
+        kv_words.store(refs.leaving.at[pl.ds(row, 1)], sizes.words, 0, new, sizes.native)
+        pltpu.make_async_copy(refs.leaving.at[row], target, refs.sems.at[NEW_ROWS]).start()
+        kv_words.store(refs.kv.at[slot], sizes.words, offset + tokens - 1, new, sizes.native)
+        pl.when(tokens < tile)(lambda: _clear(refs, sizes, slot, offset + tokens, offset + tile))
 
     if sizes.windowed:
         hidden = jnp.clip(visible_from(refs, sizes, item), 0, tile)

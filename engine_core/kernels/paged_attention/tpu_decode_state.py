@@ -60,12 +60,13 @@ class Refs(NamedTuple):
     kv_scales: Any  # [2] f32 SMEM
     sinks: Any  # [N, 128] f32 VMEM, in base 2; MASKED: none
     q_in: Any  # [B, N, H] HBM
-    new_in: Any  # [B, 2K / pack, pack, H] HBM
+    new_in: Any  # [B, 2K / pack, H] u32 HBM: the new tokens' words
     cache_in: Any  # aliased to `cache`
     out: Any  # [B, N, H] HBM
     cache: Any  # [pages of all layers, page_size, 2K / pack, pack, H] HBM
     q: Any  # [B + 1, N, H] VMEM; a finished row holds its result, the last row what is no result
-    new: Any  # [B, 2K / pack, pack, H] VMEM
+    new: Any  # [B, 2K / pack, H] u32 VMEM
+    leaving: Any  # [B, 2K / pack, pack, H] VMEM: new tokens on their way to the cache
     kv: Any  # [num_buffers, U * tile_kv, 2K / pack, pack, H] VMEM
     scores: Any  # [U, N, R] f32 VMEM, base 2
     weights: Any  # [U, N, R] VMEM, in q's dtype

@@ -5,9 +5,8 @@ Unused pages, unused places and the memory of the machine hold NaN.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -16,7 +15,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from engine_core.kernels.paged_attention import tpu_decode
 
-DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "int8": np.int8, "float8_e4m3fn": ml_dtypes.float8_e4m3fn}
+DTYPES = {
+    "bfloat16": ml_dtypes.bfloat16,
+    "float32": np.float32,
+    "int8": np.int8,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+}
 TOLERANCE = {"bfloat16": 1e-2, "float32": 1e-5}
 
 
@@ -42,7 +46,6 @@ class Case:
     layers: int = 2
     layer: int = 1
     spare_columns: int = 2
-    shape: dict = field(default_factory=dict)
 
 
 def reference(case, q, ks, vs, sinks):
