@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from engine_core.kernels.paged_attention import api
+from engine_core.kernels.paged_attention import Rows, Scoring, paged_attention
 from engine_core.layers.linear import ColumnLinear, Numbers, RowLinear
 from engine_core.layers.norm import RMSNorm
 from engine_core.layers.params import Source
@@ -24,37 +23,22 @@ class AttentionInputs:
 
     cos: jax.Array  # [T, 1, H / 2] f32
     sin: jax.Array  # [T, 1, H / 2] f32
-    page_ids: jax.Array  # [T] i32, page that receives the token's key and value; >= num_pages: dropped
-    offsets: jax.Array  # [T] i32, place within that page
-    page_table: jax.Array  # [B, P] i32
-    kv_lens: jax.Array  # [B] i32
-    cu_q_lens: jax.Array  # [B + 1] i32
-
-    def at_layer(self, layer: jax.Array, num_layers: int, num_pages: int) -> AttentionInputs:
-        """The same for layer `layer` of a stacked cache that is seen as `[num_layers * num_pages, *page_shape]`.
-
-        An index into the flat cache keeps its scatters in place; slicing a layer out and putting it back copies it.
-        """
-
-        def shift(ids: jax.Array) -> jax.Array:
-            return jnp.where(ids < num_pages, ids + layer * num_pages, num_layers * num_pages)
-
-        return replace(self, page_ids=shift(self.page_ids), page_table=shift(self.page_table))
+    rows: Rows
 
 
 def attention_inputs(inputs: StepInputs, frequencies: np.ndarray, page_size: int, num_pages: int) -> AttentionInputs:
     """Angles and landing places of a step's tokens. Padding rows (`rows == B`) get page id `num_pages`: dropped."""
     cos, sin = rotation(inputs.positions, frequencies)
     page_ids = inputs.page_table.at[inputs.rows, inputs.positions // page_size].get(mode="fill", fill_value=num_pages)
-    return AttentionInputs(
-        cos=cos,
-        sin=sin,
+    rows = Rows(
         page_ids=page_ids,
         offsets=inputs.positions % page_size,
         page_table=inputs.page_table,
         kv_lens=inputs.kv_lens,
         cu_q_lens=inputs.cu_q_lens,
+        num_decode=None,
     )
+    return AttentionInputs(cos=cos, sin=sin, rows=rows)
 
 
 class Attention(nnx.Module):
@@ -74,13 +58,19 @@ class Attention(nnx.Module):
         self.compute = numbers.compute
 
     def __call__(
-        self, x: jax.Array, cache: jax.Array, inputs: AttentionInputs, window: int | jax.Array
+        self,
+        x: jax.Array,
+        cache: jax.Array,
+        layer: int | jax.Array,
+        inputs: AttentionInputs,
+        window: int | jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         """Attend, after this step's keys and values are written.
 
         Args:
             x: [T, D] normed activations.
-            cache: [num_pages, *page_shape] of this layer (this device's KV heads).
+            cache: [L, num_pages, *page_shape] (this device's KV heads).
+            layer: which of the cache's; int or [] i32.
             inputs: see `AttentionInputs`.
             window: tokens seen, 0 for all; int or [] i32.
 
@@ -92,14 +82,6 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q, inputs.cos, inputs.sin).astype(self.compute)
         k = rotate(k, inputs.cos, inputs.sin).astype(self.compute)
-        cache = api.write_kv(cache, k, v.astype(self.compute), inputs.page_ids, inputs.offsets)
-        attended = api.ragged_paged_attention(
-            q,
-            cache,
-            inputs.kv_lens,
-            inputs.page_table,
-            inputs.cu_q_lens,
-            scale=self.head_dim**-0.5,
-            window=window,
-        )
+        scoring = Scoring(scale=self.head_dim**-0.5, window=window)
+        attended, cache = paged_attention(q, k, v.astype(self.compute), cache, layer, inputs.rows, scoring, "auto")
         return self.out(attended.reshape(x.shape[0], -1)), cache

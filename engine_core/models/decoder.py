@@ -75,12 +75,13 @@ class DecoderLayer(nnx.Module):
         self,
         x: jax.Array,
         cache: jax.Array,
+        layer: int | jax.Array,
         inputs: AttentionInputs,
         window: int | jax.Array,
         valid: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """x: [T, D], cache: [num_pages, *page_shape] -> the same, updated. valid: [T] bool, false in padding rows."""
-        attended, cache = self.attention(self.input_norm(x), cache, inputs, window)
+        """x: [T, D], cache: [L, num_pages, *page_shape] -> the same, updated. valid: [T] bool, false in padding rows."""
+        attended, cache = self.attention(self.input_norm(x), cache, layer, inputs, window)
         x = x + attended
         normed = self.post_norm(x)
         mixed = self.mlp(normed, valid) if isinstance(self.mlp, MoeMlp) else self.mlp(normed)
@@ -180,18 +181,18 @@ class Decoder:
         for segment, layer, leaves in zip(self.segments, self.layers, params.segments, strict=True):
             arrays = caches[segment.start : segment.start + segment.num_layers]
             for weights, cache, window in zip(leaves, arrays, segment.windows, strict=True):
-                x, written = layer.bind(weights)(x, cache, inputs, window, valid)
-                updated.append(written)
+                x, written = layer.bind(weights)(x, cache[None], 0, inputs, window, valid)
+                updated.append(written[0])
         return x, tuple(updated)
 
     def _scan(
         self, params: Params[jax.Array], x: jax.Array, cache: jax.Array, inputs: AttentionInputs, valid: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        carry = (x, cache.reshape(-1, *cache.shape[2:]))
+        carry = (x, cache)
         for segment, layer, leaves in zip(self.segments, self.layers, params.segments, strict=True):
-            carry = _scan_segment(segment, layer, leaves[0], carry, cache.shape[:2], inputs, valid)
-        x, flat = carry
-        return x, (flat.reshape(cache.shape),)
+            carry = _scan_segment(segment, layer, leaves[0], carry, inputs, valid)
+        x, cache = carry
+        return x, (cache,)
 
 
 def _scan_segment(
@@ -199,20 +200,17 @@ def _scan_segment(
     layer: Template[DecoderLayer],
     leaves: Leaves,
     carry: tuple[jax.Array, jax.Array],
-    cache_shape: tuple[int, ...],
     inputs: AttentionInputs,
     valid: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Run a segment's layers over (x, flat cache of all layers `[L * num_pages, *page_shape]`)."""
-    num_layers, num_pages = cache_shape
+    """Run a segment's layers over (x, cache of all layers `[L, num_pages, *page_shape]`)."""
     same = len(set(segment.windows)) == 1
 
     def body(
         carry: tuple[jax.Array, jax.Array], scanned: tuple[jax.Array, jax.Array, Leaves]
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         index, window, weights = scanned
-        here = inputs.at_layer(index, num_layers, num_pages)
-        return layer.bind(weights)(*carry, here, segment.windows[0] if same else window, valid), None
+        return layer.bind(weights)(*carry, index, inputs, segment.windows[0] if same else window, valid), None
 
     indices = jnp.arange(segment.start, segment.start + segment.num_layers, dtype=jnp.int32)
     windows = jnp.array(segment.windows, dtype=jnp.int32)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engine_core.kernels.paged_attention import ragged_paged_attention, write_kv, xla
+from engine_core.kernels.paged_attention import Rows, Scoring, paged_attention, write_kv, xla
 
 PAGE = 16
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
@@ -38,9 +38,19 @@ class Case:
 
 @jax.jit(static_argnames="implementation")
 def attend(q, cache, kv_lens, page_table, cu_q_lens, window, implementation):
-    return ragged_paged_attention(
-        q, cache, kv_lens, page_table, cu_q_lens, scale=q.shape[2] ** -0.5, window=window, implementation=implementation
+    """The cache is filled already: this step's keys and values are dropped."""
+    dropped = jnp.full(q.shape[0], cache.shape[0])
+    rows = Rows(
+        page_ids=dropped,
+        offsets=jnp.zeros_like(dropped),
+        page_table=page_table,
+        kv_lens=kv_lens,
+        cu_q_lens=cu_q_lens,
+        num_decode=None,
     )
+    new = jnp.zeros((q.shape[0], cache.shape[2] * cache.shape[3] // 2, q.shape[2]), q.dtype)
+    scoring = Scoring(scale=q.shape[2] ** -0.5, window=window)
+    return paged_attention(q, new, new, cache[None], 0, rows, scoring, implementation)[0]
 
 
 def make_case(

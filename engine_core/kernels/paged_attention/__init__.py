@@ -1,5 +1,7 @@
-"""Attention of query tokens over a paged KV cache: `api` chooses, `reference` defines, `xla` runs on CPU and GPU."""
+"""Attention of query tokens over a paged KV cache: `api` chooses, `reference` defines, `xla` and `tpu_*` run."""
 
-from engine_core.kernels.paged_attention.api import ragged_paged_attention, write_kv
+from engine_core.kernels.paged_attention.api import check_supported, paged_attention, write_kv
+from engine_core.kernels.paged_attention.rows import Rows, Scoring
+from engine_core.kernels.paged_attention.tuned import TuningKey
 
-__all__ = ["ragged_paged_attention", "write_kv"]
+__all__ = ["Rows", "Scoring", "TuningKey", "check_supported", "paged_attention", "write_kv"]

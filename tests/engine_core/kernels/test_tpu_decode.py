@@ -1,0 +1,156 @@
+"""The decode kernel, run by the TPU interpreter with race detection, against attention written in numpy.
+
+Unused pages, unused places and the memory of the machine hold NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from engine_core.kernels.paged_attention import tpu_decode
+
+DTYPES = {
+    "bfloat16": ml_dtypes.bfloat16,
+    "float32": np.float32,
+    "int8": np.int8,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+}
+TOLERANCE = {"bfloat16": 1e-2, "float32": 1e-5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One call of the kernel."""
+
+    lengths: tuple[int, ...]
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 128
+    page_size: int = 16
+    dtype: str = "bfloat16"
+    q_dtype: str = "bfloat16"
+    tile_kv: int = 128
+    group: int = 2
+    num_buffers: int = 3
+    window: int = 0
+    soft_cap: float | None = None
+    sinks: bool = False
+    scales: tuple[float, float] | None = None
+    num_decode: int | None = None
+    layers: int = 2
+    layer: int = 1
+    spare_columns: int = 2
+
+
+def reference(case, q, ks, vs, sinks):
+    """[B, N, H] f32 over each row's own keys and values [n, K, H]."""
+    out = np.zeros(q.shape, np.float32)
+    decode_rows = len(case.lengths) if case.num_decode is None else case.num_decode
+    for row, n in enumerate(case.lengths[:decode_rows]):
+        if not n:
+            continue
+        begin = max(0, n - case.window) if case.window else 0
+        for head in range(case.heads):
+            kv_head = head // (case.heads // case.kv_heads)
+            scores = ks[row][begin:, kv_head] @ q[row, head] * case.head_dim**-0.5
+            if case.soft_cap:
+                scores = case.soft_cap * np.tanh(scores / case.soft_cap)
+            top = max(scores.max(), sinks[head] if case.sinks else -np.inf)
+            weights = np.exp(scores - top)
+            total = weights.sum() + (np.exp(sinks[head] - top) if case.sinks else 0)
+            out[row, head] = weights @ vs[row][begin:, kv_head] / total
+    return out
+
+
+def run(case, seed=0, interpret=None):
+    """The kernel's output, the expected one, the cache after it, the expected one and the written places."""
+    rng = np.random.default_rng(seed)
+    storage, rows, page = DTYPES[case.dtype], len(case.lengths), case.page_size
+    pack = 4 // np.dtype(storage).itemsize
+    words = -(-2 * case.kv_heads // pack)
+    width = -(-case.head_dim // 128) * 128
+    used = [-(-n // page) for n in case.lengths]
+    num_pages = sum(used) + 3
+    nan = 0 if case.dtype == "int8" else np.nan
+    cache = np.full((case.layers * num_pages, page, words * pack, width), nan).astype(storage)
+    ids = rng.permutation(num_pages)
+    table = np.full((rows, max([*used, 1]) + case.spare_columns), 2**30, np.int32)
+    k_scale, v_scale = case.scales or (1.0, 1.0)
+    ks, vs = [], []
+    new_k = np.zeros((rows, case.kv_heads, case.head_dim), np.float32)
+    new_v = np.zeros_like(new_k)
+    expected_cache = cache.copy()
+    for row, n in enumerate(case.lengths):
+        table[row, : used[row]], ids = ids[: used[row]], ids[used[row] :]
+        k, v = rng.normal(size=(2, n, case.kv_heads, case.head_dim)).astype(np.float32)
+        stored = np.zeros((n, words * pack, width), np.float32)
+        for side, (values, scale) in enumerate(((k, k_scale), (v, v_scale))):
+            values /= scale
+            if case.dtype == "int8":
+                values[:] = np.clip(np.round(values), -128, 127)
+            stored[:, side : 2 * case.kv_heads : 2, : case.head_dim] = values
+        stored = stored.astype(storage)
+        ks.append(stored[:, 0 : 2 * case.kv_heads : 2, : case.head_dim].astype(np.float32) * k_scale)
+        vs.append(stored[:, 1 : 2 * case.kv_heads : 2, : case.head_dim].astype(np.float32) * v_scale)
+        for at in range(n):
+            place = case.layer * num_pages + table[row, at // page], at % page
+            expected_cache[place] = stored[at]
+            if at < n - 1 or (case.num_decode is not None and row >= case.num_decode):
+                cache[place] = stored[at]
+        if n:
+            new_k[row], new_v[row] = ks[row][-1], vs[row][-1]
+    q = np.asarray(jnp.asarray(rng.normal(size=(rows, case.heads, case.head_dim)), case.q_dtype))
+    sinks = rng.normal(size=case.heads).astype(np.float32) * 2
+    shape = (case.layers * num_pages, page, words, pack, width)
+    out, after = tpu_decode.decode(
+        jnp.asarray(q),
+        jnp.asarray(new_k, case.q_dtype),
+        jnp.asarray(new_v, case.q_dtype),
+        jnp.asarray(cache).reshape(shape),
+        jnp.asarray([case.layer * num_pages], jnp.int32),
+        jnp.asarray(case.lengths, jnp.int32),
+        jnp.asarray(table),
+        jnp.asarray([rows if case.num_decode is None else case.num_decode], jnp.int32),
+        jnp.asarray(sinks) if case.sinks else None,
+        *(case.scales or (None, None)),
+        scale=case.head_dim**-0.5,
+        window=jnp.asarray([case.window], jnp.int32) if case.window else 0,
+        soft_cap=case.soft_cap,
+        tiles=tpu_decode.DecodeTiles(tile_kv=case.tile_kv, group=case.group, num_buffers=case.num_buffers),
+        interpret=interpret or pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"),
+    )
+    expected = reference(case, q.astype(np.float32), ks, vs, sinks)
+    after = np.asarray(after.reshape(expected_cache.shape))
+    return np.asarray(out, np.float32), expected, after, expected_cache
+
+
+def check(case):
+    out, expected, after, expected_cache = run(case)
+    assert np.isfinite(out).all()
+    np.testing.assert_allclose(out, expected, atol=TOLERANCE[case.q_dtype], rtol=TOLERANCE[case.q_dtype])
+    bits = f"u{after.dtype.itemsize}"
+    same = after.view(bits) == expected_cache.view(bits)
+    assert same.all()
+
+
+LENGTHS = (1, 0, 15, 16, 17, 0, 129, 128, 300, 2, 0)
+FEATURES = {
+    "plain": {},
+    "window": {"window": 100},
+    "soft_cap": {"soft_cap": 2.0},
+    "sinks": {"sinks": True},
+    "int8": {"dtype": "int8", "scales": (0.03, 0.02)},
+    "fp8": {"dtype": "float8_e4m3fn", "scales": (0.5, 2.0)},
+    "f32": {"dtype": "float32", "q_dtype": "float32"},
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_feature(name):
+    check(Case(lengths=LENGTHS, **FEATURES[name]))
