@@ -148,7 +148,10 @@ class BlockIndex:
         depth_of = [0] * self._num_columns
         for start in range(0, len(keys), _MATCH_BLOCKS):
             words = self._gather(keys[start : start + _MATCH_BLOCKS], len(alive))
-            alive = [_descend(bits, mask, start, depth_of, word) for word, (bits, mask) in enumerate(zip(words, alive))]
+            alive = [
+                _descend(bits, mask, start, depth_of, word)
+                for word, (bits, mask) in enumerate(zip(words, alive, strict=True))
+            ]
             if not any(alive):
                 break
         return {worker: depth_of[column] for worker, column in self._columns.items() if depth_of[column]}

@@ -188,7 +188,7 @@ def test_a_decision_costs_far_less_than_a_millisecond() -> None:
     for worker in range(64):
         index.join(worker)
         index.change(worker, Tier.DEVICE, NONE, keys[worker * 2000 :][:60_000])
-    assert index.match(keys[130_000:130_512]) == {w: 512 for w in range(36, 64)}
+    assert index.match(keys[130_000:130_512]) == dict.fromkeys(range(36, 64), 512)
     best_s = min(_timed(index, keys[130_000:130_512]) for _ in range(20))
     assert best_s < 0.002
 
