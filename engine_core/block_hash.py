@@ -11,6 +11,7 @@ under an unknown key collide with probability about n^2 / 2^128 (Bellare, Pietrz
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -23,6 +24,8 @@ KEY_BYTES = 8
 
 _TOKEN_BYTES = 4
 _ROOT_PARENT = bytes(HASH_BYTES)
+_PACKED = 2048  # tokens
+_PACK_MANY = struct.Struct(f"<{_PACKED}i").pack
 
 Tokens = Sequence[int] | npt.NDArray[np.integer]
 Keys = npt.NDArray[np.uint64]
@@ -60,12 +63,13 @@ class BlockHasher:
         """
         assert parent is None or len(parent) == HASH_BYTES, parent
         num_blocks = len(token_ids) // self.page_size
-        content = _as_int32(token_ids, num_blocks * self.page_size).reshape(num_blocks, self.page_size)
+        content = _int32_bytes(token_ids, num_blocks * self.page_size)
         padding = self._padded_bytes // _TOKEN_BYTES - self.page_size
         if padding:  # every block has the same length, so that zeros at its end are unambiguous
-            content = np.pad(content, ((0, 0), (0, padding)))
+            blocks = np.frombuffer(content, "<i4").reshape(num_blocks, self.page_size)
+            content = np.pad(blocks, ((0, 0), (0, padding))).tobytes()
         encryptor = Cipher(self._cipher, modes.CBC(parent or _ROOT_PARENT)).encryptor()
-        tags = np.frombuffer(encryptor.update(content.tobytes()), np.uint8)
+        tags = np.frombuffer(encryptor.update(content), np.uint8)
         return tags.reshape(num_blocks, self._padded_bytes)[:, -HASH_BYTES:]
 
     def keys(self, token_ids: Tokens) -> Keys:
@@ -98,11 +102,18 @@ def block_hashes(
     return BlockHasher(page_size, salt, namespace).extend(parent, token_ids)
 
 
-def _as_int32(token_ids: Tokens, count: int) -> npt.NDArray[np.int32]:
-    if not isinstance(token_ids, np.ndarray):
-        return np.fromiter(token_ids, "<i4", count)
-    tokens = token_ids[:count]
-    limits = np.iinfo(np.int32)
-    if count and (tokens.min() < limits.min or tokens.max() > limits.max):
-        raise OverflowError("a token id does not fit int32")
-    return tokens.astype("<i4")
+def _int32_bytes(token_ids: Tokens, count: int) -> bytes:
+    """The first `count` tokens, little-endian. Packing a list in small pieces is twice as fast as NumPy."""
+    if isinstance(token_ids, np.ndarray):
+        tokens = token_ids[:count]
+        limits = np.iinfo(np.int32)
+        if count and (tokens.min() < limits.min or tokens.max() > limits.max):
+            raise OverflowError("a token id does not fit int32")
+        return tokens.astype("<i4").tobytes()
+    whole = count // _PACKED * _PACKED
+    try:
+        pieces = [_PACK_MANY(*token_ids[start : start + _PACKED]) for start in range(0, whole, _PACKED)]
+        pieces.append(struct.pack(f"<{count - whole}i", *token_ids[whole:count]))
+    except struct.error as error:
+        raise OverflowError(f"a token id does not fit int32: {error}") from None
+    return b"".join(pieces)

@@ -40,7 +40,9 @@ class BlockFeed:
         worker: (worker_id, incarnation).
 
     Attributes:
+        worker: as given.
         state: see the module.
+        sequence: of the last event folded.
         num_snapshots: asked for.
         num_gaps: times that events were missing.
         num_fenced: messages of another life, dropped.
@@ -52,8 +54,8 @@ class BlockFeed:
         self.num_gaps = 0
         self.num_fenced = 0
         self._index = index
-        self._worker = worker
-        self._sequence = 0  # of the last event folded
+        self.worker = worker
+        self.sequence = 0
         self._waiting: dict[int, BlockEvents] = {}
         self._parts: set[int] = set()
         self._due = 0.0  # when to ask: HEALING again, LIVE because of a gap (0: there is none)
@@ -61,7 +63,7 @@ class BlockFeed:
 
     def close(self) -> None:
         """The worker is gone for good."""
-        self._index.leave(self._worker)
+        self._index.leave(self.worker)
 
     def connected(self, now: float) -> SnapshotRequest:
         """A connection was made: whatever was said meanwhile is lost."""
@@ -72,7 +74,7 @@ class BlockFeed:
         """Raises ProtocolError for what no worker says."""
         if not self._is_ours(message.worker_id, message.incarnation) or self.state is FeedState.SILENT:
             return
-        if message.sequence <= self._sequence or len(self._waiting) >= MAX_WAITING:
+        if message.sequence <= self.sequence or len(self._waiting) >= MAX_WAITING:
             return
         self._waiting[message.sequence] = message
         if self.state is FeedState.LIVE:
@@ -88,11 +90,11 @@ class BlockFeed:
             raise ProtocolError(f"part {message.part} of a snapshot in {message.num_parts} parts")
         self._parts.add(message.part)
         self._due = now + SNAPSHOT_S
-        self._index.fill_snapshot(self._worker, message.tier, _keys(message.stored))
+        self._index.fill_snapshot(self.worker, message.tier, _keys(message.stored))
         if len(self._parts) == message.num_parts:
-            self._index.commit_snapshot(self._worker)
+            self._index.commit_snapshot(self.worker)
             self.state = FeedState.LIVE
-            self._sequence = message.sequence
+            self.sequence = message.sequence
             self._due = 0.0
             self._waiting = {number: event for number, event in self._waiting.items() if number > message.sequence}
             self._fold_waiting(now)
@@ -110,21 +112,21 @@ class BlockFeed:
         self.num_snapshots += 1
         self._parts.clear()
         self._due = now + SNAPSHOT_S
-        self._index.begin_snapshot(self._worker)
+        self._index.begin_snapshot(self.worker)
         return SnapshotRequest(self.num_snapshots)
 
     def _is_ours(self, worker_id: str, incarnation: int) -> bool:
-        ours = (worker_id, incarnation) == self._worker
+        ours = (worker_id, incarnation) == self.worker
         self.num_fenced += not ours
         return ours
 
     def _fold_waiting(self, now: float) -> None:
         """Fold what follows without a gap; if something is left, wait for what is missing."""
-        while (message := self._waiting.pop(self._sequence + 1, None)) is not None:
-            self._sequence += 1
+        while (message := self._waiting.pop(self.sequence + 1, None)) is not None:
+            self.sequence += 1
             if message.cleared:
-                self._index.clear(self._worker)
-            self._index.change(self._worker, message.tier, _keys(message.removed), _keys(message.stored))
+                self._index.clear(self.worker)
+            self._index.change(self.worker, message.tier, _keys(message.removed), _keys(message.stored))
             self._due = 0.0
         if self._waiting and not self._due:
             self._due = now + GAP_S

@@ -29,7 +29,7 @@ PREDICTION_S = 5.0  # a prediction is believed for at least this long, and at mo
 
 _RECENT = len(Tier)  # planes: one per tier, then two for predictions, which take turns
 _NUM_PLANES = _RECENT + 2
-_GROWTH = 1.5
+_GROWTH = 2.0
 _FOLD_KEYS = 16384  # changes that may wait for the next match
 _MATCH_BLOCKS = 1024  # looked up at a time: most prompts diverge early
 _SLICE_SLOTS = 65536  # wiped or moved per tick
@@ -38,10 +38,14 @@ _WORD = 64
 
 @dataclass(slots=True)
 class _Changes:
-    """What waits to be folded into one (plane, word): arrays of keys, and the bit that each array is about."""
+    """What waits to be folded into one (plane, word): arrays of keys, and the bits that each array is about."""
 
     keys: list[Keys] = field(default_factory=list)
     bits: list[int] = field(default_factory=list)
+
+    def add(self, keys: Keys, bits: int) -> None:
+        self.keys.append(keys)
+        self.bits.append(bits)
 
     def concatenated(self) -> tuple[Keys, Masks]:
         lengths = [len(keys) for keys in self.keys]
@@ -55,12 +59,18 @@ class _Phase:
     removed: dict[tuple[int, int], _Changes] = field(default_factory=dict)
     stored: dict[tuple[int, int], _Changes] = field(default_factory=dict)
 
+    def remove(self, plane: int, word: int, keys: Keys, bits: int) -> None:
+        self.removed.setdefault((plane, word), _Changes()).add(keys, bits)
+
+    def store(self, plane: int, word: int, keys: Keys, bits: int) -> None:
+        self.stored.setdefault((plane, word), _Changes()).add(keys, bits)
+
 
 class BlockIndex:
     """Blocks of all workers.
 
     Args:
-        num_blocks: to begin with; it grows by half whenever it is full.
+        num_blocks: to begin with; it doubles whenever it is full.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -81,13 +91,18 @@ class BlockIndex:
 
     def __len__(self) -> int:
         """Blocks known, to within those that are being moved or wiped."""
-        self._fold()
+        self.fold()
         return self._table.num_used + (self._old.num_used if self._old is not None else 0)
 
     @property
     def num_bytes(self) -> int:
         """Of the tables."""
         return self._table.num_bytes + (self._old.num_bytes if self._old is not None else 0)
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether blocks are on their way to a larger table."""
+        return self._old is not None
 
     def join(self, worker: Worker) -> None:
         """A worker that holds nothing as far as we know."""
@@ -132,10 +147,15 @@ class BlockIndex:
 
     def predict(self, workers: Iterable[Worker], keys: Keys) -> None:
         """These workers are about to hold these blocks; believed for `PREDICTION_S`, by when they will have said so."""
-        for worker in workers:
-            column = self._columns.get(worker)
-            if column is not None:
-                self._queue(column, _RECENT + self._recent, _NO_KEYS, keys)
+        if not len(keys):
+            return
+        if not self._phases:
+            self._phases.append(_Phase())
+        columns = [self._columns[worker] for worker in workers if worker in self._columns]
+        for word, bits in enumerate(self._bits_of(columns)):
+            if bits:
+                self._phases[0].store(_RECENT + self._recent, word, keys, bits)
+                self._num_waiting += len(keys)
 
     def match(self, keys: Keys) -> dict[Worker, int]:
         """Leading blocks of a chain that each worker holds, in whatever tier or by prediction; only those with any.
@@ -143,7 +163,7 @@ class BlockIndex:
         Args:
             keys: `[num_blocks] u64` of the chain from its first block on.
         """
-        self._fold()
+        self.fold()
         alive = self._bits_of(self._columns.values())
         depth_of = [0] * self._num_columns
         for start in range(0, len(keys), _MATCH_BLOCKS):
@@ -158,7 +178,7 @@ class BlockIndex:
 
     def tick(self, now: float) -> None:
         """Call a few times a second: forgets old predictions, and carries the upkeep on by a slice."""
-        self._fold()
+        self.fold()
         if self._rotate_at is None:
             self._rotate_at = now + PREDICTION_S
         elif now >= self._rotate_at:
@@ -180,7 +200,7 @@ class BlockIndex:
         return self._num_columns - 1
 
     def _give_up(self, column: int) -> None:
-        self._fold()
+        self.fold()
         self._dirty |= 1 << column
 
     def _bits_of(self, columns: Iterable[int]) -> list[int]:
@@ -207,19 +227,17 @@ class BlockIndex:
         if number == len(self._phases):
             self._phases.append(_Phase())
         phase = self._phases[number]
-        place = (plane, column // _WORD)
-        bit = 1 << (column % _WORD)
-        for keys, changes in ((removed, phase.removed), (stored, phase.stored)):
-            if len(keys):
-                waiting = changes.setdefault(place, _Changes())
-                waiting.keys.append(keys)
-                waiting.bits.append(bit)
-                self._num_waiting += len(keys)
+        word, bit = column // _WORD, 1 << (column % _WORD)
+        if len(removed):
+            phase.remove(plane, word, removed, bit)
+        if len(stored):
+            phase.store(plane, word, stored, bit)
+        self._num_waiting += len(removed) + len(stored)
         if self._num_waiting >= _FOLD_KEYS:
-            self._fold()
+            self.fold()
 
-    def _fold(self) -> None:
-        """Apply what waits: many small messages cost little more than one."""
+    def fold(self) -> None:
+        """Apply what waits: many small messages cost little more than one. Lookups do so, too."""
         if not self._num_waiting:
             return
         phases, self._phases = self._phases, []
@@ -245,7 +263,7 @@ class BlockIndex:
 
     def _make_room(self, num_keys: int) -> None:
         if self._old is not None:
-            self._move(4 * num_keys + 1024)
+            self._move(2 * num_keys + 256)
         while self._table.is_crowded_with(num_keys):
             self._grow()
 

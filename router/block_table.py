@@ -42,6 +42,7 @@ class BlockTable:
         self.num_buckets = num_buckets
         self.num_slots = num_buckets * BUCKET
         self.num_used = 0
+        self._num_moves = 0
         self._keys: npt.NDArray[np.uint64] = np.zeros((num_buckets, BUCKET), np.uint64)
         self._flat_keys = self._keys.reshape(-1)
         self._planes: list[dict[int, Masks]] = [{} for _ in range(num_planes)]
@@ -71,11 +72,7 @@ class BlockTable:
         Returns:
             Which of `keys` found no room, so that nothing was stored for them: their indices, none as a rule.
         """
-        slots = self.locate(keys)
-        absent = slots < 0
-        if absent.any():
-            self._insert(np.unique(keys[absent]))
-            slots[absent] = self.locate(keys[absent])
+        slots = self._place(keys)
         refused = np.flatnonzero(slots < 0)
         if len(refused):
             placed = slots >= 0
@@ -134,41 +131,63 @@ class BlockTable:
         """
         end = min(start + count, self.num_slots)
         slots = start + np.flatnonzero(self._flat_keys[start:end])
-        keys = self._flat_keys[slots]
-        for index, plane in enumerate(self._planes):
-            for word, words in plane.items():
-                bits = words[slots] & word_masks[word]
-                held = bits != 0
-                if held.any():
-                    target.add(keys[held], index, word, bits[held])
-        for plane in self._planes:
-            for words in plane.values():
-                words[slots] = 0
+        kept = [
+            (plane, word, words[slots] & word_masks[word])
+            for plane, of_plane in enumerate(self._planes)
+            for word, words in of_plane.items()
+        ]
+        held = np.zeros(len(slots), np.bool_)
+        for _, _, bits in kept:
+            held |= bits != 0
+        places = target._place(self._flat_keys[slots[held]])
+        for plane, word, bits in kept:
+            target._words(plane, word)[places[places >= 0]] |= bits[held][places >= 0]
+            self._planes[plane][word][slots] = 0
         self._free(slots)
         return end
 
-    def _insert(self, keys: Keys) -> None:
-        """Find a slot for each of some distinct absent keys, as long as there is room."""
-        for _ in range(_ROUNDS):
-            buckets = self._buckets(keys)
-            used = self._keys.take(buckets.reshape(-1), axis=0).reshape(len(keys), 2, BUCKET) != 0
-            count = used.sum(axis=2)
-            choice = (count[:, 1] < count[:, 0]).astype(np.int64)
-            rows = np.arange(len(keys))
-            place = used[rows, choice].argmin(axis=1)
-            room = ~used[rows, choice, place]
-            slots = (buckets[rows, choice] * BUCKET + place)[room]
-            candidates = keys[room]
-            self._flat_keys[slots] = candidates
-            won = self._flat_keys[slots] == candidates  # of those that want one place, the last to write has it
-            self.num_used += int(np.count_nonzero(won))
-            for key in keys[~room]:
-                self._insert_by_moving(key)
-            keys = candidates[~won]
-            if not len(keys):
-                return
+    def _place(self, keys: Keys) -> Slots:
+        """The slot of each key, which it gets if it has none yet; -1 where there is no room. Keys may repeat."""
+        slots = self.locate(keys)
+        absent = slots < 0
+        if absent.any():
+            wanted = keys[absent]
+            distinct = np.sort(wanted)
+            distinct = distinct[np.concatenate(([True], distinct[1:] != distinct[:-1]))]
+            num_moves = self._num_moves
+            slots[absent] = self._insert(distinct)[np.searchsorted(distinct, wanted)]
+            if self._num_moves != num_moves:  # perhaps of one of these
+                slots = self.locate(keys)
+        return slots
 
-    def _insert_by_moving(self, key: np.uint64) -> None:
+    def _insert(self, keys: Keys) -> Slots:
+        """A slot for each of some distinct absent keys, -1 where there is no room."""
+        slots = np.full(len(keys), -1, np.int64)
+        waiting = np.arange(len(keys))
+        for _ in range(_ROUNDS):
+            wanted = keys[waiting]
+            buckets = self._buckets(wanted)
+            free = self._keys.take(buckets.reshape(-1), axis=0) == 0
+            room = free.sum(axis=1).reshape(-1, 2)
+            second = room[:, 1] > room[:, 0]
+            chosen = np.where(second, buckets[:, 1], buckets[:, 0])
+            first_free = free.argmax(axis=1).reshape(-1, 2)
+            places = chosen * BUCKET + np.where(second, first_free[:, 1], first_free[:, 0])
+            full = room.max(axis=1) == 0
+            if full.any():
+                for row in waiting[full]:
+                    slots[row] = self._insert_by_moving(keys[row])
+                waiting, wanted, places = waiting[~full], wanted[~full], places[~full]
+            self._flat_keys[places] = wanted
+            won = self._flat_keys[places] == wanted  # of those that want one place, the last to write has it
+            slots[waiting[won]] = places[won]
+            self.num_used += int(np.count_nonzero(won))
+            waiting = waiting[~won]
+            if not len(waiting):
+                break
+        return slots
+
+    def _insert_by_moving(self, key: np.uint64) -> int:
         """Both buckets are full: let one of their keys go to its other bucket. About one key in a million needs it."""
         for bucket in self._buckets(np.array([key]))[0]:
             others = self._buckets(self._keys[bucket])
@@ -176,15 +195,17 @@ class BlockTable:
             open_rows = np.flatnonzero((self._keys[others] == 0).any(axis=1))
             if len(open_rows):
                 row = open_rows[0]
-                source = bucket * BUCKET + row
-                target = others[row] * BUCKET + (self._keys[others[row]] == 0).argmax()
+                source = int(bucket * BUCKET + row)
+                target = int(others[row] * BUCKET + (self._keys[others[row]] == 0).argmax())
                 self._flat_keys[target] = self._flat_keys[source]
                 for plane in self._planes:
                     for words in plane.values():
                         words[target], words[source] = words[source], 0
                 self._flat_keys[source] = key
                 self.num_used += 1
-                return
+                self._num_moves += 1
+                return source
+        return -1
 
     def _free(self, slots: Slots) -> None:
         self.num_used -= len(slots)
