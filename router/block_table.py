@@ -173,16 +173,17 @@ class BlockTable:
             chosen = np.where(second, buckets[:, 1], buckets[:, 0])
             first_free = free.argmax(axis=1).reshape(-1, 2)
             places = chosen * BUCKET + np.where(second, first_free[:, 1], first_free[:, 0])
-            full = room.max(axis=1) == 0
-            if full.any():
-                for row in waiting[full]:
-                    slots[row] = self._insert_by_moving(keys[row])
-                waiting, wanted, places = waiting[~full], wanted[~full], places[~full]
+            full = waiting[room.max(axis=1) == 0]
+            if len(full):
+                fits = room.max(axis=1) > 0
+                waiting, wanted, places = waiting[fits], wanted[fits], places[fits]
             self._flat_keys[places] = wanted
             won = self._flat_keys[places] == wanted  # of those that want one place, the last to write has it
             slots[waiting[won]] = places[won]
             self.num_used += int(np.count_nonzero(won))
             waiting = waiting[~won]
+            for row in full:
+                slots[row] = self._insert_by_moving(keys[row])
             if not len(waiting):
                 break
         return slots
