@@ -14,6 +14,7 @@ flight; that write is dispatched before any by the page's next owner, so device 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,9 +26,10 @@ from engine_core.batch import Chunk
 from engine_core.chunking import ChunkQueue
 from engine_core.engine import PendingStep
 from engine_core.errors import BatonError, NoFreePages
-from engine_core.messages import PeerAddress, TokenChunk
+from engine_core.messages import PeerAddress, StepSums, TokenChunk
 from engine_core.replica import Replica
 from engine_core.sequence import Sequence as Seq
+from engine_core.step_meter import StepMeter
 from engine_core.types import Request
 
 Key = tuple[str, int]
@@ -76,10 +78,10 @@ class _Landed:
 
 @dataclass(slots=True)
 class _Flight:
-    """A dispatched step and whose rows it holds: (sequence, row, first token of this worker)."""
+    """A dispatched step and whose rows it holds: (sequence, row)."""
 
     step: PendingStep
-    rows: list[tuple[Seq, int, bool]] = field(default_factory=list)
+    rows: list[tuple[Seq, int]] = field(default_factory=list)
 
 
 class DecodeScheduler:
@@ -104,6 +106,7 @@ class DecodeScheduler:
         self._running: list[Seq] = []
         self._inflight: deque[_Flight] = deque()
         self._eos = frozenset(replica.resolved.spec.eos_token_ids)
+        self._meter = StepMeter(time.monotonic, lambda: replica.compiles_after_warmup)
         self.num_preemptions = 0
 
     @property
@@ -120,6 +123,10 @@ class DecodeScheduler:
     def queued_tokens(self) -> int:
         """Tokens of local prefill still to be computed."""
         return self._queue.queued_tokens
+
+    def drain_samples(self) -> list[StepSums]:
+        """How long steps took since the last call."""
+        return self._meter.drain()
 
     def add(self, request: Request, prefill: PeerAddress | None) -> None:
         """Take a request; `prefill` is who computes its prompt, None for this worker. Duplicates are ignored."""
@@ -254,12 +261,13 @@ class DecodeScheduler:
             if chunk.is_last:
                 chunk.sequence.token_on_host = False
                 self._running.append(chunk.sequence)
-                flight.rows.append((chunk.sequence, row, True))
+                flight.rows.append((chunk.sequence, row))
         self._inflight.append(flight)
 
     def _dispatch_chunks(self, chunks: list[Chunk]) -> PendingStep:
         step = self._replica.dispatch_prefill(chunks)
         step.start_copy()
+        self._meter.prefill(chunks)
         return step
 
     def _dispatch_decode(self) -> None:
@@ -272,7 +280,8 @@ class DecodeScheduler:
             sequence.num_dispatched += 1
             sequence.num_sampled += 1
             sequence.token_on_host = False
-        self._inflight.append(_Flight(step, [(sequence, row, False) for row, sequence in enumerate(batch)]))
+        self._meter.decode(batch)
+        self._inflight.append(_Flight(step, [(sequence, row) for row, sequence in enumerate(batch)]))
 
     def _with_pages(self, batch: list[Seq]) -> list[Seq]:
         """Those of `batch` that have a page for their next token, once the youngest have made room."""
@@ -302,14 +311,17 @@ class DecodeScheduler:
 
     def _read(self, flight: _Flight, chunks: list[TokenChunk]) -> None:
         if not flight.rows:
+            self._meter.not_read()
             return
         tokens = flight.step.tokens()
-        for sequence, row, is_first in flight.rows:
+        self._meter.read()
+        for sequence, row in flight.rows:
             if sequence.finished:
                 continue
             num_top = sequence.request.sampling.logprobs
             logprobs = flight.step.logprobs(row, num_top) if num_top is not None else None
-            cached = sequence.num_cached if is_first else 0
+            cached = 0 if sequence.cached_told else sequence.num_cached
+            sequence.cached_told = True
             chunks.append(sequence.accept(tokens[row], self._eos, logprobs, cached))
             if sequence.finished:
                 self._running.remove(sequence)

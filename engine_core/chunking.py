@@ -33,6 +33,11 @@ class SequenceMemory:
         self._namespace = namespace
         self._reuse = reuse
 
+    @property
+    def block_namespace(self) -> bytes:
+        """Keys the block hashes; empty where prefixes are not reused."""
+        return self._namespace if self._reuse else b""
+
     def num_pages(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_size)

@@ -64,6 +64,12 @@ class CacheLayout:
         return 4 // _ITEM_BYTES[self.dtype]
 
     @property
+    def block_bytes(self) -> int:
+        """One block of all layers on the wire: unpadded."""
+        values = self.num_layers * self.page_size * 2 * self.num_kv_heads * self.head_dim
+        return values * _ITEM_BYTES[self.dtype]
+
+    @property
     def page_shape(self) -> tuple[int, int, int, int]:
         """`[page_size, align(2K, pack) / pack, pack, align(H, head_align)]`."""
         heads = _align(2 * self.num_kv_heads, self.pack) // self.pack

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import msgspec
 
-from engine_core.types import FinishReason, Numerics, Request, Role, TokenLogprobs
+from engine_core.types import FinishReason, Numerics, Request, Role, Tier, TokenLogprobs
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -34,6 +34,9 @@ class WorkerInfo(msgspec.Struct, frozen=True):
         num_pages: size of its page pool.
         page_size: tokens per page.
         max_model_len: tokens of prompt plus answer at most.
+        chunk_tokens: prompt tokens of one step at most.
+        block_bytes: of the KV of one block on the wire.
+        block_namespace: keys its block hashes (`block_hash.BlockHasher`), as hex; empty where it keeps no prefix cache.
     """
 
     worker_id: str
@@ -46,6 +49,9 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     num_pages: int
     page_size: int
     max_model_len: int
+    chunk_tokens: int = 0
+    block_bytes: int = 0
+    block_namespace: str = ""
 
 
 class Challenge(Message, frozen=True):
@@ -146,5 +152,79 @@ class Load(Message, frozen=True):
     preemptions: int = 0
 
 
-GatewayToWorker = Hello | Prefill | Decode | Cancel
-WorkerToGateway = Challenge | Hello | Refused | Tokens | Failed | Load
+class StepSums(msgspec.Struct, frozen=True, array_like=True):
+    """What some steps, timed together, did and how long they took.
+
+    Attributes:
+        prefill_steps, prefill_tokens: steps that computed prompt tokens, and these tokens.
+        prefill_context: over these tokens, the sum of how many tokens each attended to.
+        decode_steps, decode_rows: decode steps, and the sequences they advanced.
+        decode_context: over these rows, the sum of their KV tokens.
+        seconds: of all of it.
+    """
+
+    prefill_steps: int
+    prefill_tokens: int
+    prefill_context: int
+    decode_steps: int
+    decode_rows: int
+    decode_context: int
+    seconds: float
+
+
+class Measured(Message, frozen=True):
+    """Worker -> gateways, with a beat: samples of its steps since the last one, for the cost model."""
+
+    steps: list[StepSums]
+
+
+class SnapshotRequest(Message, frozen=True):
+    """Gateway -> worker: send block events from now on, and all blocks held now.
+
+    Attributes:
+        number: of the request on this connection; its answer carries it.
+    """
+
+    number: int
+
+
+class BlockEvents(Message, frozen=True):
+    """Worker -> gateways: how its set of cached blocks changed: cleared, then these left, then those came.
+
+    Blocks are named by the first `block_hash.KEY_BYTES` of their hashes, concatenated. None is in both strings.
+
+    Attributes:
+        sequence: grows by one with each message of an incarnation, beginning at 1.
+        tier: of `removed` and `stored`; `cleared` is about all tiers.
+    """
+
+    worker_id: str
+    incarnation: int
+    sequence: int
+    tier: Tier
+    cleared: bool
+    removed: bytes
+    stored: bytes
+
+
+class BlockSnapshot(Message, frozen=True):
+    """Worker -> one gateway: a part of what its cache held after event `sequence`.
+
+    Attributes:
+        number: of the `SnapshotRequest`.
+        part, num_parts: which part this is, from 0; at least one.
+        stored: as in `BlockEvents`.
+    """
+
+    worker_id: str
+    incarnation: int
+    number: int
+    part: int
+    num_parts: int
+    sequence: int
+    tier: Tier
+    stored: bytes
+
+
+GatewayToWorker = Hello | Prefill | Decode | Cancel | SnapshotRequest
+WorkerToGateway = Challenge | Hello | Refused | Tokens | Failed | Load | Measured | BlockEvents | BlockSnapshot

@@ -88,6 +88,10 @@ class PrefixCache:
         """Pages on which the cache holds its reference."""
         return list(self._by_page)
 
+    def hashes(self) -> list[bytes]:
+        """Hashes of all cached blocks, parents before children."""
+        return list(self._nodes)
+
     def match(self, hashes: Sequence[bytes]) -> list[int]:
         """Find the pages of the longest cached prefix of a chain of block hashes.
 

@@ -9,6 +9,7 @@ from engine_core.batch import BatchBuilder, Chunk
 from engine_core.chunking import SequenceMemory
 from engine_core.engine import Engine, PendingStep
 from engine_core.messages import PeerAddress, WorkerInfo
+from engine_core.prefix_cache import BlockEvent
 from engine_core.resolve import ResolvedEngine
 from engine_core.sequence import Sequence as Seq
 from engine_core.step_io import StepInputs
@@ -52,6 +53,14 @@ class Replica:
     def compiles_after_warmup(self) -> int:
         """Must stay 0."""
         return self.engine.compiles_after_warmup
+
+    def drain_block_events(self) -> list[BlockEvent]:
+        """How the prefix cache changed since the last call."""
+        return self.memory.cache.drain_events()
+
+    def block_hashes(self) -> list[bytes]:
+        """What the prefix cache holds."""
+        return self.memory.cache.hashes()
 
     @property
     def prefill_budget(self) -> tuple[int, int]:
@@ -102,6 +111,9 @@ class Replica:
             num_pages=resolved.layout.num_pages,
             page_size=resolved.layout.page_size,
             max_model_len=resolved.max_model_len,
+            chunk_tokens=self.prefill_budget[0],
+            block_bytes=resolved.layout.block_bytes,
+            block_namespace=self.memory.block_namespace.hex(),
         )
 
     def _prefill_inputs(self, chunks: Sequence[Chunk]) -> StepInputs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 import msgspec
 
@@ -12,6 +12,13 @@ class Role(StrEnum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+
+
+class Tier(IntEnum):
+    """Where a worker keeps a cached block."""
+
+    DEVICE = 0
+    HOST = 1
 
 
 class Numerics(StrEnum):

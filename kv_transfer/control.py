@@ -18,16 +18,20 @@ import msgspec
 from engine_core.errors import BatonError, ConfigError, ProtocolError, WorkerDied
 from engine_core.messages import (
     PROTOCOL_VERSION,
+    BlockEvents,
+    BlockSnapshot,
     Cancel,
     Challenge,
     Decode,
     Failed,
     Hello,
     Load,
+    Measured,
     Message,
     PeerAddress,
     Prefill,
     Refused,
+    SnapshotRequest,
     Tokens,
     WorkerInfo,
 )
@@ -45,8 +49,8 @@ BACKOFF_MAX_S = 2.0
 class GatewayEvents(Protocol):
     """What a worker hears from its gateways."""
 
-    def on_request(self, link: GatewayLink, message: Prefill | Decode | Cancel) -> None:
-        """Work for this worker; answers go to `link`. May raise ProtocolError, which ends the link."""
+    def on_request(self, link: GatewayLink, message: Prefill | Decode | Cancel | SnapshotRequest) -> None:
+        """Work for this worker, or a question; answers go to `link`. May raise ProtocolError, which ends the link."""
         ...
 
     def on_gateway_lost(self, link: GatewayLink) -> None:
@@ -61,7 +65,7 @@ class GatewayLink:
         self.peer = peer
         self._channel = channel
 
-    def send(self, message: Tokens | Failed | Load) -> bool:
+    def send(self, message: Tokens | Failed | Load | Measured | BlockEvents | BlockSnapshot) -> bool:
         """Queue a message; False when the gateway is slow or gone."""
         return self._channel.send(message)
 
@@ -195,6 +199,14 @@ class WorkerEvents(Protocol):
         """The progress beat."""
         ...
 
+    def on_measured(self, client: ControlClient, message: Measured) -> None:
+        """How long some steps took."""
+        ...
+
+    def on_blocks(self, client: ControlClient, message: BlockEvents | BlockSnapshot) -> None:
+        """What its prefix cache holds."""
+        ...
+
     def on_lost(self, client: ControlClient, error: BatonError) -> None:
         """All that was asked of the worker is lost; the client keeps reconnecting."""
         ...
@@ -232,7 +244,7 @@ class ControlClient:
             await self._connected.wait()
         return self.info
 
-    def send(self, message: Prefill | Decode | Cancel) -> bool:
+    def send(self, message: Prefill | Decode | Cancel | SnapshotRequest) -> bool:
         """Queue a message.
 
         Returns:
@@ -330,6 +342,10 @@ class ControlClient:
             self._events.on_load(self, message)
         elif kind is Failed:
             self._events.on_failed(self, message)
+        elif kind is BlockEvents or kind is BlockSnapshot:
+            self._events.on_blocks(self, message)
+        elif kind is Measured:
+            self._events.on_measured(self, message)
         else:
             raise ProtocolError(f"unexpected {kind.__name__}")
 

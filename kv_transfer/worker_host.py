@@ -9,14 +9,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from engine_core.engine_thread import EngineThread
 from engine_core.errors import BatonError, CapacityError, RequestError, RequestTooLong, TransferTimeout, WorkerDied
-from engine_core.messages import Cancel, Decode, Failed, Load, Prefill, TokenChunk, Tokens, WorkerInfo
-from engine_core.types import Request
+from engine_core.messages import (
+    BlockEvents,
+    BlockSnapshot,
+    Cancel,
+    Decode,
+    Failed,
+    Load,
+    Measured,
+    Prefill,
+    SnapshotRequest,
+    StepSums,
+    TokenChunk,
+    Tokens,
+    WorkerInfo,
+)
+from engine_core.prefix_cache import BlockEvent
+from engine_core.types import Request, Tier
+from kv_transfer.block_publisher import BlockPublisher
 from kv_transfer.control import ControlServer, GatewayLink
 
 logger = logging.getLogger(__name__)
@@ -25,6 +42,7 @@ Key = tuple[str, int]
 
 BEAT_S = 0.25
 STOP_TIMEOUT_S = 10.0
+PUBLISH_S = 0.02  # block events of a busy worker are sent this often
 
 
 class RoleScheduler(Protocol):
@@ -45,6 +63,9 @@ class RoleScheduler(Protocol):
     @property
     def num_preemptions(self) -> int:
         """Times that a running sequence gave its pages to others."""
+
+    def drain_samples(self) -> list[StepSums]:
+        """How long steps took since the last call."""
 
     def cancel(self, key: Key) -> None:
         """Free everything a request holds."""
@@ -71,6 +92,12 @@ class ServedReplica(Protocol):
     @property
     def compiles_after_warmup(self) -> int:
         """Must stay 0."""
+
+    def drain_block_events(self) -> Sequence[BlockEvent]:
+        """How the prefix cache changed since the last call."""
+
+    def block_hashes(self) -> list[bytes]:
+        """What the prefix cache holds."""
 
 
 class WorkerHost:
@@ -99,10 +126,14 @@ class WorkerHost:
         self._on_cancel = on_cancel
         self._replica = replica
         self._server = ControlServer(secret, self)
-        self._engine_thread = EngineThread(scheduler.tick, self._on_crash)
+        self._engine_thread = EngineThread(self._tick, self._on_crash)
         self._owners: dict[Key, GatewayLink] = {}
         self._deadlines: dict[Key, asyncio.TimerHandle] = {}
         self._stopping = False
+        self._subscribers: set[GatewayLink] = set()
+        self._published_at = 0.0
+        self._measured_at = 0.0
+        self._publisher: BlockPublisher
         self._at_rest = asyncio.Event()
         self._beats: asyncio.Task[None]
         self._loop: asyncio.AbstractEventLoop
@@ -110,6 +141,7 @@ class WorkerHost:
     async def start(self, host: str, info: WorkerInfo) -> WorkerInfo:
         """Start the engine thread, listen, begin to beat. Returns `info` with the real port."""
         self._loop = asyncio.get_running_loop()
+        self._publisher = BlockPublisher(info.worker_id, info.incarnation)
         self._engine_thread.start()
         info = await self._server.start(host, info)
         self._beats = self._loop.create_task(self._beat())
@@ -177,8 +209,11 @@ class WorkerHost:
         self._forget(key)
         self.post(lambda: self._cancel(key))
 
-    def on_request(self, link: GatewayLink, message: Prefill | Decode | Cancel) -> None:
-        """GatewayEvents: new work or a cancel."""
+    def on_request(self, link: GatewayLink, message: Prefill | Decode | Cancel | SnapshotRequest) -> None:
+        """GatewayEvents: new work, a cancel, or a question."""
+        if isinstance(message, SnapshotRequest):
+            self.post(lambda: self._answer(link, message.number))
+            return
         if isinstance(message, Cancel):
             self.give_up((message.request_id, message.epoch))
             return
@@ -196,8 +231,47 @@ class WorkerHost:
 
     def on_gateway_lost(self, link: GatewayLink) -> None:
         """GatewayEvents: nobody wants these any more."""
+        self._subscribers.discard(link)
         for key in [key for key, owner in self._owners.items() if owner is link]:
             self.give_up(key)
+
+    def _tick(self) -> bool:
+        busy = self._scheduler.tick()
+        now = time.monotonic()
+        if not busy or now - self._published_at >= PUBLISH_S:
+            self._published_at = now
+            self._publish_changes()
+        if now - self._measured_at >= BEAT_S:
+            self._measured_at = now
+            samples = self._scheduler.drain_samples()
+            if samples:
+                self._call_back(self._tell_all, Measured(samples))
+        return busy
+
+    def _publish_changes(self) -> None:
+        events = self._replica.drain_block_events()
+        if events:
+            self._call_back(self._tell_subscribers, self._publisher.publish(Tier.DEVICE, events))
+
+    def _answer(self, link: GatewayLink, number: int) -> None:
+        """On the engine thread: what was published before and after the snapshot is told before and after it."""
+        self._publish_changes()
+        parts = self._publisher.snapshot(number, {Tier.DEVICE: self._replica.block_hashes()})
+        self._call_back(self._send_snapshot, link, parts)
+
+    def _send_snapshot(self, link: GatewayLink, parts: list[BlockSnapshot]) -> None:
+        if not link.closed:
+            self._subscribers.add(link)
+            for part in parts:
+                link.send(part)
+
+    def _tell_subscribers(self, message: BlockEvents) -> None:
+        for link in self._subscribers:
+            link.send(message)
+
+    def _tell_all(self, message: Measured) -> None:
+        for link in self._server.links:
+            link.send(message)
 
     def _cancel(self, key: Key) -> None:
         """On the engine thread, so that the transfer layer hears of it behind whatever the scheduler asked of it."""

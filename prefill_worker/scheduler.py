@@ -9,6 +9,7 @@ Pages are held from admission until finish or cancel; the KV sender's lease canc
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,9 +20,10 @@ import numpy as np
 from engine_core.batch import Chunk
 from engine_core.chunking import ChunkQueue
 from engine_core.engine import PendingPages, PendingStep
-from engine_core.messages import TokenChunk
+from engine_core.messages import StepSums, TokenChunk
 from engine_core.replica import Replica
 from engine_core.sequence import Sequence as Seq
+from engine_core.step_meter import StepMeter
 from engine_core.types import Request
 
 Key = tuple[str, int]
@@ -75,6 +77,7 @@ class PrefillScheduler:
         self._tasks: dict[Key, _Task] = {}
         self._inflight: deque[tuple[PendingStep, list[Chunk]]] = deque()
         self._eos = frozenset(replica.resolved.spec.eos_token_ids)
+        self._meter = StepMeter(time.monotonic, lambda: replica.compiles_after_warmup)
 
     @property
     def num_running(self) -> int:
@@ -95,6 +98,10 @@ class PrefillScheduler:
     def num_preemptions(self) -> int:
         """A prompt's pages are reserved as a whole: nothing is ever preempted."""
         return 0
+
+    def drain_samples(self) -> list[StepSums]:
+        """How long steps took since the last call."""
+        return self._meter.drain()
 
     def add(self, request: Request) -> None:
         """Take a prompt. A key that is already here is ignored: a duplicate message."""
@@ -137,6 +144,7 @@ class PrefillScheduler:
                 self._replica.prepare_slot(chunk.sequence)
         step = self._replica.dispatch_prefill(chunks)
         step.start_copy()
+        self._meter.prefill(chunks)
         for chunk in chunks:
             self._replica.memory.store(chunk.sequence, chunk.sequence.num_dispatched)
         self._inflight.append((step, chunks))
@@ -144,8 +152,10 @@ class PrefillScheduler:
 
     def _read(self, step: PendingStep, chunks: list[Chunk]) -> None:
         if not any(chunk.is_last for chunk in chunks):
+            self._meter.not_read()
             return
         tokens = step.tokens()
+        self._meter.read()
         for row, chunk in zip(self._replica.output_rows(chunks), chunks, strict=True):
             sequence = chunk.sequence
             if not chunk.is_last or sequence.finished:

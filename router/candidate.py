@@ -1,0 +1,226 @@
+"""One life of one worker as placement sees it: who it is, what it said, what was placed on it, how fast it is.
+
+Plain data without I/O; time is an argument. Reservations are entries that are added once and removed once, and sums
+over them are integers: they cannot drift.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from engine_core.messages import Load, WorkerInfo
+from router.breaker import Breaker
+from router.cost_model import Average, StepModel
+
+WINDOW_S = 10.0  # over which recent work is averaged
+
+
+class Work(NamedTuple):
+    """What one request reserves on a worker. All integers.
+
+    Attributes:
+        prefill_tokens: prompt tokens to compute here.
+        prefill_us: how long that takes, predicted.
+        rows: 1 where it will decode here.
+        kv_tokens: of the sequence when it begins to decode.
+    """
+
+    prefill_tokens: int
+    prefill_us: int
+    rows: int
+    kv_tokens: int
+
+
+class Recent:
+    """A sum that decays: what was added during about the last `WINDOW_S` seconds."""
+
+    __slots__ = ("_at", "_sum")
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._at = 0.0
+
+    def add(self, amount: float, now: float) -> None:
+        """Count `amount`."""
+        self._sum = self.value(now) + amount
+        self._at = now
+
+    def value(self, now: float) -> float:
+        """What is left of all that was added."""
+        return self._sum * math.exp((self._at - now) / WINDOW_S) if self._sum else 0.0
+
+
+class Candidate:
+    """See the module.
+
+    Attributes:
+        key: (worker_id, incarnation).
+        usable: whether it may get new requests at all: connected, not draining.
+        suspect: silent for longer than it should be.
+        load: its last beat, heard at `load_at`.
+        reserved_requests, reserved_tokens: of this gateway's requests there (tokens: prompts not read yet).
+        turn: number of the last placement; breaks ties.
+    """
+
+    __slots__ = (
+        "_gone_rows",
+        "_head_since",
+        "_kv_tokens",
+        "_prefill_us",
+        "_recent_rows",
+        "_recent_s",
+        "_rows",
+        "_unheard",
+        "_unheard_sum",
+        "_work",
+        "breaker",
+        "info",
+        "key",
+        "load",
+        "load_at",
+        "mean_prefill_s",
+        "reserved_tokens",
+        "steps",
+        "suspect",
+        "turn",
+        "usable",
+    )
+
+    def __init__(self, info: WorkerInfo, steps: StepModel) -> None:
+        self.info = info
+        self.key = (info.worker_id, info.incarnation)
+        self.steps = steps
+        self.breaker = Breaker()
+        self.usable = False
+        self.suspect = False
+        self.load: Load | None = None
+        self.load_at = 0.0
+        self.mean_prefill_s = Average(0.0, 16)
+        self.turn = 0
+        self.reserved_tokens = 0
+        self._work: dict[int, Work] = {}  # prompts to read, in the order of placement: the first is being read
+        self._head_since = 0.0
+        self._prefill_us = 0
+        self._rows: dict[int, Work] = {}
+        self._kv_tokens = 0
+        self._unheard: dict[int, Work] = {}  # placed since the last beat, which cannot know of it
+        self._unheard_sum = Work(0, 0, 0, 0)
+        self._gone_rows = 0  # that ended since the last beat, which still counts them
+        self._recent_s = Recent()
+        self._recent_rows = Recent()
+
+    @property
+    def name(self) -> str:
+        """For logs, metrics and people."""
+        return f"{self.info.worker_id}.{self.info.incarnation}"
+
+    @property
+    def reserved_requests(self) -> int:
+        """Requests of this gateway that hold something here."""
+        return len(self._work.keys() | self._rows.keys())
+
+    def reserve(self, number: int, work: Work, now: float) -> None:
+        """Enter a request under a number that nothing here has."""
+        if work.prefill_tokens:
+            if not self._work:
+                self._head_since = now
+            self._work[number] = work
+            self.reserved_tokens += work.prefill_tokens
+            self._prefill_us += work.prefill_us
+            self._recent_s.add(work.prefill_us / 1e6, now)
+            self.mean_prefill_s.add(work.prefill_us / 1e6)
+        if work.rows:
+            self._rows[number] = work
+            self._kv_tokens += work.kv_tokens
+            self._recent_rows.add(1.0, now)
+        self._unheard[number] = work
+        self._unheard_sum = _plus(self._unheard_sum, work, 1)
+
+    def release_prefill(self, number: int, now: float) -> None:
+        """The prompt has been read, or never will be. Again is fine."""
+        is_head = number == next(iter(self._work), None)
+        work = self._work.pop(number, None)
+        if work is not None:
+            self.reserved_tokens -= work.prefill_tokens
+            self._prefill_us -= work.prefill_us
+            if is_head:
+                self._head_since = now
+            unheard = self._unheard.get(number)
+            if unheard is not None:
+                self._unheard[number] = unheard._replace(prefill_tokens=0, prefill_us=0)
+                self._unheard_sum = _plus(self._unheard_sum, Work(work.prefill_tokens, work.prefill_us, 0, 0), -1)
+
+    def release(self, number: int, now: float) -> None:
+        """The request is over here. Again is fine."""
+        self.release_prefill(number, now)
+        work = self._rows.pop(number, None)
+        if work is not None:
+            self._kv_tokens -= work.kv_tokens
+        unheard = self._unheard.pop(number, None)
+        if unheard is not None:
+            self._unheard_sum = _plus(self._unheard_sum, unheard, -1)
+        elif work is not None:
+            self._gone_rows += 1
+
+    def told(self, load: Load, now: float) -> None:
+        """A beat."""
+        self.load = load
+        self.load_at = now
+        self._hear()
+
+    def lost(self) -> None:
+        """The connection ended: what it said says nothing any more."""
+        self.load = None
+        self._hear()
+
+    def _hear(self) -> None:
+        self._unheard.clear()
+        self._unheard_sum = Work(0, 0, 0, 0)
+        self._gone_rows = 0
+
+    def queue_s(self, now: float) -> float:
+        """Seconds of prefill that a new prompt would wait for.
+
+        This gateway knows its own part to the moment, other gateways' only from beats: whichever is more.
+        """
+        own = 0.0
+        if self._work:
+            head = next(iter(self._work.values())).prefill_us / 1e6
+            own = self._prefill_us / 1e6 - min(head, now - self._head_since)
+        if self.load is None or not self.load.queued_tokens:
+            return own
+        told = self.steps.prefill_s(self.load.queued_tokens, 0, self.info.chunk_tokens) - (now - self.load_at)
+        return max(own, told + self._unheard_sum.prefill_us / 1e6, 0.0)
+
+    def num_rows(self) -> int:
+        """Sequences that decode here or soon will."""
+        if self.load is None:
+            return len(self._rows)
+        told = self.load.running + self.load.waiting + self._unheard_sum.rows - self._gone_rows
+        return max(len(self._rows), told)
+
+    def kv_tokens(self, num_rows: int) -> float:
+        """KV tokens of so many rows; those of other gateways are taken for average ones of ours."""
+        if not self._rows:
+            return 0.0
+        return self._kv_tokens * max(num_rows / len(self._rows), 1.0)
+
+    def missing_pages(self, num_pages: int) -> int:
+        """Pages short of `num_pages`, after what was placed since the last beat."""
+        if self.load is None:
+            return 0
+        placed = -(-self._unheard_sum.kv_tokens // self.info.page_size)
+        return max(0, num_pages + placed - self.load.free_pages)
+
+    def utilization(self, now: float) -> float:
+        """Share of the recent past that the prefill placed here fills, 0 to about 1."""
+        return self._recent_s.value(now) / WINDOW_S
+
+    def arrivals(self, now: float) -> float:
+        """Decoding requests placed here per second, lately."""
+        return self._recent_rows.value(now) / WINDOW_S
+
+
+def _plus(one: Work, other: Work, sign: int) -> Work:
+    return Work(*(a + sign * b for a, b in zip(one, other, strict=True)))
