@@ -107,7 +107,12 @@ class Segment:
         return cls(mapping, ref.num_bytes, ref, None)
 
     def lend(self, offset: int, num_bytes: int, on_return: Callable[[], None]) -> np.ndarray:
-        """A part as `[num_bytes]` u8; `on_return` is called, on any thread, once nobody holds the array or a view of it.
+        """A part as `[num_bytes]` u8.
+
+        Args:
+            offset: from the beginning of the content.
+            num_bytes: at least 1.
+            on_return: called, on any thread, once nobody holds the array or a view of it.
 
         Raises:
             ProtocolError: it does not lie within the segment.
@@ -169,15 +174,14 @@ class Extents:
     def take(self, size: int) -> int | None:
         """Offset of `size` bytes, a multiple of `ALIGNMENT`; None when no free part is large enough."""
         size = -(-size // ALIGNMENT) * ALIGNMENT
-        for i, (start, end) in enumerate(zip(self._starts, self._ends, strict=True)):
-            if end - start >= size:
-                break
-        else:
+        i = next((i for i, start in enumerate(self._starts) if self._ends[i] - start >= size), None)
+        if i is None:
             return None
-        if end - start == size:
+        start = self._starts[i]
+        if self._ends[i] - start == size:
             del self._starts[i], self._ends[i]
         else:
-            self._starts[i] = start + size
+            self._starts[i] += size
         self._taken[start] = size
         self.used_bytes += size
         return start
