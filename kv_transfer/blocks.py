@@ -70,12 +70,16 @@ def checksums(
 def copy_with_checksums(
     rows: Rows, places: range, targets: Rows, ticket_key: tuple[str, int], blocks: Sequence[tuple[int, int]]
 ) -> tuple[int, ...]:
-    """Copy the rows at `places` to `targets` and return their checksums: one pass over memory for both."""
+    """Copy the rows at `places` to `targets` and return their checksums.
+
+    What was just written is hashed while it is still in the core's cache, layer by layer: one pass over memory.
+    """
     hashers = [xxhash.xxh3_64() for _ in places]
+    updates = [hasher.update for hasher in hashers]
     for row, target in zip(rows, targets, strict=True):
-        for hasher, place in zip(hashers, places, strict=True):
-            hasher.update(row[place])
         np.copyto(target, row[places.start : places.stop])
+        for update, piece in zip(updates, target, strict=True):
+            update(piece)
     return _named(hashers, ticket_key, blocks)
 
 
