@@ -90,10 +90,13 @@ def _open_ways(max_bytes: int, num_connections: int, others: Sequence[str]) -> l
     ]
     for name in others:
         module, open_way = OTHERS[name]
-        if has(module):
-            ways.append(open_way(source))
-        else:
+        if not has(module):
             print(f"{name} is not installed", flush=True)
+            continue
+        try:
+            ways.append(open_way(source))
+        except (OSError, EOFError, ImportError, RuntimeError) as error:
+            print(f"{name} cannot be started: {error or type(error).__name__}", flush=True)
     return ways
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
+from kv_transfer.arena import Segment
 from kv_transfer.base import Layers
 from kv_transfer.layout import BlockLayout
 from kv_transfer.ticket import Ticket
@@ -33,6 +34,23 @@ class HostBlocks:
     place: Place | None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LandedBlocks:
+    """What arrived at a decode worker.
+
+    Attributes:
+        rows: per layer.
+        segment: the memory they lie in, None where no other process can map it.
+        offset: there, of the first layer's rows.
+        layer_stride: bytes from one layer's rows to the next one's.
+    """
+
+    rows: Rows
+    segment: Segment | None
+    offset: int
+    layer_stride: int
+
+
 def as_rows(layers: Layers, n: int, layout: BlockLayout) -> tuple[np.ndarray, ...]:
     """The arrays' bytes, in place where they are contiguous; checked against the layout."""
     if len(layers) != layout.num_layers:
@@ -46,6 +64,18 @@ def as_rows(layers: Layers, n: int, layout: BlockLayout) -> tuple[np.ndarray, ..
 def payload_rows(payload: np.ndarray, n: int, layout: BlockLayout) -> list[np.ndarray]:
     """The rows of a payload of n blocks, `[L * n * layer_bytes]` u8, in place."""
     return list(payload.reshape(layout.num_layers, n, layout.layer_bytes))
+
+
+def strided_bytes(n: int, layer_stride: int, layout: BlockLayout) -> int:
+    """From the first to the last byte of n blocks whose layers lie `layer_stride` apart."""
+    return (layout.num_layers - 1) * layer_stride + n * layout.layer_bytes
+
+
+def strided_rows(memory: np.ndarray, n: int, layer_stride: int, layout: BlockLayout) -> list[np.ndarray]:
+    """The rows of n blocks in `[strided_bytes]` u8, in place."""
+    size = n * layout.layer_bytes
+    starts = range(0, layout.num_layers * layer_stride, layer_stride)
+    return [memory[start : start + size].reshape(n, layout.layer_bytes) for start in starts]
 
 
 def as_layers(rows: Rows, layout: BlockLayout) -> list[np.ndarray]:

@@ -17,10 +17,11 @@ from engine_core.messages import PeerAddress, TokenChunk
 from engine_core.models.spec import ModelSpec
 from kv_transfer import handoff
 from kv_transfer.base import Layers, ReceiverEvents, SenderEvents
-from kv_transfer.blocks import HostBlocks, Rows, as_layers, as_rows
+from kv_transfer.blocks import HostBlocks, LandedBlocks, as_layers, as_rows
 from kv_transfer.handoff import Effect, Key, ReceiverCore, SenderCore
 from kv_transfer.layout import BlockLayout, CacheShape, fingerprint
 from kv_transfer.ticket import Ticket
+from kv_transfer.wire import KvBlocks
 
 TICK_S = 0.5
 DEFAULT_INFLIGHT_BYTES = 512 << 20
@@ -205,19 +206,24 @@ class ReceiverEndpoint(ABC):
         """Leases."""
         self.apply(self.core.tick(self.loop.time()))
 
-    def apply(self, effects: list[Effect], rows: Rows = ()) -> None:
-        """Carry the core's effects out; `rows` are what a `Landed` brings."""
+    def apply(self, effects: list[Effect], landed: LandedBlocks | None = None) -> None:
+        """Carry the core's effects out; `landed` is what a `Landed` brings."""
         for effect in effects:
             match effect:
                 case handoff.Send(peer, message):
                     self.send(peer, message)
                 case handoff.Landed(header):
-                    layers = as_layers(rows, self.identity.layout)
-                    self._events.on_blocks(header.request_id, header.epoch, header.blocks, layers, header.generations)
+                    assert landed
+                    self.deliver(header, landed)
                 case handoff.Done((request_id, epoch), first_token):
                     self._events.on_done(request_id, epoch, first_token, first_token.finish_reason)
                 case handoff.Lost((request_id, epoch), error):
                     self._events.on_failed(request_id, epoch, error)
+
+    def deliver(self, header: KvBlocks, landed: LandedBlocks) -> None:
+        """Give verified blocks to the worker."""
+        layers = as_layers(landed.rows, self.identity.layout)
+        self._events.on_blocks(header.request_id, header.epoch, header.blocks, layers, header.generations)
 
     def stop(self) -> None:
         """No more ticks."""

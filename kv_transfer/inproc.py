@@ -16,7 +16,7 @@ from engine_core.errors import LayoutMismatch, TransferError
 from engine_core.messages import PeerAddress
 from kv_transfer import handoff
 from kv_transfer.base import ReceiverEvents, SenderEvents
-from kv_transfer.blocks import HostBlocks, block_header, checksums, is_intact, payload_rows
+from kv_transfer.blocks import HostBlocks, LandedBlocks, block_header, checksums, is_intact, payload_rows
 from kv_transfer.endpoint import (
     DEFAULT_INFLIGHT_BYTES,
     KvIdentity,
@@ -191,7 +191,8 @@ class _Link:
             arrived = box.pop()
             weakref.finalize(arrived, self._released, item).atexit = False
             rows = payload_rows(arrived, len(item.blocks), layout)
-            receiver.apply(receiver.core.on_blocks(receiver.loop.time(), header, is_intact(header, rows)), rows)
+            effects = receiver.core.on_blocks(receiver.loop.time(), header, is_intact(header, rows))
+            receiver.apply(effects, LandedBlocks(rows, None, 0, 0))
 
         return deliver
 

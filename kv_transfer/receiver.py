@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import socket
-import weakref
 from collections import OrderedDict, deque
 from typing import Any
 
@@ -16,9 +15,9 @@ from engine_core import errors
 from engine_core.errors import ProtocolError, TransferError
 from engine_core.messages import PeerAddress
 from kv_transfer import beats
-from kv_transfer.arena import ALIGNMENT, Arena, Segment
+from kv_transfer.arena import Arena, Segment
 from kv_transfer.base import ReceiverEvents
-from kv_transfer.blocks import Rows, is_intact, payload_rows
+from kv_transfer.blocks import LandedBlocks, is_intact, strided_bytes, strided_rows
 from kv_transfer.connection import KvConnection
 from kv_transfer.endpoint import KvIdentity, ReceiverEndpoint
 from kv_transfer.handshake import (
@@ -120,7 +119,7 @@ class _ToPrefill:
         self._is_over = False
         self._segments: OrderedDict[int, Segment] = OrderedDict()
         self._arena: Arena | None = None
-        self._landing: dict[KvConnection, np.ndarray] = {}
+        self._landing: dict[KvConnection, tuple[Segment, int]] = {}
         self._released: deque[int] = deque()  # frames; filled from any thread
         self._is_flushing = False
         self._tasks = {owner.loop.create_task(self._connect())}
@@ -220,11 +219,14 @@ class _ToPrefill:
         if not self._owner.core.wants(header):
             self._release(header.frame)
             return None
-        return self._room_for(header)
+        memory, segment, offset = self._room_for(header)
+        self._landing[connection] = (segment, offset)
+        return memory
 
     def on_payload(self, connection: KvConnection, header: KvBlocks, payload: np.ndarray) -> None:
         """Blocks have arrived by socket."""
-        self._on_rows(header, payload_rows(payload, len(header.blocks), self._owner.identity.layout))
+        segment, offset = self._landing.pop(connection)
+        self._on_landed(header, payload, segment, offset, len(header.blocks) * self._owner.identity.layout.layer_bytes)
 
     def on_room(self, connection: KvConnection) -> None:
         """Nothing waits."""
@@ -235,10 +237,12 @@ class _ToPrefill:
 
     # Payload
 
-    def _on_rows(self, header: KvBlocks, rows: Rows) -> None:
+    def _on_landed(self, header: KvBlocks, memory: np.ndarray, segment: Segment, offset: int, stride: int) -> None:
         owner = self._owner
+        rows = strided_rows(memory, len(header.blocks), stride, owner.identity.layout)
         intact = owner.core.wants(header) and is_intact(header, rows)
-        owner.apply(owner.core.on_blocks(owner.loop.time(), header, intact), rows)
+        effects = owner.core.on_blocks(owner.loop.time(), header, intact)
+        owner.apply(effects, LandedBlocks(rows, segment, offset, stride))
 
     def _on_segment(self, message: KvSegment) -> None:
         """Map memory of the prefill worker."""
@@ -259,24 +263,19 @@ class _ToPrefill:
         segment = self._segments.get(place.segment) if place else None
         if place is None or segment is None:
             raise ProtocolError("blocks in memory that is not mapped")
-        n, stride = len(header.blocks), place.layer_stride
-        row_bytes = n * layout.layer_bytes
-        memory = segment.lend(
-            place.offset, (layout.num_layers - 1) * stride + row_bytes, lambda: self._release(header.frame)
-        )
-        rows = [memory[at : at + row_bytes].reshape(n, -1) for at in range(0, layout.num_layers * stride, stride)]
-        self._on_rows(header, rows)
+        num_bytes = strided_bytes(len(header.blocks), place.layer_stride, layout)
+        memory = segment.lend(place.offset, num_bytes, lambda: self._release(header.frame))
+        self._on_landed(header, memory, segment, place.offset, place.layer_stride)
 
-    def _room_for(self, header: KvBlocks) -> np.ndarray:
-        """Aligned memory for a payload; what the arena has no unbroken room for gets memory of its own."""
+    def _room_for(self, header: KvBlocks) -> tuple[np.ndarray, Segment, int]:
+        """Memory for a payload; one that the arena has no unbroken room for gets a segment of its own."""
         assert self._arena
-        loan = self._arena.lend(header.num_bytes, lambda: self._release(header.frame))
+        free = lambda: self._release(header.frame)  # noqa: E731
+        loan = self._arena.lend(header.num_bytes, free)
         if loan:
-            return loan[1]
-        memory = np.empty(header.num_bytes + ALIGNMENT, np.uint8)
-        start = -memory.ctypes.data % ALIGNMENT
-        weakref.finalize(memory, self._release, header.frame).atexit = False
-        return memory[start : start + header.num_bytes]
+            return loan[1], self._arena.segment, loan[0]
+        segment = Segment.create(header.num_bytes)
+        return segment.lend(0, header.num_bytes, free), segment, 0
 
     def _release(self, frame: int) -> None:
         """On any thread: nobody holds the frame's memory any more."""

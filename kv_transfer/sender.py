@@ -9,13 +9,13 @@ import secrets
 import socket
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from engine_core.errors import ConfigError, ProtocolError, TransferError
 from kv_transfer import beats, handoff
-from kv_transfer.arena import Arena
+from kv_transfer.arena import Arena, SegmentRef
 from kv_transfer.auth import check_bind
 from kv_transfer.base import SenderEvents
 from kv_transfer.blocks import HostBlocks, block_header, checksums, copy_with_checksums, first_run, payload_rows
@@ -47,7 +47,8 @@ class NetKvSender(SenderEndpoint):
     ) -> None:
         super().__init__(identity, events, max_inflight_bytes)
         self.secret = secret
-        self.shared = _SharedMemory(max(options.arena_bytes, MIN_FRAMES * identity.layout.block_bytes))
+        self.own_memory = OwnMemory(max(options.arena_bytes, MIN_FRAMES * identity.layout.block_bytes))
+        self.shared: SharedMemory = self.own_memory
         self._options = options
         self._sessions: dict[bytes, _ToDecode] = {}
         self._waiting: set[ListenerHandshake] = set()
@@ -117,8 +118,20 @@ class NetKvSender(SenderEndpoint):
         return transport, link.session
 
 
-class _SharedMemory:
-    """The arenas that decode workers read from: one, until a reader is lost that may still read.
+class SharedMemory(Protocol):
+    """Whose memory decode workers read."""
+
+    def ref(self, number: int) -> SegmentRef:
+        """Of the segment that a place names."""
+        ...
+
+    def retire(self) -> None:
+        """A reader was lost that may still read."""
+        ...
+
+
+class OwnMemory:
+    """One arena, until a reader is lost that may still read.
 
     A reader that was given up may run on, frozen or cut off for a while. What it maps is never written again: the
     arena is retired, and the next blocks go to a new one.
@@ -131,12 +144,20 @@ class _SharedMemory:
 
     @property
     def arena(self) -> Arena:
+        """The one in use."""
         if self._arena is None:
             self._arena = Arena(self._num_bytes)
             self.number += 1
         return self._arena
 
+    def ref(self, number: int) -> SegmentRef:
+        """See SharedMemory."""
+        ref = self.arena.segment.ref
+        assert ref and number == self.number
+        return ref
+
     def retire(self) -> None:
+        """See SharedMemory."""
         self._arena = None
 
 
@@ -297,11 +318,14 @@ class _ToDecode:
 
     def _share(self, item: handoff.SendBlocks, n: int) -> int:
         """Let the next blocks be read in shared memory; how many, 0 while there is no room."""
-        layout, shared = self._owner.identity.layout, self._owner.shared
+        layout = self._owner.identity.layout
         source: HostBlocks = item.source
         run = first_run(item.places, n)
         blocks = item.blocks[: len(run)]
         num_bytes = len(run) * layout.block_bytes
+        if source.place is not None:
+            return self._share_in_place(item, run, source.place)
+        shared = self._owner.own_memory
         loan = shared.arena.lend(num_bytes, self._on_arena_room)
         if loan is None:
             return 0
@@ -309,10 +333,32 @@ class _ToDecode:
         targets = payload_rows(memory, len(run), layout)
         sums = copy_with_checksums(source.rows, run, targets, item.key, blocks)
         place = Place(shared.number, offset, len(run) * layout.layer_bytes)
-        self._announce(shared)
-        number = self._note(item, blocks, num_bytes, memory)
-        self.main.send([encode(block_header(item.ticket, blocks, sums, layout, number, place))])
+        self._send_place(item, blocks, sums, place, memory)
         return len(run)
+
+    def _share_in_place(self, item: handoff.SendBlocks, run: range, place: Place) -> int:
+        """The blocks lie in shared memory already."""
+        layout, source = self._owner.identity.layout, item.source
+        blocks = item.blocks[: len(run)]
+        sums = checksums(source.rows, run, item.key, blocks)
+        offset = place.offset + run.start * layout.layer_bytes
+        self._send_place(item, blocks, sums, Place(place.segment, offset, place.layer_stride), source)
+        return len(run)
+
+    def _send_place(
+        self,
+        item: handoff.SendBlocks,
+        blocks: tuple[tuple[int, int], ...],
+        sums: tuple[int, ...],
+        place: Place,
+        memory: Any,
+    ) -> None:
+        layout = self._owner.identity.layout
+        if self._known_segment != place.segment:
+            self._known_segment = place.segment
+            self.main.send([encode(KvSegment(place.segment, self._owner.shared.ref(place.segment)))])
+        number = self._note(item, blocks, len(blocks) * layout.block_bytes, memory)
+        self.main.send([encode(block_header(item.ticket, blocks, sums, layout, number, place))])
 
     def _is_granted(self, num_bytes: int) -> bool:
         """Whether decode has room; a single frame larger than its window may go alone."""
@@ -325,12 +371,6 @@ class _ToDecode:
         self._frames[number] = _Frame(item.key, item.shipment, indices, num_bytes, memory)
         self._out_bytes += num_bytes
         return number
-
-    def _announce(self, shared: _SharedMemory) -> None:
-        if self._known_segment != shared.number:
-            self._known_segment = shared.number
-            assert shared.arena.segment.ref
-            self.main.send([encode(KvSegment(shared.number, shared.arena.segment.ref))])
 
     def _on_arena_room(self) -> None:
         """On any thread. Another session may have been waiting."""

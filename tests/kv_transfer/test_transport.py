@@ -167,7 +167,7 @@ class Pair:
         for link in self.sender.links if self.kind != "inproc" else ():
             await until(lambda link=link: not link._frames)
         if self.kind == Transport.SHARED_MEMORY:
-            await until(lambda: not self.sender.shared.arena.lent_bytes)
+            await until(lambda: not self.sender.own_memory.arena.lent_bytes)
 
 
 def content(layout: BlockLayout, index: int, layer: int, seed: int) -> np.ndarray:

@@ -481,14 +481,14 @@ async def test_memory_that_cannot_be_mapped_after_all_ends_in_tcp(monkeypatch):
 async def test_what_a_lost_reader_may_still_read_is_never_written_again():
     async with open_pair(Transport.SHARED_MEMORY) as pair:
         await hand_over(pair, "a")
-        first = pair.sender.shared.arena
+        first = pair.sender.own_memory.arena
         held = pair.decode.blocks["a", 0][0][0]
         expected = held.tobytes()
         pair.cut()
         await until(lambda: not pair.sender.links)
         for number in range(8):
             await hand_over(pair, f"b{number}", seed=number + 1)
-        assert pair.sender.shared.arena is not first
+        assert pair.sender.own_memory.arena is not first
         assert held.tobytes() == expected
 
 
