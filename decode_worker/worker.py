@@ -14,7 +14,7 @@ from engine_core.replica_loader import open_replica
 from engine_core.types import FinishReason, Role
 from kv_transfer.base import Layers
 from kv_transfer.endpoint import KvIdentity
-from kv_transfer.tcp import TcpKvReceiver
+from kv_transfer.receiver import NetKvReceiver
 from kv_transfer.ticket import Landing, Ticket
 from kv_transfer.worker_host import Key, WorkerHost
 
@@ -62,11 +62,11 @@ class DecodeWorker:
             replica=self._replica,
         )
         self._serials = itertools.count(1)
-        self._receiver: TcpKvReceiver
+        self._receiver: NetKvReceiver
 
     async def start(self) -> WorkerInfo:
         """Listen and begin to work."""
-        self._receiver = TcpKvReceiver(self._identity, self._secret, self)
+        self._receiver = NetKvReceiver(self._identity, self._secret, self)
         self._info = await self._host.start(self._info.address.host, self._info)
         return self._info
 

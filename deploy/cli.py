@@ -20,6 +20,7 @@ BENCHMARKS = {
     "engine": "decode and prefill tokens/s against Hugging Face transformers",
     "gateway": "requests/s, streamed chunks/s and added latency of the gateway",
     "router": "cost of a placement decision, speed and size of the global index",
+    "kv": "GB/s and latency of the KV hand-off beside memcpy, raw sockets and other libraries",
     "drift": "share of answers that differ between disaggregated and colocated serving",
 }
 DEFAULT_URL = "http://127.0.0.1:8000/v1"

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 import msgspec
+import numpy as np
 
 from engine_core.errors import ProtocolError, TransferError
 from kv_transfer.channel import MALFORMED, set_socket_options
@@ -29,14 +30,14 @@ class ConnectionEvents(Protocol):
     """What the owner of a connection hears. Any of the first three may raise ProtocolError, which closes it."""
 
     def on_message(self, connection: KvConnection, message: Any) -> None:
-        """A message without payload."""
+        """A message behind which no payload follows."""
         ...
 
-    def on_header(self, connection: KvConnection, header: KvBlocks) -> memoryview | None:
-        """Where the payload shall go, all `num_bytes` of it; None: nowhere."""
+    def on_header(self, connection: KvConnection, header: KvBlocks) -> np.ndarray | None:
+        """Where the payload that follows shall go, `[num_bytes]` u8; None: nowhere."""
         ...
 
-    def on_payload(self, connection: KvConnection, header: KvBlocks, payload: memoryview) -> None:
+    def on_payload(self, connection: KvConnection, header: KvBlocks, payload: np.ndarray) -> None:
         """The payload is complete."""
         ...
 
@@ -50,7 +51,12 @@ class ConnectionEvents(Protocol):
 
 
 class KvConnection:
-    """One end. Everything runs on the event-loop thread."""
+    """One end. Everything runs on the event-loop thread.
+
+    Attributes:
+        events: who hears of it; may be reassigned at any time, so a handshake can hand the connection over.
+        queued_bytes: that have not left.
+    """
 
     def __init__(
         self, connected: socket.socket, decoder: msgspec.msgpack.Decoder[Any], events: ConnectionEvents
@@ -62,11 +68,12 @@ class KvConnection:
         self.heard_at = self.sent_at = self._loop.time()
         self._socket = connected
         self._decode = decoder.decode
-        self._events = events
+        self.events = events
         self._out: deque[memoryview] = deque()
         self._is_writing = False
         self._in = bytearray()
         self._header: KvBlocks | None = None
+        self._target: np.ndarray | None = None
         self._payload = memoryview(b"")
         self._rest = 0  # bytes of the current payload still to come
         connected.setblocking(False)
@@ -92,8 +99,9 @@ class KvConnection:
         self._loop.remove_writer(self._socket)
         self._socket.close()
         self._out.clear()
+        self._target, self._payload = None, memoryview(b"")
         self.queued_bytes = 0
-        self._loop.call_soon(self._events.on_closed, self, error)
+        self._loop.call_soon(lambda: self.events.on_closed(self, error))
 
     # Writing
 
@@ -121,7 +129,7 @@ class KvConnection:
     def _on_writable(self) -> None:
         self._write()
         if not self.closed and self.queued_bytes < ROOM_BYTES:
-            self._events.on_room(self)
+            self.events.on_room(self)
 
     def _forget(self, sent: int) -> None:
         self.queued_bytes -= sent
@@ -205,17 +213,17 @@ class KvConnection:
             raise ProtocolError(f"malformed message: {error}") from error
         finally:
             body.release()
-        if isinstance(message, KvBlocks):
-            target = self._events.on_header(self, message)
+        if isinstance(message, KvBlocks) and message.place is None:
+            self._target = self.events.on_header(self, message)
             self._header, self._rest = message, message.num_bytes
-            self._payload = memoryview(b"") if target is None else target
+            self._payload = memoryview(b"") if self._target is None else self._target.data
         else:
-            self._events.on_message(self, message)
+            self.events.on_message(self, message)
 
     def _advance(self, received: int) -> None:
         self._rest -= received
-        if received and not self._rest and self._payload:
+        if received and not self._rest and self._target is not None:
             assert self._header
-            header, payload = self._header, self._payload
-            self._header, self._payload = None, memoryview(b"")
-            self._events.on_payload(self, header, payload)
+            header, target = self._header, self._target
+            self._header, self._target, self._payload = None, None, memoryview(b"")
+            self.events.on_payload(self, header, target)

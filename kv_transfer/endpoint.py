@@ -12,17 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-import numpy as np
-
 from engine_core.errors import BatonError
 from engine_core.messages import PeerAddress, TokenChunk
 from engine_core.models.spec import ModelSpec
 from kv_transfer import handoff
 from kv_transfer.base import Layers, ReceiverEvents, SenderEvents
+from kv_transfer.blocks import HostBlocks, LandedBlocks, as_layers, as_rows
 from kv_transfer.handoff import Effect, Key, ReceiverCore, SenderCore
 from kv_transfer.layout import BlockLayout, CacheShape, fingerprint
 from kv_transfer.ticket import Ticket
-from kv_transfer.wire import as_layers
+from kv_transfer.wire import KvBlocks
 
 TICK_S = 0.5
 DEFAULT_INFLIGHT_BYTES = 512 << 20
@@ -59,11 +58,6 @@ class KvIdentity:
 
 class OutLink(Protocol):
     """A prefill worker's way to one decode worker: a queue."""
-
-    @property
-    def unsent_bytes(self) -> int:
-        """Payload that has not left."""
-        ...
 
     def put(self, item: handoff.Send | handoff.SendBlocks) -> None:
         """Send behind all that was put before."""
@@ -103,7 +97,7 @@ class SenderEndpoint:
         self._max_inflight_bytes = max_inflight_bytes
         self._lock = threading.Lock()
         self._posted_bytes = 0  # handed over by other threads, not seen by the loop yet
-        self._settled_bytes = 0
+        self._settled_bytes = 0  # held by the core
         self._room = asyncio.Event()
         self._room.set()
         self._ticker = Ticker(self.loop, self.on_tick)
@@ -131,7 +125,12 @@ class SenderEndpoint:
     def send_blocks(self, request_id: str, epoch: int, block_indices: Sequence[int], layers: Layers) -> None:
         """See KvSender."""
         indices = tuple(int(index) for index in block_indices)
-        views = as_bytes(layers, len(indices), self.identity.layout)
+        self.send_host_blocks(
+            request_id, epoch, indices, HostBlocks(as_rows(layers, len(indices), self.identity.layout), None)
+        )
+
+    def send_host_blocks(self, request_id: str, epoch: int, indices: tuple[int, ...], blocks: HostBlocks) -> None:
+        """`send_blocks` of what has been checked, and may lie in shared memory."""
         num_bytes = len(indices) * self.identity.layout.block_bytes
         with self._lock:
             self._posted_bytes += num_bytes
@@ -139,7 +138,7 @@ class SenderEndpoint:
         def act() -> list[Effect]:
             with self._lock:
                 self._posted_bytes -= num_bytes
-            return self.core.send_blocks(self.loop.time(), (request_id, epoch), indices, views, num_bytes)
+            return self.core.send_blocks(self.loop.time(), (request_id, epoch), indices, blocks, num_bytes)
 
         self._post(act)
 
@@ -170,8 +169,8 @@ class SenderEndpoint:
         self.account()
 
     def account(self) -> None:
-        """Count what is held; to be called whenever bytes have left."""
-        self._settled_bytes = self.core.held_bytes + sum(link.unsent_bytes for link in self.links)
+        """Count what is held; to be called whenever the core was told something."""
+        self._settled_bytes = self.core.held_bytes
         if self.writable:
             self._room.set()
 
@@ -207,20 +206,24 @@ class ReceiverEndpoint(ABC):
         """Leases."""
         self.apply(self.core.tick(self.loop.time()))
 
-    def apply(self, effects: list[Effect], payload: memoryview | None = None) -> None:
-        """Carry the core's effects out; `payload` is what a `Landed` brings."""
+    def apply(self, effects: list[Effect], landed: LandedBlocks | None = None) -> None:
+        """Carry the core's effects out; `landed` is what a `Landed` brings."""
         for effect in effects:
             match effect:
                 case handoff.Send(peer, message):
                     self.send(peer, message)
                 case handoff.Landed(header):
-                    assert payload is not None
-                    layers = as_layers(payload, len(header.blocks), self.identity.layout)
-                    self._events.on_blocks(header.request_id, header.epoch, header.blocks, layers, header.generations)
+                    assert landed
+                    self.deliver(header, landed)
                 case handoff.Done((request_id, epoch), first_token):
                     self._events.on_done(request_id, epoch, first_token, first_token.finish_reason)
                 case handoff.Lost((request_id, epoch), error):
                     self._events.on_failed(request_id, epoch, error)
+
+    def deliver(self, header: KvBlocks, landed: LandedBlocks) -> None:
+        """Give verified blocks to the worker."""
+        layers = as_layers(landed.rows, self.identity.layout)
+        self._events.on_blocks(header.request_id, header.epoch, header.blocks, layers, header.generations)
 
     def stop(self) -> None:
         """No more ticks."""
@@ -233,26 +236,3 @@ class ReceiverEndpoint(ABC):
     @abstractmethod
     def send(self, peer: Any, message: Any) -> None:
         """Send on a link; silently dropped when it is gone."""
-
-
-def as_bytes(layers: Layers, n: int, layout: BlockLayout) -> list[memoryview]:
-    """Flat views of the arrays, checked against the layout."""
-    if len(layers) != layout.num_layers:
-        raise ValueError(f"{len(layers)} layers, expected {layout.num_layers}")
-    for layer in layers:
-        if layer.shape != (n, *layout.shape) or layer.dtype.itemsize != layout.numpy_dtype.itemsize:
-            raise ValueError(f"{layer.dtype} {layer.shape}, expected {layout.dtype} {(n, *layout.shape)}")
-    return [np.ascontiguousarray(layer).reshape(-1).view(np.uint8).data for layer in layers]
-
-
-def pick(views: Sequence[memoryview], places: Sequence[int], size: int) -> list[memoryview]:
-    """Pieces of the blocks at `places`, layer-major: `[layer * n + i]`, each of `size` bytes."""
-    return [view[place * size : (place + 1) * size] for view in views for place in places]
-
-
-def merge(views: Sequence[memoryview], places: Sequence[int], size: int) -> list[memoryview]:
-    """The same bytes as `pick` in as few pieces as they allow."""
-    first, n = places[0], len(places)
-    if list(places) == list(range(first, first + n)):
-        return [view[first * size : (first + n) * size] for view in views]
-    return pick(views, places, size)

@@ -1,12 +1,16 @@
 """The hand-off's two state machines. No I/O, no clock, no threads: messages and time go in, effects come out.
 
-`tcp` and `inproc` carry effects out; the seeded simulator in the tests runs the same code through reordering, loss,
-duplicates and page reuse.
+`sender`, `receiver` and `inproc` carry effects out; the seeded simulator in the tests runs the same code through
+reordering, loss, duplicates and page reuse.
+
+Every block is kept by the sender until the receiver is done with it, so that one that was damaged or lost on the way
+can be sent again. Blocks may travel on several connections: the first token may overtake them.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import itertools
+from collections import OrderedDict, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +26,7 @@ from engine_core.errors import (
 )
 from engine_core.messages import TokenChunk
 from kv_transfer.ticket import Ticket
-from kv_transfer.wire import KvAbort, KvBlocks, KvDone, TicketCancel, TicketMsg
+from kv_transfer.wire import KvAbort, KvBlocks, KvDone, KvWant, TicketCancel, TicketMsg
 
 Key = tuple[str, int]
 """(request_id, epoch)."""
@@ -32,6 +36,10 @@ Peer = Hashable
 TOMBSTONE_S = 120.0
 MAX_TOMBSTONES = 100_000
 MAX_PARKED_TICKETS = 10_000
+MAX_WANTS = 3
+"""How often blocks of one hand-off are asked for again."""
+WANT_AFTER_S = 1.0
+"""Blocks that do not come for so long though all have been sent are lost."""
 
 
 # Effects
@@ -42,7 +50,7 @@ class Send:
     """Put a message on the way, behind all that was sent to this peer before."""
 
     peer: Peer
-    message: TicketMsg | TicketCancel | KvDone | KvAbort
+    message: TicketMsg | TicketCancel | KvWant | KvDone | KvAbort
 
     @property
     def key(self) -> Key:
@@ -53,13 +61,17 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class SendBlocks:
-    """Likewise the blocks of `source` at `places`, as (block_index, generation) `blocks`."""
+    """Likewise the blocks of `source` at `places`, as (block_index, generation) `blocks`.
+
+    `shipment` names this sending of them: to be told to `on_released` when the receiver is done with a part of it.
+    """
 
     peer: Peer
     ticket: Ticket
     blocks: tuple[tuple[int, int], ...]
     source: Any
     places: tuple[int, ...]
+    shipment: int
 
     @property
     def key(self) -> Key:
@@ -119,6 +131,17 @@ Effect = Send | SendBlocks | Unsend | Ticketed | Cancelled | Landed | Done | Los
 # Prefill side
 
 
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A block that the receiver may still ask for again."""
+
+    generation: int
+    source: Any
+    place: int
+    num_bytes: int
+    shipment: int
+
+
 @dataclass(slots=True)
 class _Outgoing:
     """One hand-off at the prefill worker: from the first of (offer, ticket) until its end, however it ends."""
@@ -130,7 +153,13 @@ class _Outgoing:
     ticket: Ticket | None = None
     wanted: dict[int, int] = field(default_factory=dict)  # block index -> generation, not sent yet
     held: list[tuple[tuple[int, ...], Any, int]] = field(default_factory=list)  # blocks, source, bytes: before a ticket
+    sent: dict[int, _Sent] = field(default_factory=dict)  # block index -> not released by the receiver yet
     first_token: TokenChunk | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all there is has been sent."""
+        return self.ticket is not None and self.first_token is not None
 
 
 class SenderCore:
@@ -138,7 +167,9 @@ class SenderCore:
 
     def __init__(self) -> None:
         self.held_bytes = 0
+        """Of all blocks handed over that the receiver may still need."""
         self._open: dict[Key, _Outgoing] = {}
+        self._shipments = itertools.count(1)
         self._tombstones: OrderedDict[Key, tuple[float, BatonError]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -166,12 +197,12 @@ class SenderCore:
             entry.held.append((tuple(block_indices), source, num_bytes))
             self.held_bytes += num_bytes
             return []
-        return self._send_wanted(entry, block_indices, source)
+        return self._send_wanted(entry, block_indices, source, num_bytes)
 
     def finish(self, now: float, key: Key, first_token: TokenChunk) -> list[Effect]:
         """Everything has been sent."""
         entry = self._open.get(key)
-        if entry is None or not entry.offered:
+        if entry is None or not entry.offered or entry.first_token is not None:
             return []
         entry.expires_at = now + entry.lease_s
         entry.first_token = first_token
@@ -181,10 +212,25 @@ class SenderCore:
         """The prefill worker gives up."""
         return self._end(now, key, error, tell_decode=True, tell_worker=False)
 
-    def on_message(self, now: float, peer: Peer, message: TicketMsg | TicketCancel) -> list[Effect]:
+    def on_released(self, now: float, key: Key, shipment: int, block_indices: Iterable[int]) -> None:
+        """The receiver is done with these blocks of a shipment: they will not be asked for again."""
+        entry = self._open.get(key)
+        if entry is None:
+            return
+        for index in block_indices:
+            sent = entry.sent.get(index)
+            if sent is not None and sent.shipment == shipment:
+                del entry.sent[index]
+                self.held_bytes -= sent.num_bytes
+                entry.expires_at = now + entry.lease_s
+        self._bury_if_over(now, key, entry)
+
+    def on_message(self, now: float, peer: Peer, message: TicketMsg | TicketCancel | KvWant) -> list[Effect]:
         """From a decode worker."""
         if isinstance(message, TicketMsg):
             return self._on_ticket(now, peer, message.ticket)
+        if isinstance(message, KvWant):
+            return self._on_want(now, peer, message)
         key = (message.request_id, message.epoch)
         error = RequestCancelled("decode cancelled")
         return [Unsend(peer, key), *self._end(now, key, error, tell_decode=False, tell_worker=True)]
@@ -201,7 +247,7 @@ class SenderCore:
         """End what has made no progress for its lease; forget old tombstones."""
         effects: list[Effect] = []
         for key in [key for key, entry in self._open.items() if now >= entry.expires_at]:
-            error = TicketExpired(f"{'no ticket' if self._open[key].offered else 'no request'} within the lease")
+            error = TicketExpired(f"{_lack(self._open[key])} within the lease")
             effects += self._end(now, key, error, tell_decode=True, tell_worker=True)
         while self._tombstones and next(iter(self._tombstones.values()))[0] <= now:
             self._tombstones.popitem(last=False)
@@ -222,7 +268,7 @@ class SenderCore:
         effects: list[Effect] = [Ticketed(ticket)] if entry.offered else []
         for block_indices, source, num_bytes in entry.held:
             self.held_bytes -= num_bytes
-            effects += self._send_wanted(entry, block_indices, source)
+            effects += self._send_wanted(entry, block_indices, source, num_bytes)
         entry.held = []
         return effects + self._complete(now, ticket.key, entry)
 
@@ -234,13 +280,45 @@ class SenderCore:
         entry.expires_at = now + entry.lease_s
         return entry
 
-    def _send_wanted(self, entry: _Outgoing, block_indices: Iterable[int], source: Any) -> list[Effect]:
+    def _on_want(self, now: float, peer: Peer, message: KvWant) -> list[Effect]:
+        """Send blocks again."""
+        key = (message.request_id, message.epoch)
+        entry = self._open.get(key)
+        if entry is None or entry.ticket is None or entry.peer != peer or entry.ticket.serial != message.serial:
+            error = TransferError("this hand-off has ended")
+            return [Send(peer, KvAbort(*key, message.serial, error.code, str(error), error.retryable))]
+        lost = [index for index in message.blocks if index not in entry.sent and index not in entry.wanted]
+        if lost:
+            error = TransferError(f"blocks {lost} are no longer here to be sent again")
+            return self._end(now, key, error, tell_decode=True, tell_worker=True)
+        entry.expires_at = now + entry.lease_s
+        by_source: dict[int, list[int]] = defaultdict(list)
+        for index in message.blocks:
+            if index in entry.sent:
+                by_source[id(entry.sent[index].source)].append(index)
+        return [self._send_again(entry, indices) for indices in by_source.values()]
+
+    def _send_again(self, entry: _Outgoing, indices: list[int]) -> SendBlocks:
+        assert entry.ticket
+        shipment = next(self._shipments)
+        sent = [entry.sent[index] for index in indices]
+        for index, block in zip(indices, sent, strict=True):
+            entry.sent[index] = _Sent(block.generation, block.source, block.place, block.num_bytes, shipment)
+        blocks = tuple((index, block.generation) for index, block in zip(indices, sent, strict=True))
+        places = tuple(block.place for block in sent)
+        return SendBlocks(entry.peer, entry.ticket, blocks, sent[0].source, places, shipment)
+
+    def _send_wanted(self, entry: _Outgoing, block_indices: Sequence[int], source: Any, num_bytes: int) -> list[Effect]:
         assert entry.ticket
         found = [(place, index) for place, index in enumerate(block_indices) if index in entry.wanted]
         if not found:
             return []
+        shipment, each = next(self._shipments), num_bytes // len(block_indices)
         blocks = tuple((index, entry.wanted.pop(index)) for _, index in found)
-        return [SendBlocks(entry.peer, entry.ticket, blocks, source, tuple(place for place, _ in found))]
+        for (place, index), (_, generation) in zip(found, blocks, strict=True):
+            entry.sent[index] = _Sent(generation, source, place, each, shipment)
+        self.held_bytes += each * len(found)
+        return [SendBlocks(entry.peer, entry.ticket, blocks, source, tuple(place for place, _ in found), shipment)]
 
     def _complete(self, now: float, key: Key, entry: _Outgoing) -> list[Effect]:
         if entry.ticket is None or entry.first_token is None:
@@ -249,8 +327,12 @@ class SenderCore:
             error = TransferError(f"prefill finished without {len(entry.wanted)} of the blocks wanted")
             return self._end(now, key, error, tell_decode=True, tell_worker=False)
         done = Send(entry.peer, KvDone(*key, entry.ticket.serial, entry.first_token))
-        self._bury(now, key, TicketExpired("this hand-off has ended"))
+        self._bury_if_over(now, key, entry)
         return [done]
+
+    def _bury_if_over(self, now: float, key: Key, entry: _Outgoing) -> None:
+        if entry.is_complete and not entry.sent:
+            self._bury(now, key, TicketExpired("this hand-off has ended"))
 
     def _end(self, now: float, key: Key, error: BatonError, *, tell_decode: bool, tell_worker: bool) -> list[Effect]:
         entry = self._open.get(key)
@@ -263,17 +345,25 @@ class SenderCore:
             effects.append(Unsend(entry.peer, key))
             if tell_decode:
                 effects.append(_abort_message(entry.peer, entry.ticket, error))
-        if tell_worker and entry.offered:
+        if tell_worker and entry.offered and entry.first_token is None:  # `finish` was the worker's last word
             effects.append(Cancelled(key, error))
         return effects
 
     def _bury(self, now: float, key: Key, error: BatonError) -> None:
         """Forget the hand-off but its end: a ticket or offer that comes late is answered with `error`."""
         entry = self._open.pop(key, None)
-        self.held_bytes -= sum(num_bytes for _, _, num_bytes in entry.held) if entry else 0
+        if entry:
+            self.held_bytes -= sum(num_bytes for _, _, num_bytes in entry.held)
+            self.held_bytes -= sum(sent.num_bytes for sent in entry.sent.values())
         self._tombstones[key] = (now + TOMBSTONE_S, error)
         if len(self._tombstones) > MAX_TOMBSTONES:
             self._tombstones.popitem(last=False)
+
+
+def _lack(entry: _Outgoing) -> str:
+    if entry.ticket is None:
+        return "no ticket"
+    return "no progress" if entry.offered else "no request"
 
 
 def _abort_message(peer: Peer, ticket: Ticket, error: BatonError) -> Send:
@@ -291,6 +381,9 @@ class _Incoming:
     ticket: Ticket
     expires_at: float
     missing: dict[int, int]  # block index -> generation
+    first_token: TokenChunk | None = None  # everything has been sent
+    want_at: float = 0.0  # when what is missing counts as lost; of meaning once all has been sent
+    num_wants: int = 0
 
 
 class ReceiverCore:
@@ -330,11 +423,12 @@ class ReceiverCore:
             self.num_stale += 1
             return []
         if not is_intact:
-            return self._fail(key, ChecksumMismatch(f"blocks {header.blocks} arrived damaged"))
+            return self._want(now, key, header.blocks, ChecksumMismatch(f"blocks {header.blocks} arrived damaged"))
         for index in header.blocks:
             del entry.missing[index]
         entry.expires_at = now + entry.ticket.lease_ms / 1000
-        return [Landed(header)]
+        entry.want_at = now + WANT_AFTER_S
+        return [Landed(header), *self._complete(key, entry)]
 
     def on_message(self, now: float, message: KvDone | KvAbort) -> list[Effect]:
         """From a prefill worker."""
@@ -346,10 +440,9 @@ class ReceiverCore:
         if isinstance(message, KvAbort):
             del self._open[key]
             return [Lost(key, as_error(message))]
-        if entry.missing:
-            return self._fail(key, TransferError(f"{len(entry.missing)} blocks never arrived"))
-        del self._open[key]
-        return [Done(key, message.first_token)]
+        entry.first_token = message.first_token
+        entry.want_at = now + WANT_AFTER_S
+        return self._complete(key, entry)
 
     def on_peer_lost(self, peer: Peer, error: BatonError) -> list[Effect]:
         """The connection is gone, and with it every landing behind it."""
@@ -363,7 +456,26 @@ class ReceiverCore:
         effects: list[Effect] = []
         for key in [key for key, entry in self._open.items() if now >= entry.expires_at]:
             effects += self._fail(key, TransferTimeout("no block within the lease"))
+        late = [key for key, entry in self._open.items() if entry.first_token is not None and now >= entry.want_at]
+        for key in late:
+            missing = tuple(self._open[key].missing)
+            effects += self._want(now, key, missing, TransferError(f"{len(missing)} blocks never arrived"))
         return effects
+
+    def _complete(self, key: Key, entry: _Incoming) -> list[Effect]:
+        if entry.missing or entry.first_token is None:
+            return []
+        del self._open[key]
+        return [Done(key, entry.first_token)]
+
+    def _want(self, now: float, key: Key, blocks: tuple[int, ...], error: BatonError) -> list[Effect]:
+        """Ask again, but not for ever."""
+        entry = self._open[key]
+        entry.num_wants += 1
+        if entry.num_wants > MAX_WANTS:
+            return self._fail(key, error)
+        entry.want_at = now + WANT_AFTER_S
+        return [Send(entry.peer, KvWant(*key, entry.ticket.serial, blocks))]
 
     def _fail(self, key: Key, error: BatonError) -> list[Effect]:
         entry = self._open.pop(key)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import random
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from engine_core.errors import LayoutMismatch, TransferError
 from engine_core.messages import PeerAddress
 from kv_transfer import handoff
 from kv_transfer.base import ReceiverEvents, SenderEvents
+from kv_transfer.blocks import HostBlocks, LandedBlocks, block_header, checksums, is_intact, payload_rows
 from kv_transfer.endpoint import (
     DEFAULT_INFLIGHT_BYTES,
     KvIdentity,
     ReceiverEndpoint,
     SenderEndpoint,
-    pick,
 )
 from kv_transfer.handoff import Key
-from kv_transfer.wire import KvBlocks, block_header, verified
 
 
 @dataclass(slots=True)
@@ -125,6 +129,7 @@ class _Link:
         self._sender = sender
         self._address = address
         self._outbox: list[handoff.Send | handoff.SendBlocks] = []
+        self._frames = itertools.count()
         self._up = True
 
     def open(self) -> None:
@@ -148,11 +153,6 @@ class _Link:
         sender = self._sender
         if sender:
             self._carry(lambda: sender.apply(sender.core.on_message(sender.loop.time(), self, message)))
-
-    @property
-    def unsent_bytes(self) -> int:
-        blocks = sum(len(item.blocks) for item in self._outbox if isinstance(item, handoff.SendBlocks))
-        return blocks * self._receiver.identity.layout.block_bytes
 
     def put(self, item: handoff.Send | handoff.SendBlocks) -> None:
         if self._up:
@@ -179,18 +179,33 @@ class _Link:
 
     def _deliver_blocks(self, item: handoff.SendBlocks) -> Callable[[], None]:
         layout, receiver, faults = self._receiver.identity.layout, self._receiver, self._receiver.network.faults
-        pieces = pick(item.source, item.places, layout.layer_bytes)
-        header: KvBlocks = block_header(item.ticket, item.blocks, pieces, layout)
-        payload = bytearray().join(pieces)
+        source: HostBlocks = item.source
+        sums = checksums(source.rows, item.places, item.key, item.blocks)
+        header = block_header(item.ticket, item.blocks, sums, layout, next(self._frames), None)
+        payload = np.concatenate([row[list(item.places)].reshape(-1) for row in source.rows])
         if faults.happens(faults.corrupt):
             payload[faults.rng.randrange(len(payload))] ^= 1
+        box = [payload]
 
         def deliver() -> None:
-            view = memoryview(payload)
-            is_intact = verified(header, view, layout)
-            receiver.apply(receiver.core.on_blocks(receiver.loop.time(), header, is_intact), view)
+            arrived = box.pop()
+            weakref.finalize(arrived, self._released, item).atexit = False
+            rows = payload_rows(arrived, len(item.blocks), layout)
+            effects = receiver.core.on_blocks(receiver.loop.time(), header, is_intact(header, rows))
+            receiver.apply(effects, LandedBlocks(rows, None, 0, 0))
 
         return deliver
+
+    def _released(self, item: handoff.SendBlocks) -> None:
+        """On any thread: nobody holds these blocks any more."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._receiver.loop.call_soon_threadsafe(self._carry, lambda: self._tell_released(item))
+
+    def _tell_released(self, item: handoff.SendBlocks) -> None:
+        if self._sender:
+            indices = [index for index, _ in item.blocks]
+            self._sender.core.on_released(self._sender.loop.time(), item.key, item.shipment, indices)
+            self._sender.account()
 
     def _carry(self, deliver: Callable[[], None]) -> None:
         faults = self._receiver.network.faults

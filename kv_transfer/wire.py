@@ -1,29 +1,40 @@
 """Messages between a decode worker and the prefill workers it fetches KV from, and their bytes.
 
-A frame is a big-endian u32 length and that many bytes of msgpack; behind a `KvBlocks` follow `num_bytes` of payload,
-layer-major: `[L][n][page_size][2K][H]`. No frame carries an address: blocks are named by (request_id, epoch,
-block_index, generation), and each block's checksum covers that name. The ticket's serial is there because a page's
-generation alone does not name the page: after a request moved, the same block may wait in another page of the same
-generation (the simulator found it).
+A frame is a big-endian u32 length and that many bytes of msgpack. Behind a `KvBlocks` without a `place` follow
+`num_bytes` of payload, layer-major: `[L][n][page_size][2K][H]`; with one, the payload lies in memory that the sender
+shares. No frame carries an address of the receiver: blocks are named by (request_id, epoch, block_index, generation),
+and each block's checksum covers that name. The ticket's serial is there because a page's generation alone does not
+name the page: after a request moved, the same block may wait in another page of the same generation (the simulator
+found it).
+
+A decode worker opens one connection, whose handshake chooses the transport, and may join more of them to the same
+session; messages travel on the first, payload on any.
 """
 
 from __future__ import annotations
 
+import enum
 import struct
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-import numpy as np
-import xxhash
 
 from engine_core.errors import ProtocolError
 from engine_core.messages import Challenge, Refused, TokenChunk
+from kv_transfer.arena import SegmentRef
 from kv_transfer.layout import BlockLayout
 from kv_transfer.ticket import Ticket
 
+KV_PROTOCOL = 2
 MAX_HEADER_BYTES = 4 << 20
 LENGTH = struct.Struct(">I")
+
+
+class Transport(enum.StrEnum):
+    """How payload travels."""
+
+    SHARED_MEMORY = "shared_memory"
+    TCP = "tcp"
 
 
 class KvMessage(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -31,7 +42,14 @@ class KvMessage(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class KvHello(KvMessage, frozen=True):
-    """First message of a decode worker, answered by the prefill worker's. (worker_id, incarnation) is one life."""
+    """First message of a decode worker. (worker_id, incarnation) is one life.
+
+    Attributes:
+        transports: what it can do, best first.
+        probe: a segment that the prefill worker can open if both may share memory.
+        window_bytes: payload that may be on the way to it at any time.
+        session: empty, or of an earlier connection that this one shall join.
+    """
 
     protocol: int
     worker_id: str
@@ -39,6 +57,27 @@ class KvHello(KvMessage, frozen=True):
     fingerprint: str
     secret_proof: bytes
     nonce: bytes
+    transports: tuple[str, ...]
+    probe: SegmentRef | None
+    window_bytes: int
+    session: bytes
+
+
+class KvWelcome(KvMessage, frozen=True):
+    """The prefill worker's answer.
+
+    Attributes:
+        transport: the one chosen.
+        session: names this connection and those that join it; random.
+    """
+
+    protocol: int
+    worker_id: str
+    incarnation: int
+    fingerprint: str
+    secret_proof: bytes
+    transport: str
+    session: bytes
 
 
 class TicketMsg(KvMessage, frozen=True):
@@ -54,17 +93,49 @@ class TicketCancel(KvMessage, frozen=True):
     epoch: int
 
 
+class KvWant(KvMessage, frozen=True):
+    """Decode -> prefill: send these blocks of ticket `serial` once more, they were damaged or lost on the way."""
+
+    request_id: str
+    epoch: int
+    serial: int
+    blocks: tuple[int, ...]
+
+
+class KvRelease(KvMessage, frozen=True):
+    """Decode -> prefill: the payload of these frames is no longer needed, its memory is free; also the credit."""
+
+    frames: tuple[int, ...]
+
+
+class KvSegment(KvMessage, frozen=True):
+    """Prefill -> decode: memory that `Place.segment` may name from now on."""
+
+    segment: int
+    ref: SegmentRef
+
+
+class Place(msgspec.Struct, frozen=True, array_like=True):
+    """Where in shared memory the payload lies: layer i at `offset + i * layer_stride`, its n blocks side by side."""
+
+    segment: int
+    offset: int
+    layer_stride: int
+
+
 class KvBlocks(KvMessage, frozen=True):
-    """Prefill -> decode: header of n blocks, whose payload follows.
+    """Prefill -> decode: n blocks; their payload follows, or lies at `place`.
 
     Attributes:
-        layers: range of layers, heads: range of KV heads; version 1 always sends all of both.
-        checksums: one per block, see `checksum`.
+        frame: number of this frame in its session, to be released.
+        layers: range of layers, heads: range of KV heads; a sender always sends all of both.
+        checksums: one per block, see `kv_transfer.blocks`.
     """
 
     request_id: str
     epoch: int
     serial: int
+    frame: int
     blocks: tuple[int, ...]
     generations: tuple[int, ...]
     layers: tuple[int, int]
@@ -72,10 +143,11 @@ class KvBlocks(KvMessage, frozen=True):
     dtype: str
     checksums: tuple[int, ...]
     num_bytes: int
+    place: Place | None
 
 
 class KvDone(KvMessage, frozen=True):
-    """Prefill -> decode: all blocks of ticket `serial` went before this."""
+    """Prefill -> decode: all blocks of ticket `serial` have been sent."""
 
     request_id: str
     epoch: int
@@ -98,8 +170,8 @@ class KvBeat(KvMessage, frozen=True):
     """Either way, when nothing else was said for a while: this process still runs."""
 
 
-FromDecode = KvHello | TicketMsg | TicketCancel | KvBeat
-FromPrefill = Challenge | Refused | KvHello | KvBlocks | KvDone | KvAbort | KvBeat
+FromDecode = KvHello | TicketMsg | TicketCancel | KvWant | KvRelease | KvBeat
+FromPrefill = Challenge | Refused | KvWelcome | KvSegment | KvBlocks | KvDone | KvAbort | KvBeat
 
 from_decode: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromDecode)
 from_prefill: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromPrefill)
@@ -112,61 +184,6 @@ def encode(message: msgspec.Struct) -> bytes:
     return LENGTH.pack(len(body)) + body
 
 
-def block_header(
-    ticket: Ticket, blocks: Sequence[tuple[int, int]], pieces: Sequence[memoryview], layout: BlockLayout
-) -> KvBlocks:
-    """Header of the (block_index, generation) `blocks`; `pieces[layer * n + i]` are the bytes of block i."""
-    n = len(blocks)
-    checksums = tuple(
-        checksum(pieces[i::n], ticket.request_id, ticket.epoch, index, generation)
-        for i, (index, generation) in enumerate(blocks)
-    )
-    return KvBlocks(
-        ticket.request_id,
-        ticket.epoch,
-        ticket.serial,
-        tuple(index for index, _ in blocks),
-        tuple(generation for _, generation in blocks),
-        (0, layout.num_layers),
-        (0, layout.num_kv_heads),
-        layout.dtype,
-        checksums,
-        n * layout.block_bytes,
-    )
-
-
-def checksum(pieces: Sequence[memoryview], request_id: str, epoch: int, block_index: int, generation: int) -> int:
-    """xxh3_64 over the bytes of one block in all layers, and its name."""
-    digest = xxhash.xxh3_64()
-    for piece in pieces:
-        digest.update(piece)
-    digest.update(f"{request_id} {epoch} {block_index} {generation}".encode())
-    return int(digest.intdigest())
-
-
-def split(payload: memoryview, n: int, layout: BlockLayout) -> list[memoryview]:
-    """Pieces of a payload of n blocks: `[layer * n + i]` are the bytes of block i in that layer."""
-    size = layout.layer_bytes
-    return [payload[at : at + size] for at in range(0, n * layout.block_bytes, size)]
-
-
-def verified(header: KvBlocks, payload: memoryview, layout: BlockLayout) -> bool:
-    """Whether every block's bytes are those that were sent under that name."""
-    n = len(header.blocks)
-    pieces = split(payload, n, layout)
-    return all(
-        checksum(pieces[i::n], header.request_id, header.epoch, header.blocks[i], header.generations[i])
-        == header.checksums[i]
-        for i in range(n)
-    )
-
-
-def as_layers(payload: memoryview, n: int, layout: BlockLayout) -> list[np.ndarray]:
-    """The payload as one read-only array per layer, `[n, page_size, 2K, H]`, in place."""
-    whole = np.frombuffer(payload.toreadonly(), layout.numpy_dtype)
-    return list(whole.reshape(layout.num_layers, n, *layout.shape))
-
-
 def check_header(header: KvBlocks, layout: BlockLayout) -> None:
     """Refuse a header that contradicts itself or the layout, before a byte of payload is read for it."""
     n = len(header.blocks)
@@ -176,3 +193,5 @@ def check_header(header: KvBlocks, layout: BlockLayout) -> None:
         raise ProtocolError(f"KvBlocks of layers {header.layers} and heads {header.heads} is not all of them")
     if header.dtype != layout.dtype or header.num_bytes != n * layout.block_bytes:
         raise ProtocolError(f"KvBlocks of {header.num_bytes} bytes {header.dtype}, expected {n * layout.block_bytes}")
+    if header.place is not None and header.place.layer_stride < n * layout.layer_bytes:
+        raise ProtocolError(f"KvBlocks whose layers overlap: {header.place}")

@@ -53,6 +53,7 @@ class Frame:
     header: KvBlocks
     maker: PrefillWorker
     is_intact: bool
+    shipment: int
 
 
 class World:
@@ -186,17 +187,22 @@ class PrefillWorker:
                     link.outbox = [item for item in link.outbox if item.key != key]  # type: ignore[attr-defined]
                 case handoff.Send(link, message):
                     self.enqueue(link, (message.request_id, message.epoch), message)
-                case handoff.SendBlocks(link, ticket, blocks, source, places):
+                case handoff.SendBlocks(link, ticket, blocks, source, places, shipment):
                     check(tuple(source[place] for place in places) == tuple(index for index, _ in blocks), "places")
                     check(ticket.key not in self.cancelled, f"{ticket.key} is sent though decode cancelled it")
-                    self.enqueue(link, ticket.key, self.frame(ticket, blocks))
+                    self.enqueue(link, ticket.key, self.frame(ticket, blocks, shipment))
 
-    def frame(self, ticket: Ticket, blocks: tuple[tuple[int, int], ...]) -> Frame:
+    def frame(self, ticket: Ticket, blocks: tuple[tuple[int, int], ...], shipment: int) -> Frame:
         indices, generations = zip(*blocks, strict=True)
         header = KvBlocks(
-            *ticket.key, ticket.serial, indices, generations, (0, 1), (0, 1), "float32", (0,) * len(blocks), 1
+            *ticket.key, ticket.serial, 0, indices, generations, (0, 1), (0, 1), "float32", (0,) * len(blocks), 1, None
         )
-        return Frame(header, self, self.world.rng.random() >= self.world.p_damage)
+        return Frame(header, self, self.world.rng.random() >= self.world.p_damage, shipment)
+
+    def released(self, link: Link, frame: Frame) -> None:
+        if link.up_at_prefill:
+            key = (frame.header.request_id, frame.header.epoch)
+            self.core.on_released(self.world.now, key, frame.shipment, frame.header.blocks)
 
     def enqueue(self, link: Any, key: Key, content: Any) -> None:
         if link.up_at_prefill:
@@ -284,12 +290,13 @@ class DecodeWorker:
             if effects:
                 self.check_frame(content, effects)
             self.act(effects)
+            self.world.carry(link, "to_prefill", lambda: link.prefill.released(link, content))
         else:
             self.act(self.core.on_message(self.world.now, content))
 
     def check_frame(self, frame: Frame, effects: list[Effect]) -> None:
         if not isinstance(effects[0], handoff.Landed):
-            check(not frame.is_intact, "an intact frame failed the request")
+            check(not frame.is_intact, "an intact frame was refused")
             return
         held = self.pages.get((frame.header.request_id, frame.header.epoch))
         check(held, "blocks land though nobody waits")

@@ -30,7 +30,7 @@ from kv_transfer.handoff import (
     Unsend,
 )
 from kv_transfer.ticket import Landing, Ticket
-from kv_transfer.wire import KvAbort, KvBlocks, KvDone, TicketCancel, TicketMsg
+from kv_transfer.wire import KvAbort, KvBlocks, KvDone, KvWant, TicketCancel, TicketMsg
 from tests.kv_transfer.simulation import Broken, World
 
 KEY = ("r", 0)
@@ -41,7 +41,7 @@ DONE = Send("d", KvDone("r", 0, 7, TOKEN))
 
 def header(*blocks: tuple[int, int], serial: int = 7) -> KvBlocks:
     indices, generations = zip(*blocks, strict=True)
-    return KvBlocks("r", 0, serial, indices, generations, (0, 1), (0, 1), "float32", (0,) * len(blocks), 64)
+    return KvBlocks("r", 0, serial, 0, indices, generations, (0, 1), (0, 1), "float32", (0,) * len(blocks), 64, None)
 
 
 def codes(effects: list[Any]) -> list[Any]:
@@ -53,12 +53,16 @@ class TestSender:
         core = SenderCore()
         assert core.on_message(0, "d", TicketMsg(TICKET)) == []
         assert core.offer(0, KEY, 1) == [Ticketed(TICKET)]
-        assert core.send_blocks(0, KEY, [0, 1], "chunk", 10) == [SendBlocks("d", TICKET, ((1, 41),), "chunk", (1,))]
+        assert core.send_blocks(0, KEY, [0, 1], "chunk", 10) == [SendBlocks("d", TICKET, ((1, 41),), "chunk", (1,), 1)]
         assert core.send_blocks(0, KEY, [1, 2, 3], "chunk2", 10) == [
-            SendBlocks("d", TICKET, ((2, 42),), "chunk2", (1,))
+            SendBlocks("d", TICKET, ((2, 42),), "chunk2", (1,), 2)
         ]
         assert core.finish(0, KEY, TOKEN) == [DONE]
-        assert len(core) == 0
+        assert core.held_bytes == 5 + 3
+        core.on_released(0, KEY, 1, [1])
+        assert core.held_bytes == 3
+        core.on_released(0, KEY, 2, [2])
+        assert len(core) == core.held_bytes == 0
 
     def test_ticket_last(self):
         core = SenderCore()
@@ -67,9 +71,43 @@ class TestSender:
         core.send_blocks(0, KEY, [1, 2], "b", 20)
         core.finish(0, KEY, TOKEN)
         assert core.held_bytes == 30
-        sent = SendBlocks("d", TICKET, ((1, 41), (2, 42)), "b", (0, 1))
+        sent = SendBlocks("d", TICKET, ((1, 41), (2, 42)), "b", (0, 1), 1)
         assert core.on_message(0, "d", TicketMsg(TICKET)) == [Ticketed(TICKET), sent, DONE]
-        assert core.held_bytes == 0
+        assert core.held_bytes == 20
+        core.on_released(0, KEY, 1, [1, 2])
+        assert len(core) == core.held_bytes == 0
+
+    def sent(self) -> SenderCore:
+        core = SenderCore()
+        core.on_message(0, "d", TicketMsg(TICKET))
+        core.offer(0, KEY, 1)
+        core.send_blocks(0, KEY, [1, 2], "a", 20)
+        core.finish(0, KEY, TOKEN)
+        return core
+
+    def test_what_decode_wants_again_is_sent_again(self):
+        core = self.sent()
+        again = core.on_message(0.9, "d", KvWant(*KEY, 7, (2,)))
+        assert again == [SendBlocks("d", TICKET, ((2, 42),), "a", (1,), 2)]
+        core.on_released(0.9, KEY, 1, [1, 2])
+        assert core.held_bytes == 10, "the first sending of block 2 is released, the second is under way"
+        assert core.tick(1.8) == []
+        core.on_released(1.8, KEY, 2, [2])
+        assert len(core) == core.held_bytes == 0
+
+    def test_what_is_gone_cannot_be_sent_again(self):
+        core = self.sent()
+        core.on_released(0, KEY, 1, [1])
+        _, abort = core.on_message(0, "d", KvWant(*KEY, 7, (1, 2)))
+        assert abort.message.code == TransferError.code
+        (abort,) = core.on_message(0, "d", KvWant(*KEY, 7, (1, 2)))
+        assert abort.message.serial == 7
+        assert len(core) == core.held_bytes == 0
+
+    def test_blocks_that_are_never_released_end_with_the_lease(self):
+        core = self.sent()
+        assert codes(core.tick(1.0)) == [Unsend, Send]
+        assert len(core) == core.held_bytes == 0
 
     def test_finish_without_a_wanted_block_is_an_abort(self):
         core = SenderCore()
@@ -150,7 +188,7 @@ class TestReceiver:
         assert not core.wants(header(*blocks))
         assert core.on_blocks(0, header(*blocks), True) == []
         assert core.num_stale == 1
-        assert codes(core.on_message(0, DONE.message)) == [TransferError.code, Send]
+        assert core.on_message(0, DONE.message) == []
 
     def test_blocks_of_an_earlier_ticket_are_stale_even_if_the_generation_is_the_same(self):
         core = self.opened()
@@ -162,8 +200,28 @@ class TestReceiver:
         core.on_blocks(0, header((1, 41)), True)
         assert core.on_blocks(0, header((1, 41)), True) == []
 
-    def test_damage_fails_the_request_and_stops_the_sender(self):
+    def test_the_first_token_may_overtake_blocks(self):
         core = self.opened()
+        core.on_blocks(0, header((2, 42)), True)
+        assert core.on_message(0, DONE.message) == []
+        assert core.on_blocks(0.5, header((1, 41)), True) == [Landed(header((1, 41))), Done(KEY, TOKEN)]
+        assert len(core) == 0
+
+    def test_late_blocks_are_asked_for_again_but_not_for_ever(self):
+        now = handoff.WANT_AFTER_S
+        core = ReceiverCore()
+        core.request(0, "p", Ticket("r", 0, 7, (Landing(1, 41), Landing(2, 42)), 10_000))
+        core.on_message(0, DONE.message)
+        for _ in range(handoff.MAX_WANTS):
+            assert core.tick(now - 0.1) == []
+            assert core.tick(now) == [Send("p", KvWant(*KEY, 7, (1, 2)))]
+            now += handoff.WANT_AFTER_S
+        assert codes(core.tick(now)) == [TransferError.code, Send]
+
+    def test_damaged_blocks_are_asked_for_again_but_not_for_ever(self):
+        core = self.opened()
+        for _ in range(handoff.MAX_WANTS):
+            assert core.on_blocks(0, header((1, 41)), False) == [Send("p", KvWant(*KEY, 7, (1,)))]
         effects = core.on_blocks(0, header((1, 41)), False)
         assert codes(effects) == [ChecksumMismatch.code, Send]
         assert effects[1].message == TicketCancel(*KEY)

@@ -14,51 +14,63 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_core.errors import ConfigError, ProtocolError
-from engine_core.messages import PROTOCOL_VERSION, PeerAddress
+from engine_core.messages import Challenge, PeerAddress
 from engine_core.models.spec import ModelSpec
-from kv_transfer import tcp
+from kv_transfer import beats, handshake
+from kv_transfer.arena import Segment, SegmentRef
 from kv_transfer.auth import Side, make_proof
+from kv_transfer.blocks import as_layers, as_rows, block_header, checksums, is_intact, payload_rows
 from kv_transfer.connection import KvConnection
 from kv_transfer.layout import BlockLayout, fingerprint
-from kv_transfer.tcp import TcpKvReceiver
+from kv_transfer.receiver import NetKvReceiver
 from kv_transfer.ticket import Landing, Ticket
 from kv_transfer.wire import (
+    KV_PROTOCOL,
     LENGTH,
     KvAbort,
     KvBeat,
     KvBlocks,
     KvHello,
+    KvRelease,
+    KvSegment,
+    KvWant,
+    KvWelcome,
+    Place,
     TicketCancel,
     TicketMsg,
-    as_layers,
-    block_header,
+    Transport,
     check_header,
-    checksum,
     encode,
     from_decode,
     from_prefill,
-    verified,
 )
-from tests.kv_transfer.test_transport import LAYOUT, DecodeEars, first_token, open_pair, until
+from tests.kv_transfer.test_transport import ARENA_BYTES, LAYOUT, DecodeEars, first_token, open_pair, until
 
 TICKET = Ticket("r", 0, 1, (Landing(0, 100), Landing(1, 101)), 30_000)
 
 
-def frame(layout: BlockLayout = LAYOUT) -> tuple[KvBlocks, bytearray]:
-    payload = bytearray(np.random.default_rng(0).bytes(2 * layout.block_bytes))
-    view, size = memoryview(payload), layout.layer_bytes
-    pieces = [view[at : at + size] for at in range(0, len(view), size)]
-    return block_header(TICKET, [(0, 100), (1, 101)], pieces, layout), payload
+def frame(layout: BlockLayout = LAYOUT) -> tuple[KvBlocks, np.ndarray]:
+    payload = np.random.default_rng(0).integers(0, 256, 2 * layout.block_bytes, np.uint8)
+    blocks = [(0, 100), (1, 101)]
+    sums = checksums(payload_rows(payload, 2, layout), [0, 1], TICKET.key, blocks)
+    return block_header(TICKET, blocks, sums, layout, 0, None), payload
+
+
+def intact(header: KvBlocks, payload: np.ndarray) -> bool:
+    return is_intact(header, payload_rows(payload, 2, LAYOUT))
 
 
 def test_a_frame_survives_and_its_arrays_lie_in_place():
     header, payload = frame()
     check_header(header, LAYOUT)
-    assert verified(header, memoryview(payload), LAYOUT)
-    layers = as_layers(memoryview(payload), 2, LAYOUT)
+    assert intact(header, payload)
+    layers = as_layers(payload_rows(payload, 2, LAYOUT), LAYOUT)
     assert len(layers) == LAYOUT.num_layers
     assert layers[1].shape == (2, *LAYOUT.shape)
-    assert layers[1].tobytes() == payload[2 * LAYOUT.layer_bytes : 4 * LAYOUT.layer_bytes]
+    assert np.shares_memory(layers[1], payload) and not layers[1].flags.writeable
+    assert layers[1].tobytes() == payload[2 * LAYOUT.layer_bytes : 4 * LAYOUT.layer_bytes].tobytes()
+    rows = as_rows(layers, 2, LAYOUT)
+    assert all(np.shares_memory(row, payload) for row in rows)
     assert from_prefill.decode(encode(header)[LENGTH.size :]) == header
 
 
@@ -66,7 +78,7 @@ def test_a_frame_survives_and_its_arrays_lie_in_place():
 def test_every_bit_is_covered_by_a_checksum(at, bit):
     header, payload = frame()
     payload[at] ^= 1 << bit
-    assert not verified(header, memoryview(payload), LAYOUT)
+    assert not intact(header, payload)
 
 
 @pytest.mark.parametrize(
@@ -75,11 +87,12 @@ def test_every_bit_is_covered_by_a_checksum(at, bit):
 )
 def test_the_checksum_covers_the_name(change):
     header, payload = frame()
-    assert not verified(msgspec.structs.replace(header, **change), memoryview(payload), LAYOUT)
+    assert not intact(msgspec.structs.replace(header, **change), payload)
 
 
 def test_names_do_not_run_into_each_other():
-    assert checksum([], "r1", 1, 2, 3) != checksum([], "r", 11, 2, 3) != checksum([], "r", 1, 12, 3)
+    names = [(("r1", 1), (2, 3)), (("r", 11), (2, 3)), (("r", 1), (12, 3)), (("r", 1), (1, 23))]
+    assert len({checksums([], [0], key, [block]) for key, block in names}) == len(names)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +108,9 @@ def test_names_do_not_run_into_each_other():
         {"num_bytes": 1},
         {"num_bytes": -1},
         {"num_bytes": 1 << 62},
+        {"place": Place(1, 0, 0)},
+        {"place": Place(1, 0, 2 * LAYOUT.layer_bytes - 1)},
+        {"place": Place(1, 0, -(1 << 40))},
     ],
     ids=str,
 )
@@ -157,19 +173,50 @@ def mutated(messages: list[bytes]) -> st.SearchStrategy[bytes]:
     )
 
 
-HELLO = encode(KvHello(PROTOCOL_VERSION, "d", 1, "f", b"x" * 32, b"n" * 16))
-UP = [HELLO, encode(TicketMsg(TICKET)), encode(TicketCancel("r", 0)), encode(KvBeat())]
-DOWN = [encode(frame()[0]) + bytes(frame()[1]), encode(KvAbort("r", 0, 1, "overloaded", "x", True)), encode(KvBeat())]
+def hello(
+    proof: bytes = b"x" * 32,
+    worker_id: str = "evil",
+    fingerprint: str = "f",
+    transports: tuple[str, ...] = (Transport.TCP,),
+    probe: SegmentRef | None = None,
+    session: bytes = b"",
+) -> bytes:
+    return encode(
+        KvHello(KV_PROTOCOL, worker_id, 1, fingerprint, proof, b"n" * 16, transports, probe, 1 << 20, session)
+    )
+
+
+def welcome(secret: bytes, nonce: bytes, transport: str) -> bytes:
+    proof = make_proof(secret, Side.KV_LISTENER, b"p" * 16, nonce)
+    return encode(KvWelcome(KV_PROTOCOL, "evil", 1, "f", proof, transport, b"s" * 16))
+
+
+UP = [
+    hello(),
+    encode(TicketMsg(TICKET)),
+    encode(TicketCancel("r", 0)),
+    encode(KvWant("r", 0, 1, (0, 1))),
+    encode(KvRelease((0, 1))),
+    encode(KvBeat()),
+]
+PLACED = msgspec.structs.replace(frame()[0], place=Place(1, 0, 2 * LAYOUT.layer_bytes))
+DOWN = [
+    encode(frame()[0]) + frame()[1].tobytes(),
+    encode(KvAbort("r", 0, 1, "overloaded", "x", True)),
+    encode(KvBeat()),
+    encode(PLACED),
+    encode(KvSegment(1, SegmentRef("/proc/self/fd/0", 1 << 20, b"t" * 16))),
+]
 GARBAGE = st.one_of(st.binary(max_size=300), st.binary(max_size=80).map(lambda body: LENGTH.pack(len(body)) + body))
 
 
-async def hand_over(pair: Any, name: str) -> None:
+async def hand_over(pair: Any, name: str, seed: int = 0) -> None:
     pair.sender.offer(name, 0, 30)
     pair.receiver.request(pair.address, pair.ticket(name, [0, 1]))
-    pair.sender.send_blocks(name, 0, [0, 1], pair.layers([0, 1]))
+    pair.sender.send_blocks(name, 0, [0, 1], pair.layers([0, 1], seed))
     pair.sender.finish(name, 0, first_token(name))
     await until(lambda: (name, 0) in pair.decode.done)
-    pair.check_blocks(name, [0, 1])
+    pair.check_blocks(name, [0, 1], seed)
 
 
 @settings(max_examples=60, deadline=None)
@@ -183,7 +230,7 @@ def test_a_sender_survives_hostile_callers(hostile, past_handshake):
             nonce = from_prefill.decode(await reader.readexactly(size)).nonce
             if past_handshake:
                 proof = make_proof(b"secret", Side.KV_CALLER, nonce, b"n" * 16)
-                writer.write(encode(KvHello(PROTOCOL_VERSION, "evil", 1, "f", proof, b"n" * 16)))
+                writer.write(hello(proof))
             writer.write(b"".join(hostile))
             writer.write_eof()
             with contextlib.suppress(ConnectionResetError):
@@ -199,17 +246,16 @@ def test_a_sender_survives_hostile_callers(hostile, past_handshake):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.one_of(GARBAGE, mutated(DOWN)), min_size=1, max_size=4), st.booleans())
-def test_a_receiver_survives_a_hostile_prefill_worker(hostile, past_handshake):
+@given(st.lists(st.one_of(GARBAGE, mutated(DOWN)), min_size=1, max_size=4), st.booleans(), st.sampled_from(Transport))
+def test_a_receiver_survives_a_hostile_prefill_worker(hostile, past_handshake, transport):
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             nonce = b"p" * 16
             if past_handshake:
-                writer.write(encode(tcp.Challenge(nonce)))
+                writer.write(encode(Challenge(nonce)))
                 size = LENGTH.unpack(await reader.readexactly(4))[0]
-                hello = from_decode.decode(await reader.readexactly(size))
-                proof = make_proof(b"secret", Side.KV_LISTENER, nonce, hello.nonce)
-                writer.write(encode(KvHello(PROTOCOL_VERSION, "evil", 1, "f", proof, b"")))
+                caller = from_decode.decode(await reader.readexactly(size))
+                writer.write(welcome(b"secret", caller.nonce, transport))
                 size = LENGTH.unpack(await reader.readexactly(4))[0]
                 await reader.readexactly(size)
             writer.write(b"".join(hostile))
@@ -223,7 +269,7 @@ def test_a_receiver_survives_a_hostile_prefill_worker(hostile, past_handshake):
                 await writer.wait_closed()
 
     async def scenario():
-        async with open_pair("tcp") as pair:
+        async with open_pair(transport) as pair:
             server = await asyncio.start_server(serve, "127.0.0.1", 0)
             port = server.sockets[0].getsockname()[1]
             pair.receiver.request(PeerAddress("127.0.0.1", 0, port), TICKET)
@@ -233,7 +279,9 @@ def test_a_receiver_survives_a_hostile_prefill_worker(hostile, past_handshake):
             received = pair.decode.blocks.get(("r", 0), {})
             for place, index in enumerate(sorted(received)):
                 assert place == index
-                for layer, expected in zip(received[index], as_layers(memoryview(frame()[1]), 2, LAYOUT), strict=True):
+                for layer, expected in zip(
+                    received[index], as_layers(payload_rows(frame()[1], 2, LAYOUT), LAYOUT), strict=True
+                ):
                     assert layer.tobytes() == expected[index].tobytes()
             await asyncio.sleep(0.01)
 
@@ -241,22 +289,22 @@ def test_a_receiver_survives_a_hostile_prefill_worker(hostile, past_handshake):
 
 
 async def test_a_peer_that_falls_silent_is_given_up(monkeypatch):
-    monkeypatch.setattr(tcp, "SILENCE_S", 0.3)
+    monkeypatch.setattr(beats, "SILENCE_S", 0.3)
     async with open_pair("tcp") as pair:
         pair.sender.offer("r", 0, 30)
         pair.receiver.request(pair.address, pair.ticket("r", [0]))
         await until(lambda: pair.prefill.tickets)
         for link in pair.sender.links:
-            pair.sender.loop.remove_reader(link.connection._socket)
-            monkeypatch.setattr(link.connection, "send", lambda pieces: None)
-            link.connection.heard_at += 100
+            pair.sender.loop.remove_reader(link.main._socket)
+            monkeypatch.setattr(link.main, "send", lambda pieces: None)
+            link.main.heard_at += 100
         await until(lambda: pair.decode.failed)
         assert "said nothing" in str(pair.decode.failed["r", 0])
 
 
 async def test_beats_keep_an_idle_connection(monkeypatch):
-    monkeypatch.setattr(tcp, "SILENCE_S", 1.2)
-    monkeypatch.setattr(tcp, "BEAT_S", 0.2)
+    monkeypatch.setattr(beats, "SILENCE_S", 1.2)
+    monkeypatch.setattr(beats, "BEAT_S", 0.2)
     async with open_pair("tcp") as pair:
         await hand_over(pair, "a")
         link = next(iter(pair.sender.links))
@@ -266,27 +314,35 @@ async def test_beats_keep_an_idle_connection(monkeypatch):
 
 async def test_a_secret_that_differs_is_refused():
     async with open_pair("tcp") as pair:
-        receiver = TcpKvReceiver(pair.identity("d", "f"), b"guess", ears := DecodeEars())
+        receiver = NetKvReceiver(pair.identity("d", "f"), b"guess", ears := DecodeEars())
         receiver.request(pair.address, TICKET)
         await until(lambda: ears.failed)
         assert "secret" in str(ears.failed["r", 0])
         await receiver.close()
 
 
-async def test_payload_is_received_aligned_into_fresh_memory():
-    async with open_pair("tcp") as pair:
+@pytest.mark.parametrize("kind", list(Transport))
+async def test_memory_that_somebody_holds_is_not_used_again(kind):
+    async with open_pair(kind) as pair:
         await hand_over(pair, "a")
-        await hand_over(pair, "b")
-        starts = [pair.decode.blocks[name, 0][0][0].ctypes.data for name in ("a", "b")]
-        assert all(start % 64 == 0 for start in starts)
-        assert starts[0] != starts[1]
+        first = pair.decode.blocks["a", 0][0][0]
+        await hand_over(pair, "b", seed=1)
+        second = pair.decode.blocks["b", 0][0][0]
+        assert first.ctypes.data % 64 == second.ctypes.data % 64 == 0
+        assert not np.shares_memory(first, second)
+        pair.check_blocks("a", [0, 1])
+        place = first.ctypes.data
+        del first, second
+        await pair.check_nothing_held()
+        await hand_over(pair, "c", seed=2)
+        assert pair.decode.blocks["c", 0][0][0].ctypes.data == place, "memory that nobody holds is used again"
 
 
 def test_a_closed_connection_takes_no_more():
     async def scenario() -> None:
         async with open_pair("tcp") as pair:
             await hand_over(pair, "a")
-            connection: KvConnection = next(iter(pair.sender.links)).connection
+            connection: KvConnection = next(iter(pair.sender.links)).main
             connection.close(ProtocolError("over"))
             connection.send([b"x"])
             assert connection.queued_bytes == 0
@@ -306,7 +362,7 @@ async def test_the_listener_itself_refuses_another_layout():
         reader, writer = await asyncio.open_connection("127.0.0.1", pair.address.kv_port)
         challenge = await read_message(reader, from_prefill)
         proof = make_proof(b"secret", Side.KV_CALLER, challenge.nonce, b"n" * 16)
-        writer.write(encode(KvHello(PROTOCOL_VERSION, "other", 1, "g", proof, b"n" * 16)))
+        writer.write(hello(proof, "other", "g"))
         refused = await read_message(reader, from_prefill)
         assert refused.code == "layout_mismatch"
         assert await reader.read() == b""
@@ -318,7 +374,7 @@ async def test_before_the_handshake_a_message_is_small():
     async with open_pair("tcp") as pair:
         reader, writer = await asyncio.open_connection("127.0.0.1", pair.address.kv_port)
         await read_message(reader, from_prefill)
-        writer.write(LENGTH.pack(tcp.HANDSHAKE_BYTES + 1))
+        writer.write(LENGTH.pack(handshake.HANDSHAKE_BYTES + 1))
         assert await asyncio.wait_for(reader.read(), 3) == b""
         writer.close()
         await writer.wait_closed()
@@ -326,13 +382,13 @@ async def test_before_the_handshake_a_message_is_small():
 
 async def test_an_absurd_size_is_refused_before_memory_is_taken_for_it():
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(encode(tcp.Challenge(b"p" * 16)))
-        hello = await read_message(reader, from_decode)
-        proof = make_proof(b"secret", Side.KV_LISTENER, b"p" * 16, hello.nonce)
-        writer.write(encode(KvHello(PROTOCOL_VERSION, "evil", 1, "f", proof, b"")))
+        writer.write(encode(Challenge(b"p" * 16)))
+        caller = await read_message(reader, from_decode)
+        writer.write(welcome(b"secret", caller.nonce, Transport.TCP))
         await read_message(reader, from_decode)
         writer.write(encode(msgspec.structs.replace(frame()[0], num_bytes=1 << 45)))
-        await reader.read()
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
         writer.close()
 
     async with open_pair("tcp") as pair:
@@ -370,3 +426,83 @@ async def test_a_bug_of_the_worker_fails_the_request_and_not_the_transport():
         assert isinstance(logged[0], ZeroDivisionError)
         pair.decode.on_blocks = on_blocks
         await hand_over(pair, "next")
+
+
+@pytest.mark.parametrize(
+    ("offered", "probe", "chosen"),
+    [
+        ((Transport.SHARED_MEMORY, Transport.TCP), "right", Transport.SHARED_MEMORY),
+        ((Transport.TCP, Transport.SHARED_MEMORY), "right", Transport.TCP),
+        ((Transport.SHARED_MEMORY, Transport.TCP), "none", Transport.TCP),
+        ((Transport.SHARED_MEMORY, Transport.TCP), "other host", Transport.TCP),
+        ((Transport.SHARED_MEMORY, Transport.TCP), "no segment", Transport.TCP),
+        (("carrier pigeon", Transport.TCP), "right", Transport.TCP),
+        (("carrier pigeon",), "right", None),
+        ((Transport.SHARED_MEMORY,), "none", None),
+    ],
+)
+def test_the_transport_is_the_best_of_decode_that_prefill_can_do(offered, probe, chosen):
+    segment = Segment.create(64)
+    refs = {
+        "right": segment.ref,
+        "none": None,
+        "other host": SegmentRef(segment.ref.path, 64, b"?" * 16),
+        "no segment": SegmentRef("/proc/self/exe", 64, b"?" * 16),
+    }
+    message = from_decode.decode(hello(transports=offered, probe=refs[probe])[LENGTH.size :])
+    if chosen is None:
+        with pytest.raises(ProtocolError, match="no transport in common"):
+            handshake.choose(message, tuple(Transport))
+    else:
+        assert handshake.choose(message, tuple(Transport)) is chosen
+
+
+async def test_memory_that_cannot_be_mapped_after_all_ends_in_tcp(monkeypatch):
+    async with open_pair(Transport.SHARED_MEMORY) as pair:
+        pair.receiver.options = pair.sender._options = handshake.TransferOptions()
+        really_open = Segment.open
+
+        def only_probes(ref):
+            if ref.num_bytes >= ARENA_BYTES:
+                raise FileNotFoundError(ref.path)
+            return really_open(ref)
+
+        monkeypatch.setattr(Segment, "open", only_probes)
+        pair.sender.offer("r", 0, 30)
+        pair.receiver.request(pair.address, TICKET)
+        pair.sender.send_blocks("r", 0, [0, 1], pair.layers([0, 1]))
+        await until(lambda: pair.decode.failed)
+        assert pair.decode.failed["r", 0].retryable
+        await hand_over(pair, "next")
+        (link,) = pair.sender.links
+        assert link.transport is Transport.TCP
+
+
+async def test_what_a_lost_reader_may_still_read_is_never_written_again():
+    async with open_pair(Transport.SHARED_MEMORY) as pair:
+        await hand_over(pair, "a")
+        first = pair.sender.own_memory.arena
+        held = pair.decode.blocks["a", 0][0][0]
+        expected = held.tobytes()
+        pair.cut()
+        await until(lambda: not pair.sender.links)
+        for number in range(8):
+            await hand_over(pair, f"b{number}", seed=number + 1)
+        assert pair.sender.own_memory.arena is not first
+        assert held.tobytes() == expected
+
+
+async def test_a_session_takes_connections_of_its_own_worker_only():
+    async with open_pair("tcp") as pair:
+        await hand_over(pair, "a")
+        (link,) = pair.sender.links
+        for session, worker_id in ((link.session, "evil"), (b"?" * 16, "d")):
+            reader, writer = await asyncio.open_connection("127.0.0.1", pair.address.kv_port)
+            challenge = await read_message(reader, from_prefill)
+            proof = make_proof(b"secret", Side.KV_CALLER, challenge.nonce, b"n" * 16)
+            writer.write(hello(proof, worker_id, session=session))
+            assert "no such session" in (await read_message(reader, from_prefill)).message
+            writer.close()
+            await writer.wait_closed()
+        assert pair.sender.links == {link}
+        await hand_over(pair, "b")

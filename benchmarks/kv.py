@@ -1,0 +1,161 @@
+"""`baton bench kv`: how fast KV moves from a prefill to a decode worker, beside everything else that moves bytes here.
+
+Two processes and the endpoints that workers use, without the workers: from the moment the blocks are on the host until
+decode has verified the last of them. Every way moves the same bytes in turn, round after round, so that what else
+happens on the machine meets all alike; figures are medians, ratios are medians of each round's ratio. Other libraries
+take part where they are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from benchmarks.kv_baselines import JaxTransfer, Memcpy, MooncakeEngine, NixlAgent, RawSockets, has
+from benchmarks.kv_hand_off import HandOff, Way
+from benchmarks.table import Table
+from kv_transfer.layout import BlockLayout
+from kv_transfer.wire import Transport
+
+LAYOUT = BlockLayout(num_layers=16, page_size=16, num_kv_heads=8, head_dim=128, dtype="bfloat16")  # 1 MiB a block
+SMALL = BlockLayout(num_layers=16, page_size=16, num_kv_heads=1, head_dim=8, dtype="bfloat16")  # 8 KiB a block
+PROMPT_BLOCKS = 512 // LAYOUT.page_size
+MAX_CONNECTIONS = 4
+OTHERS: dict[str, tuple[str, Callable[[np.ndarray], Way]]] = {
+    "jax": ("jax", JaxTransfer),
+    "nixl": ("nixl", NixlAgent),
+    "mooncake": ("mooncake", MooncakeEngine),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    args = _parser().parse_args(argv)
+    sizes = [mebibytes << 20 for mebibytes in args.sizes]
+    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
+    fixed = _fixed_cost(args.rounds)
+    ways = _open_ways(max(sizes), args.connections, args.others)
+    try:
+        moves = [_measure(ways, size, args.rounds) for size in sizes]
+    finally:
+        for way in ways:
+            way.close()
+    _print_tables(moves, fixed)
+    if args.json:
+        print(json.dumps(summary(moves, fixed)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="baton bench kv", description=__doc__)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[1, 16, 256, 1024], metavar="MIB", help="of a hand-off")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--connections", type=int, default=2, help="of one pair over TCP")
+    parser.add_argument("--others", nargs="*", choices=list(OTHERS), default=list(OTHERS), help="other libraries")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    return parser
+
+
+@dataclass(slots=True)
+class Moves:
+    """One size: per way, seconds of each round and CPU seconds per round."""
+
+    num_bytes: int
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    cpu_s: dict[str, float] = field(default_factory=dict)
+
+    def rate(self, name: str) -> float:
+        """Median GB/s."""
+        return self.num_bytes / statistics.median(self.seconds[name]) / 1e9
+
+    def ratio(self, name: str, other: str) -> float:
+        """How many times as fast as `other`: the median over rounds."""
+        return statistics.median(
+            theirs / mine for mine, theirs in zip(self.seconds[name], self.seconds[other], strict=True)
+        )
+
+
+def _open_ways(max_bytes: int, num_connections: int, others: Sequence[str]) -> list[Way]:
+    source = np.random.default_rng(0).integers(0, 256, max_bytes, np.uint8)
+    ways: list[Way] = [
+        Memcpy(source),
+        HandOff("shared memory", Transport.SHARED_MEMORY, LAYOUT, source, 1),
+        HandOff("TCP", Transport.TCP, LAYOUT, source, num_connections),
+        *(RawSockets(n, source) for n in (1, 2, MAX_CONNECTIONS)),
+    ]
+    for name in others:
+        module, open_way = OTHERS[name]
+        if not has(module):
+            print(f"{name} is not installed", flush=True)
+            continue
+        try:
+            ways.append(open_way(source))
+        except (OSError, EOFError, ImportError, RuntimeError) as error:
+            print(f"{name} cannot be started: {error or type(error).__name__}", flush=True)
+    return ways
+
+
+def _measure(ways: Sequence[Way], num_bytes: int, rounds: int) -> Moves:
+    moves = Moves(num_bytes)
+    for way in ways:
+        way.move(num_bytes)
+        moves.seconds[way.name] = []
+        moves.cpu_s[way.name] = -way.cpu_s()
+    for _ in range(rounds):
+        for way in ways:
+            moves.seconds[way.name].append(way.move(num_bytes))
+    for way in ways:
+        moves.cpu_s[way.name] = (moves.cpu_s[way.name] + way.cpu_s()) / rounds
+    return moves
+
+
+def _fixed_cost(rounds: int) -> dict[str, float]:
+    """Milliseconds of a whole hand-off, ticket and all, of a 512-token prompt whose blocks are small."""
+    costs = {}
+    for name, transport in (("shared memory", Transport.SHARED_MEMORY), ("TCP", Transport.TCP)):
+        way = HandOff(name, transport, SMALL, np.zeros(PROMPT_BLOCKS * SMALL.block_bytes, np.uint8), 1)
+        way.whole_s(PROMPT_BLOCKS)
+        costs[name] = statistics.median(way.whole_s(PROMPT_BLOCKS) for _ in range(5 * rounds)) * 1e3
+        way.close()
+    return costs
+
+
+def _print_tables(moves: Sequence[Moves], fixed: dict[str, float]) -> None:
+    table = Table("way", *(f"{each.num_bytes >> 20} MiB: ms (GB/s)" for each in moves), "CPU s/GB at the largest")
+    for name in moves[0].seconds:
+        cells = [f"{statistics.median(each.seconds[name]) * 1e3:.2f} ({each.rate(name):.2f})" for each in moves]
+        table.add(name, *cells, f"{moves[-1].cpu_s[name] / moves[-1].num_bytes * 1e9:.3f}")
+    table.print()
+    table = Table("fixed cost of a hand-off, 512 tokens", "ms")
+    for name, milliseconds in fixed.items():
+        table.add(name, f"{milliseconds:.2f}")
+    table.print()
+
+
+def summary(moves: Sequence[Moves], fixed: dict[str, float]) -> dict[str, object]:
+    """The JSON object: ratios at 256 MiB where that was measured, else at the largest size."""
+    at = next((each for each in moves if each.num_bytes == 256 << 20), moves[-1])
+    raw = [name for name in at.seconds if name.startswith("raw")]
+    best_raw = max(raw, key=at.rate)
+    ours, others = ("shared memory", "TCP", "memcpy", *raw), {}
+    for name in at.seconds:
+        if name not in ours:
+            others[name] = round(at.ratio("TCP", name), 3)
+    return {
+        "shm_vs_memcpy": round(at.ratio("shared memory", "memcpy"), 3),
+        "tcp_vs_raw": round(at.ratio("TCP", best_raw), 3),
+        "fixed_ms_512": round(min(fixed.values()), 3),
+        "vs": others,
+        "gb_s": {name: {str(each.num_bytes >> 20): round(each.rate(name), 3) for each in moves} for name in at.seconds},
+        "cpu_s_per_gb": {name: round(at.cpu_s[name] / at.num_bytes * 1e9, 4) for name in at.seconds},
+        "load_average": round(os.getloadavg()[0], 1),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Blocks on the host: rows of bytes, their checksums, and their way into another memory.
+
+Rows are `[n, layer_bytes]` u8 arrays, one per layer; row i of each belongs to the same block. A block's checksum is
+xxh3_64 (Collet) over its bytes in all layers and its name, (request_id, epoch, block_index, generation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from kv_transfer.arena import Segment
+from kv_transfer.base import Layers
+from kv_transfer.layout import BlockLayout
+from kv_transfer.ticket import Ticket
+from kv_transfer.wire import KvBlocks, Place
+
+Rows = Sequence[np.ndarray]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HostBlocks:
+    """What a prefill worker handed over.
+
+    Attributes:
+        rows: per layer, all blocks.
+        place: where they lie in shared memory, if they do: the first row of the first layer, and the way to the next.
+    """
+
+    rows: tuple[np.ndarray, ...]
+    place: Place | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LandedBlocks:
+    """What arrived at a decode worker.
+
+    Attributes:
+        rows: per layer.
+        segment: the memory they lie in, None where no other process can map it.
+        offset: there, of the first layer's rows.
+        layer_stride: bytes from one layer's rows to the next one's.
+    """
+
+    rows: Rows
+    segment: Segment | None
+    offset: int
+    layer_stride: int
+
+
+def as_rows(layers: Layers, n: int, layout: BlockLayout) -> tuple[np.ndarray, ...]:
+    """The arrays' bytes, in place where they are contiguous; checked against the layout."""
+    if len(layers) != layout.num_layers:
+        raise ValueError(f"{len(layers)} layers, expected {layout.num_layers}")
+    for layer in layers:
+        if layer.shape != (n, *layout.shape) or layer.dtype.itemsize != layout.numpy_dtype.itemsize:
+            raise ValueError(f"{layer.dtype} {layer.shape}, expected {layout.dtype} {(n, *layout.shape)}")
+    return tuple(np.ascontiguousarray(layer).reshape(n, -1).view(np.uint8) for layer in layers)
+
+
+def payload_rows(payload: np.ndarray, n: int, layout: BlockLayout) -> list[np.ndarray]:
+    """The rows of a payload of n blocks, `[L * n * layer_bytes]` u8, in place."""
+    return list(payload.reshape(layout.num_layers, n, layout.layer_bytes))
+
+
+def strided_bytes(n: int, layer_stride: int, layout: BlockLayout) -> int:
+    """From the first to the last byte of n blocks whose layers lie `layer_stride` apart."""
+    return (layout.num_layers - 1) * layer_stride + n * layout.layer_bytes
+
+
+def strided_rows(memory: np.ndarray, n: int, layer_stride: int, layout: BlockLayout) -> list[np.ndarray]:
+    """The rows of n blocks in `[strided_bytes]` u8, in place."""
+    size = n * layout.layer_bytes
+    starts = range(0, layout.num_layers * layer_stride, layer_stride)
+    return [memory[start : start + size].reshape(n, layout.layer_bytes) for start in starts]
+
+
+def as_layers(rows: Rows, layout: BlockLayout) -> list[np.ndarray]:
+    """Rows as read-only arrays of the layout's dtype, `[n, page_size, 2K, H]`, in place."""
+    layers = [row.view(layout.numpy_dtype).reshape(-1, *layout.shape) for row in rows]
+    for layer in layers:
+        layer.flags.writeable = False
+    return layers
+
+
+def checksums(
+    rows: Rows, places: Sequence[int], ticket_key: tuple[str, int], blocks: Sequence[tuple[int, int]]
+) -> tuple[int, ...]:
+    """One per block of `places`, whose (block_index, generation) are `blocks`."""
+    hashers = [xxhash.xxh3_64() for _ in places]
+    for row in rows:
+        for hasher, place in zip(hashers, places, strict=True):
+            hasher.update(row[place])
+    return _named(hashers, ticket_key, blocks)
+
+
+def copy_with_checksums(
+    rows: Rows, places: range, targets: Rows, ticket_key: tuple[str, int], blocks: Sequence[tuple[int, int]]
+) -> tuple[int, ...]:
+    """Copy the rows at `places` to `targets` and return their checksums.
+
+    What was just written is hashed while it is still in the core's cache, layer by layer: one pass over memory.
+    """
+    hashers = [xxhash.xxh3_64() for _ in places]
+    updates = [hasher.update for hasher in hashers]
+    for row, target in zip(rows, targets, strict=True):
+        np.copyto(target, row[places.start : places.stop])
+        for update, piece in zip(updates, target, strict=True):
+            update(piece)
+    return _named(hashers, ticket_key, blocks)
+
+
+def is_intact(header: KvBlocks, rows: Rows) -> bool:
+    """Whether every block's bytes are those that were sent under that name."""
+    blocks = list(zip(header.blocks, header.generations, strict=True))
+    key = (header.request_id, header.epoch)
+    return checksums(rows, range(len(blocks)), key, blocks) == header.checksums
+
+
+def block_header(
+    ticket: Ticket,
+    blocks: Sequence[tuple[int, int]],
+    sums: tuple[int, ...],
+    layout: BlockLayout,
+    frame: int,
+    place: Place | None,
+) -> KvBlocks:
+    """Header of the (block_index, generation) `blocks`."""
+    return KvBlocks(
+        ticket.request_id,
+        ticket.epoch,
+        ticket.serial,
+        frame,
+        tuple(index for index, _ in blocks),
+        tuple(generation for _, generation in blocks),
+        (0, layout.num_layers),
+        (0, layout.num_kv_heads),
+        layout.dtype,
+        sums,
+        len(blocks) * layout.block_bytes,
+        place,
+    )
+
+
+def first_run(places: Sequence[int], limit: int) -> range:
+    """The longest run of consecutive places at the front, at most `limit`."""
+    count = 1
+    while count < min(limit, len(places)) and places[count] == places[0] + count:
+        count += 1
+    return range(places[0], places[0] + count)
+
+
+def _named(
+    hashers: Sequence[xxhash.xxh3_64], ticket_key: tuple[str, int], blocks: Sequence[tuple[int, int]]
+) -> tuple[int, ...]:
+    request_id, epoch = ticket_key
+    for hasher, (index, generation) in zip(hashers, blocks, strict=True):
+        hasher.update(f"{request_id} {epoch} {index} {generation}".encode())
+    return tuple(hasher.intdigest() for hasher in hashers)

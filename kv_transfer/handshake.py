@@ -1,0 +1,268 @@
+"""The first messages on a KV connection: who is there, do both know the secret, and which transport both can do.
+
+    prefill (listens)                       decode (calls)
+    Challenge -------------------------->
+              <-------------------------- KvHello, with a proof over both nonces
+    KvWelcome, with a proof likewise, or Refused with the reason
+
+Shared memory is chosen where the prefill worker can open the segment that decode probes with; who says so without
+being able to is found out at the first real segment, and the two agree on another transport.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from engine_core.errors import BatonError, LayoutMismatch, ProtocolError, TransferTimeout
+from engine_core.messages import Challenge, Refused
+from kv_transfer.arena import Segment, SegmentRef
+from kv_transfer.auth import Side, make_proof, new_nonce, proves
+from kv_transfer.connection import KvConnection
+from kv_transfer.endpoint import KvIdentity
+from kv_transfer.wire import (
+    KV_PROTOCOL,
+    MAX_HEADER_BYTES,
+    KvBlocks,
+    KvHello,
+    KvWelcome,
+    Transport,
+    encode,
+    from_decode,
+    from_prefill,
+)
+
+logger = logging.getLogger(__name__)
+
+HANDSHAKE_BYTES = 4096  # of a message before the handshake is over
+HANDSHAKE_TIMEOUT_S = 5.0
+PROBE_BYTES = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransferOptions:
+    """What one end can do, and how much memory it spends.
+
+    Attributes:
+        transports: best first.
+        num_connections: of one pair over TCP.
+        arena_bytes: prefill: shared memory for all decode workers together; decode: landing memory per prefill worker.
+    """
+
+    transports: tuple[Transport, ...] = (Transport.SHARED_MEMORY, Transport.TCP)
+    num_connections: int = 2
+    arena_bytes: int = 256 << 20
+
+
+class ListenerHandshake:
+    """Prefill's end of a connection until it is welcome.
+
+    Args:
+        accepted: the connected socket.
+        identity: of this worker.
+        secret: shared with decode workers, or None.
+        admit: takes the connection over; gives the transport and the session of the answer.
+        on_over: called once, however it ended.
+
+    `admit` may raise a BatonError, whose reason the caller is told.
+    """
+
+    def __init__(
+        self,
+        accepted: socket.socket,
+        identity: KvIdentity,
+        secret: bytes | None,
+        admit: Callable[[KvConnection, KvHello], tuple[Transport, bytes]],
+        on_over: Callable[[ListenerHandshake], None],
+    ) -> None:
+        self._identity = identity
+        self._secret = secret
+        self._admit = admit
+        self._on_over = on_over
+        self._nonce = new_nonce()
+        self.connection = KvConnection(accepted, from_decode, self)
+        self.connection.max_header_bytes = HANDSHAKE_BYTES
+        self._timeout = asyncio.get_running_loop().call_later(HANDSHAKE_TIMEOUT_S, self._give_up)
+        self.connection.send([encode(Challenge(self._nonce))])
+
+    # ConnectionEvents
+
+    def on_message(self, connection: KvConnection, message: Any) -> None:
+        """The hello, and nothing else."""
+        if not isinstance(message, KvHello):
+            raise ProtocolError(f"{type(message).__name__} before KvHello")
+        try:
+            self._check(message)
+            transport, session = self._admit(connection, message)
+        except BatonError as error:
+            connection.send([encode(Refused(error.code, str(error)))])
+            raise ProtocolError(str(error)) from error
+        self._timeout.cancel()
+        connection.max_header_bytes = MAX_HEADER_BYTES
+        identity = self._identity
+        proof = make_proof(self._secret, Side.KV_LISTENER, self._nonce, message.nonce)
+        welcome = KvWelcome(
+            KV_PROTOCOL, identity.worker_id, identity.incarnation, identity.fingerprint, proof, transport, session
+        )
+        connection.send([encode(welcome)])
+        self._on_over(self)
+
+    def on_header(self, connection: KvConnection, header: KvBlocks) -> np.ndarray | None:
+        """Never."""
+        raise ProtocolError("a decode worker sent blocks")
+
+    def on_payload(self, connection: KvConnection, header: KvBlocks, payload: np.ndarray) -> None:
+        """Never."""
+
+    def on_room(self, connection: KvConnection) -> None:
+        """Nothing waits."""
+
+    def on_closed(self, connection: KvConnection, error: Exception) -> None:
+        """Refused, silent, or gone."""
+        self._timeout.cancel()
+        logger.warning("a KV connection ended in its handshake: %s", error)
+        self._on_over(self)
+
+    def _check(self, hello: KvHello) -> None:
+        if hello.protocol != KV_PROTOCOL or not hello.worker_id:
+            raise ProtocolError(f"protocol {hello.protocol}, this worker speaks {KV_PROTOCOL}")
+        if not proves(hello.secret_proof, self._secret, Side.KV_CALLER, self._nonce, hello.nonce):
+            raise ProtocolError("wrong secret")
+        if hello.fingerprint != self._identity.fingerprint:
+            text = f"fingerprint {hello.fingerprint} of {hello.worker_id} is not this worker's"
+            raise LayoutMismatch(f"{text} {self._identity.fingerprint}")
+
+    def _give_up(self) -> None:
+        self.connection.close(ProtocolError("no KvHello in time"))
+
+
+class CallerHandshake:
+    """Decode's end of a connection until it is welcome.
+
+    Args:
+        connected: the connected socket.
+        identity: of this worker.
+        secret: shared with prefill workers, or None.
+        offer: what the hello offers, see `KvHello`.
+        on_welcome: takes the connection over; may raise ProtocolError.
+        on_failed: told why there is no welcome.
+    """
+
+    def __init__(
+        self,
+        connected: socket.socket,
+        identity: KvIdentity,
+        secret: bytes | None,
+        offer: Offer,
+        on_welcome: Callable[[KvConnection, KvWelcome], None],
+        on_failed: Callable[[Exception], None],
+    ) -> None:
+        self._identity = identity
+        self._secret = secret
+        self._offer = offer
+        self._on_welcome = on_welcome
+        self._on_failed = on_failed
+        self._nonces = (b"", b"")
+        self.connection = KvConnection(connected, from_prefill, self)
+        self.connection.max_header_bytes = HANDSHAKE_BYTES
+        self._timeout = asyncio.get_running_loop().call_later(HANDSHAKE_TIMEOUT_S, self._give_up)
+
+    # ConnectionEvents
+
+    def on_message(self, connection: KvConnection, message: Any) -> None:
+        """Challenge, then the welcome or the reason why not."""
+        match message:
+            case Challenge(nonce):
+                self._nonces = (nonce, new_nonce())
+                connection.send([encode(self._hello())])
+            case Refused(code, text):
+                raise (LayoutMismatch if code == LayoutMismatch.code else ProtocolError)(text)
+            case KvWelcome():
+                self._check(message)
+                self._timeout.cancel()
+                connection.max_header_bytes = MAX_HEADER_BYTES
+                self._on_welcome(connection, message)
+            case _:
+                raise ProtocolError(f"{type(message).__name__} before KvWelcome")
+
+    def on_header(self, connection: KvConnection, header: KvBlocks) -> np.ndarray | None:
+        """Not yet."""
+        raise ProtocolError("KvBlocks before KvWelcome")
+
+    def on_payload(self, connection: KvConnection, header: KvBlocks, payload: np.ndarray) -> None:
+        """Never."""
+
+    def on_room(self, connection: KvConnection) -> None:
+        """Nothing waits."""
+
+    def on_closed(self, connection: KvConnection, error: Exception) -> None:
+        """Refused, silent, or gone."""
+        self._timeout.cancel()
+        self._on_failed(error)
+
+    def _hello(self) -> KvHello:
+        identity, offer = self._identity, self._offer
+        return KvHello(
+            KV_PROTOCOL,
+            identity.worker_id,
+            identity.incarnation,
+            identity.fingerprint,
+            make_proof(self._secret, Side.KV_CALLER, *self._nonces),
+            self._nonces[1],
+            offer.transports,
+            offer.probe,
+            offer.window_bytes,
+            offer.session,
+        )
+
+    def _check(self, welcome: KvWelcome) -> None:
+        if welcome.protocol != KV_PROTOCOL:
+            raise ProtocolError(f"protocol {welcome.protocol}, this worker speaks {KV_PROTOCOL}")
+        if not proves(welcome.secret_proof, self._secret, Side.KV_LISTENER, *self._nonces):
+            raise ProtocolError("the prefill worker does not know the secret")
+        if welcome.fingerprint != self._identity.fingerprint:
+            raise LayoutMismatch(f"fingerprint {welcome.fingerprint} of {welcome.worker_id} is not this worker's")
+        if welcome.transport not in self._offer.transports:
+            raise ProtocolError(f"transport {welcome.transport!r} was not offered")
+
+    def _give_up(self) -> None:
+        self.connection.close(TransferTimeout("no KvWelcome in time"))
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Decode's part of the choice; the fields are those of `KvHello`."""
+
+    transports: tuple[Transport, ...]
+    probe: SegmentRef | None
+    window_bytes: int
+    session: bytes
+
+
+def choose(hello: KvHello, mine: tuple[Transport, ...]) -> Transport:
+    """The first of decode's transports that this end can do too.
+
+    Raises:
+        ProtocolError: there is none.
+    """
+    for transport in hello.transports:
+        if transport in mine and (transport != Transport.SHARED_MEMORY or _can_open(hello.probe)):
+            return Transport(transport)
+    raise ProtocolError(f"no transport in common: {', '.join(hello.transports)} against {', '.join(mine)}")
+
+
+def _can_open(probe: SegmentRef | None) -> bool:
+    if probe is None:
+        return False
+    try:
+        Segment.open(probe)
+    except (OSError, ProtocolError) as error:
+        logger.info("no shared memory with this decode worker: %s", error)
+        return False
+    return True
