@@ -17,11 +17,16 @@ from engine_core.models.spec import ModelSpec
 DEMO_DIR = Path(__file__).parent / "demo_model"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+SECOND_COPIES = ("consolidated*", "original/*", "onnx/*")  # of the weights, in other formats
 MAX_HEADER_BYTES = 100 << 20
 
 
 def resolve(name: str, revision: str, say: Callable[[str], None]) -> Path:
-    """The directory of a model: the embedded one, a directory, or a download from the Hugging Face hub."""
+    """The directory of a model: the embedded one, a directory, or a download from the Hugging Face hub.
+
+    Raises:
+        CheckpointError: it is none of these, or the hub cannot be reached or refuses.
+    """
     if name == DEMO:
         return DEMO_DIR
     path = Path(name).expanduser()
@@ -40,7 +45,10 @@ def _download(name: str, revision: str, say: Callable[[str], None]) -> Path:
     httpx = importlib.import_module("httpx")
     say(f"Looking up {name} on the Hugging Face hub ...")
     try:
-        return Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=list(HUB_FILES)))
+        directory = hub.snapshot_download(
+            name, revision=revision or None, allow_patterns=list(HUB_FILES), ignore_patterns=list(SECOND_COPIES)
+        )
+        return Path(directory)
     except errors.GatedRepoError:
         raise CheckpointError(f"{name} is gated: accept its terms on the hub and log in with `hf auth login`") from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
