@@ -144,12 +144,12 @@ def _check(q: jax.Array, k: jax.Array, v: jax.Array, cache: jax.Array, rows: Row
 def _platform() -> str:
     """Of the devices that the enclosing trace is for, which need not be this machine's."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    return jax.default_backend() if device is None else str(device.platform)
 
 
 def _device_kind() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.devices()[0].device_kind if device is None else device.device_kind
+    return jax.devices()[0].device_kind if device is None else str(device.device_kind)
 
 
 def _in_xla(
@@ -191,8 +191,7 @@ def _on_tpu(
         rows = replace(rows, num_decode=jnp.full((1,), num_rows, jnp.int32))
     if rows.num_decode is None:
         return _prefill(q, k, v, cache, layer, rows, scoring, interpret)
-    first = [array[:num_rows] for array in (q, k, v)]
-    decoded, cache = _decode(*first, cache, layer, rows, scoring, interpret)
+    decoded, cache = _decode(q[:num_rows], k[:num_rows], v[:num_rows], cache, layer, rows, scoring, interpret)
     if num_tokens == num_rows:
         return decoded, cache
     out, cache = _prefill(q, k, v, cache, layer, rows, scoring, interpret)

@@ -68,14 +68,15 @@ def store_heads(tokens: Any, word: jax.Array | int, heads: list[jax.Array], nati
 def load_rows(tokens: Any, count: int, native: bool) -> jax.Array:
     """Read all of the first `count` of f32 tokens `[n, words, 128]`: [count, words * 128]."""
     if not native:
-        return tokens[pl.ds(0, count)].reshape(count, -1)
+        values: jax.Array = tokens[pl.ds(0, count)]
+        return values.reshape(count, -1)
     words = tokens.shape[1]
     rows = tokens.reshape(tokens.shape[0] * words, _LANES)
     return jnp.concatenate([_strided(rows, word, count, words)[...] for word in range(words)], axis=1)
 
 
 def _load_words(tokens: Any, word: jax.Array | int, count: int, native: bool) -> jax.Array:
-    """[count, H] u32. The compiler takes a view of the reference, the interpreter, which knows none, the value's bits."""
+    """[count, H] u32. The compiler takes a view of the reference; the interpreter knows none, it gets the bits."""
     if not native:
         values = tokens[pl.ds(0, count), word]  # [count, pack, H]
         return pltpu.bitcast(values.reshape(-1, values.shape[-1]), jnp.uint32)
@@ -116,7 +117,7 @@ def _small(words: jax.Array, shift: jax.Array | int, dtype: Any) -> jax.Array:
     raised = words << jnp.asarray(24 - shift, jnp.uint32)
     if dtype == jnp.int8:
         return (pltpu.bitcast(raised, jnp.int32) >> 24).astype(jnp.float32)
-    info = jnp.finfo(dtype)
+    info = jnp.finfo(dtype)  # type: ignore[no-untyped-call]
     exponent_bias = 1 - info.minexp  # 7 for e4m3, 15 for e5m2
     magnitude = (raised >> 24) & jnp.uint32(0x7F)
     bits = (magnitude << (23 - info.nmant)) + jnp.uint32((127 - exponent_bias) << 23)

@@ -82,7 +82,7 @@ class _Group(NamedTuple):
 
     shape: TileShape
     head: jax.Array  # KV head
-    index: int  # lane group of that head
+    number: int  # lane group of that head
     buffer: int  # of its keys and values
     scores: int  # buffer of its scores
     masked: bool
@@ -144,10 +144,12 @@ def _group_queries(refs: TileRefs, sizes: TileSizes, group: _Group) -> jax.Array
     """[lanes, H]."""
     shape = group.shape
     if shape.heads == 1:
-        head, block = divmod(group.index, shape.blocks)
-        return refs.queries[group.head * sizes.group + head, pl.ds(block * shape.lanes, shape.lanes)]
-    first = group.head * sizes.group + group.index * shape.heads
-    return refs.queries[pl.ds(first, shape.heads), pl.ds(0, shape.tokens)].reshape(shape.lanes, -1)
+        head, block = divmod(group.number, shape.blocks)
+        queries: jax.Array = refs.queries[group.head * sizes.group + head, pl.ds(block * shape.lanes, shape.lanes)]
+        return queries
+    first = group.head * sizes.group + group.number * shape.heads
+    stacked: jax.Array = refs.queries[pl.ds(first, shape.heads), pl.ds(0, shape.tokens)]
+    return stacked.reshape(shape.lanes, -1)
 
 
 def _score(refs: TileRefs, sizes: TileSizes, group: _Group) -> jax.Array:
@@ -167,7 +169,7 @@ def _score(refs: TileRefs, sizes: TileSizes, group: _Group) -> jax.Array:
         if sizes.soft_cap is not None:
             scores = jnp.tanh(scores) * sizes.soft_cap
         if group.masked:
-            scores += refs.bias[group.index % group.shape.blocks, part, pl.ds(0, group.shape.lanes)]
+            scores += refs.bias[group.number % group.shape.blocks, part, pl.ds(0, group.shape.lanes)]
         refs.scores[group.scores, part, : group.shape.lanes] = scores
         top = scores.reshape(-1, 8, group.shape.lanes).max(0)
         highest = top if highest is None else jnp.maximum(highest, top)
@@ -178,7 +180,7 @@ def _score(refs: TileRefs, sizes: TileSizes, group: _Group) -> jax.Array:
 def _weigh(refs: TileRefs, sizes: TileSizes, group: _Group, highest: jax.Array) -> None:
     """Turn a lane group's scores into weights and add the values by them."""
     lanes = pl.ds(0, group.shape.lanes)
-    row = group.head * sizes.lane_groups(group.shape) + group.index
+    row = group.head * sizes.lane_groups(group.shape) + group.number
     before = refs.tops[row, :, lanes]
     top = jnp.maximum(before, highest)
     refs.tops[row, :, lanes] = top

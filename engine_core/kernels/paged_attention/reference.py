@@ -36,10 +36,8 @@ def attend(q: jax.Array, num_kv_heads: int, pages: jax.Array, rows: Rows, scorin
     """[T, N, H] over a cache that holds this step's tokens, `[num_pages, *page_shape]`."""
     num_rows, num_heads, head_dim = q.shape
     num_pages, page_size = pages.shape[:2]
-    if num_rows == rows.kv_lens.shape[0]:
-        cu_q_lens = jnp.arange(num_rows + 1, dtype=jnp.int32)
-    else:
-        cu_q_lens = rows.cu_q_lens
+    decode = num_rows == rows.kv_lens.shape[0]
+    cu_q_lens = jnp.arange(num_rows + 1, dtype=jnp.int32) if decode else rows.cu_q_lens
     heads = from_storage(pages).reshape(num_pages, page_size, -1, pages.shape[-1])[..., :head_dim].astype(jnp.float32)
     heads = heads[:, :, : 2 * num_kv_heads]
     k_scale, v_scale = (1.0 if scale is None else scale for scale in (scoring.k_scale, scoring.v_scale))

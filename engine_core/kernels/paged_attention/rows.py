@@ -73,10 +73,11 @@ class Scoring:
 
 
 def quantized(values: jax.Array, scale: jax.Array | float | None, dtype: Any) -> jax.Array:
-    """`values / scale` in the cache's dtype, rounded to nearest, clipped to its range if that is narrow."""
+    """`values / scale` in the cache's dtype where that is narrow: to the nearest, clipped; else `values`."""
     if dtype == jnp.uint16 or jnp.dtype(dtype).itemsize > 1:
         return values
     scaled = values.astype(jnp.float32) / (1.0 if scale is None else scale)
-    limits = jnp.iinfo(dtype) if dtype == jnp.int8 else jnp.finfo(dtype)
-    scaled = jnp.clip(scaled, float(limits.min), float(limits.max))
-    return (jnp.round(scaled) if dtype == jnp.int8 else scaled).astype(dtype)
+    if dtype == jnp.int8:
+        return jnp.round(jnp.clip(scaled, -128, 127)).astype(dtype)
+    highest = float(jnp.finfo(dtype).max)  # type: ignore[no-untyped-call]
+    return jnp.clip(scaled, -highest, highest).astype(dtype)

@@ -27,9 +27,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from engine_core.kernels.paged_attention import head_rows, prefill_tile
+from engine_core.kernels.paged_attention import head_rows, kv_words, prefill_tile
 from engine_core.kernels.paged_attention.prefill_tile import MASKED, TileRefs, TileShape, TileSizes
-from engine_core.kernels.paged_attention.rows import Rows, Scoring, quantized
+from engine_core.kernels.paged_attention.rows import Rows, Scoring
 
 _LANES = 128
 _LOG2_E = math.log2(math.e)
@@ -89,7 +89,7 @@ class _Refs(NamedTuple):
     kv_scales: Any  # [2] f32 SMEM
     sinks: Any  # [N] f32 SMEM, base 2; None: none
     q_hbm: Any  # [T, N / pack, pack, H]
-    new_hbm: Any  # [T, 2K / pack, pack, H]
+    new_hbm: Any  # [H / 128, T, 2K / pack, pack, 128]; where compiled, u32 words [H / 128, T, 2K / pack, 1, 128]
     tree_hbm: Any  # [T, M / 128, 128] f32; None: causal
     cache_in: Any  # aliased to `cache`
     out_hbm: Any  # [T, N / pack, pack, H]
@@ -126,7 +126,8 @@ class _Span(NamedTuple):
 
 
 def _q_len(refs: _Refs, row: jax.Array) -> jax.Array:
-    return refs.cu_q_lens[row + 1] - refs.cu_q_lens[row]
+    length: jax.Array = refs.cu_q_lens[row + 1] - refs.cu_q_lens[row]
+    return length
 
 
 def _seek(refs: _Refs, row: jax.Array) -> _Item:
@@ -144,15 +145,17 @@ def _advance(refs: _Refs, sizes: _Sizes, item: _Item) -> _Item:
     """The item after this one."""
     token = item.token + sizes.large.tokens
     more = token < _q_len(refs, item.row)
-    return lax.cond(more, lambda: _Item(item.row, token), lambda: _seek(refs, item.row + 1))
+    following: _Item = lax.cond(more, lambda: _Item(item.row, token), lambda: _seek(refs, item.row + 1))
+    return following
 
 
 def _visible_from(refs: _Refs, sizes: _Sizes, position: jax.Array) -> jax.Array:
     """First position that a query sees."""
     if not sizes.windowed:
-        return jnp.int32(0)
+        return jnp.zeros((), jnp.int32)
     window = refs.window[0]
-    return jnp.where(window > 0, jnp.maximum(position - window + 1, 0), 0)
+    first: jax.Array = jnp.where(window > 0, jnp.maximum(position - window + 1, 0), 0)
+    return first
 
 
 def _span(refs: _Refs, sizes: _Sizes, item: _Item) -> _Span:
@@ -182,16 +185,17 @@ def _start_write(refs: _Refs, sizes: _Sizes, row: jax.Array, tile: jax.Array) ->
     """Copy the new keys and values of one tile into their pages."""
     begin, end = _write_range(refs, sizes, row, tile)
     source = refs.cu_q_lens[row + 1] - refs.kv_lens[row]  # + position = token row
+    cache = refs.cache.bitcast(jnp.uint32) if sizes.tile.native else refs.cache
 
     def one(page: jax.Array, carry: None) -> None:
         low = jnp.maximum(begin, page * sizes.page_size)
         count = jnp.minimum(end, (page + 1) * sizes.page_size) - low
         page_id = refs.base_page[0] + refs.page_table[row * sizes.pages + page]
-        pltpu.make_async_copy(
-            refs.new_hbm.at[pl.ds(source + low, count)],
-            refs.cache.at[page_id, pl.ds(low - page * sizes.page_size, count)],
-            refs.new_sem,
-        ).start()
+        places = pl.ds(low - page * sizes.page_size, count)
+        for fold in range(refs.new_hbm.shape[0]):
+            lanes = pl.ds(fold * _LANES, _LANES)
+            target = cache.at[page_id, places, slice(None), slice(None), lanes]
+            pltpu.make_async_copy(refs.new_hbm.at[fold, pl.ds(source + low, count)], target, refs.new_sem).start()
 
     lax.fori_loop(lax.div(begin, sizes.page_size), lax.div(end - 1, sizes.page_size) + 1, one, None)
 
@@ -208,8 +212,9 @@ def _start_first_write(refs: _Refs, sizes: _Sizes, item: _Item) -> None:
 def _await_write(refs: _Refs, sizes: _Sizes, row: jax.Array, tile: jax.Array) -> None:
     """Wait for the new tokens of a tile; then start to write those of the next one, of this row or the next."""
     begin, end = _write_range(refs, sizes, row, tile)
-    written = refs.new_hbm.at[pl.ds(0, end - begin)]
-    pltpu.make_async_copy(written, written, refs.new_sem).wait()
+    for fold in range(refs.new_hbm.shape[0]):
+        written = refs.new_hbm.at[fold, pl.ds(0, end - begin)]
+        pltpu.make_async_copy(written, written, refs.new_sem).wait()
     more = end < refs.kv_lens[row]
     pl.when(more)(lambda: _start_write(refs, sizes, row, tile + 1))
     pl.when(jnp.logical_not(more))(lambda: _start_first_write(refs, sizes, _seek(refs, row + 1)))
@@ -482,13 +487,11 @@ def prefill(  # noqa: PLR0913
     pages = cache.reshape(-1, *cache.shape[2:])
     _check(q, k.shape[1], pages, tiles)
     sizes = _sizes(q, k.shape[1], pages.shape[1], rows, scoring, tiles, interpret is False)
-    words, pack, width = pages.shape[2:]
+    width = pages.shape[4]
     q_pack = 4 // q.dtype.itemsize
     heads = -(-num_heads // q_pack) * q_pack
     queries = _pad_to(q, (num_tokens, heads, width)).reshape(num_tokens, heads // q_pack, q_pack, width)
-    sides = [quantized(k, scoring.k_scale, pages.dtype), quantized(v, scoring.v_scale, pages.dtype)]
-    new = jnp.stack(sides, axis=2).astype(pages.dtype).reshape(num_tokens, -1, head_dim)
-    new = _pad_to(new, (num_tokens, words * pack, width)).reshape(num_tokens, words, pack, width)
+    new = _packed_new(k, v, pages, scoring, interpret is False)
     num_rows = jnp.full((1,), sizes.rows, jnp.int32)
     num_decode = jnp.zeros_like(num_rows) if rows.num_decode is None else rows.num_decode.reshape(1)
     scales = [1.0 if scale is None else scale for scale in (scoring.k_scale, scoring.v_scale)]
@@ -508,6 +511,20 @@ def prefill(  # noqa: PLR0913
     ]
     out, pages = _call(inputs, sizes, interpret)
     return out.reshape(num_tokens, heads, width)[:, :num_heads, :head_dim], pages.reshape(cache.shape)
+
+
+def _packed_new(k: jax.Array, v: jax.Array, pages: jax.Array, scoring: Scoring, native: bool) -> jax.Array:
+    """New keys and values as in the cache, by 128 lanes; see `_Refs.new_hbm`."""
+    words, pack, width = pages.shape[2:]
+    layout = kv_words.WordLayout(kv_heads=k.shape[1], words=words, pack=pack, width=width)
+    keys = k if scoring.k_scale is None else k.astype(jnp.float32) / scoring.k_scale
+    values = v if scoring.v_scale is None else v.astype(jnp.float32) / scoring.v_scale
+    packed = kv_words.pack_words(keys, values, layout, pages.dtype)
+    folds = jnp.stack([packed[:, :, lane : lane + _LANES] for lane in range(0, width, _LANES)])
+    if native:
+        return folds[:, :, :, None]
+    parts = lax.bitcast_convert_type(folds, pages.dtype)
+    return parts[:, :, :, None] if pack == 1 else jnp.swapaxes(parts, 3, 4)
 
 
 def _packed_tree(custom_mask: jax.Array) -> jax.Array:
@@ -537,7 +554,8 @@ def _call(inputs: list[jax.Array | None], sizes: _Sizes, interpret: Any) -> tupl
         fields: list[Any] = [None if array is None else next(rest) for array in inputs]
         fields += [next(rest) for _ in range(4)]  # out, cache, q, out
         fields += [None if tree is None else next(rest), next(rest)]
-        _kernel(_Refs(*fields, TileRefs(*[next(rest) for _ in tile]), *rest), sizes)
+        fields += [TileRefs(*[next(rest) for _ in tile]), *rest]
+        _kernel(_Refs(*fields), sizes)
 
     smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pl.ANY)
     num_hbm = 3 if tree is None else 4
