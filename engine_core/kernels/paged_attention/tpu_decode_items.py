@@ -7,7 +7,7 @@ compiler can spread them between vector instructions.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,10 @@ _CLEARED = 8  # tokens cleared at a time
 
 
 class Cursor(NamedTuple):
-    """The next item to fetch. `index == count`: none is left, and its tokens lie beyond the last sequence's end."""
+    """The next item to fetch. `place == end`: none is left, and its tokens lie beyond the last sequence's end."""
 
-    index: jax.Array  # [] i32, of the sequence
-    count: jax.Array  # [] i32, sequences in all
+    place: jax.Array  # [] i32, of its sequence among the sequences
+    end: jax.Array  # [] i32, number of sequences
     row: jax.Array  # [] i32
     length: jax.Array  # [] i32, tokens of the sequence, the new one too
     position: jax.Array  # [] i32, of the item's first token
@@ -34,32 +34,31 @@ class Cursor(NamedTuple):
     @property
     def live(self) -> jax.Array:
         """[] bool."""
-        return self.index < self.count
+        return self.place < self.end
 
 
 def list_sequences(refs: Refs, sizes: Sizes) -> jax.Array:
     """Fill `sequences`; their number. The other rows' results are zeros, whose copies start here."""
 
-    def length(row: jax.Array) -> jax.Array:
-        return jnp.where(row < refs.num_decode[0], refs.kv_lens[row], 0)
+    def empty(row: jax.Array) -> Any:
+        return (row >= refs.num_decode[0]) | (refs.kv_lens[row] <= 0)
 
     def note(row: jax.Array, count: jax.Array) -> jax.Array:
         refs.sequences[count] = row
-        return count + (length(row) > 0).astype(jnp.int32)
+        following: jax.Array = count + 1 - empty(row).astype(jnp.int32)
+        return following
 
-    def blank(row: jax.Array, _: None) -> None:
-        @pl.when(length(row) <= 0)
-        def _() -> None:
-            pltpu.make_async_copy(refs.zeros, refs.out.at[row], refs.sems.at[RESULTS]).start()
+    def blank(row: jax.Array, carry: None) -> None:
+        pl.when(empty(row))(pltpu.make_async_copy(refs.zeros, refs.out.at[row], refs.sems.at[RESULTS]).start)
 
     refs.sequences[0] = 0
-    count = lax.fori_loop(0, sizes.rows, note, jnp.int32(0))
+    count: jax.Array = lax.fori_loop(0, sizes.rows, note, jnp.int32(0))
     refs.sequences[count] = refs.sequences[jnp.maximum(count - 1, 0)]
     pl.when(count < sizes.rows)(lambda: lax.fori_loop(0, sizes.rows, blank, None))
     return count
 
 
-def _first_visible(refs: Refs, sizes: Sizes, length: jax.Array) -> jax.Array:
+def _first_visible(refs: Refs, sizes: Sizes, length: Any) -> Any:
     if not sizes.windowed:
         return jnp.int32(0)
     window = refs.window[0]
@@ -69,12 +68,12 @@ def _first_visible(refs: Refs, sizes: Sizes, length: jax.Array) -> jax.Array:
 def visible_from(refs: Refs, sizes: Sizes, item: jax.Array) -> jax.Array:
     """The first visible token, counted in the item."""
     row, position = refs.item_row[item], refs.item_position[item]
-    return _first_visible(refs, sizes, refs.kv_lens[row]) - position
+    return jnp.asarray(_first_visible(refs, sizes, refs.kv_lens[row]) - position)
 
 
 def visible_to(refs: Refs, item: jax.Array) -> jax.Array:
     """The end of the sequence, counted in the item."""
-    return refs.kv_lens[refs.item_row[item]] - refs.item_position[item]
+    return jnp.asarray(refs.kv_lens[refs.item_row[item]] - refs.item_position[item])
 
 
 def is_last(refs: Refs, sizes: Sizes, item: jax.Array) -> jax.Array:
@@ -83,20 +82,20 @@ def is_last(refs: Refs, sizes: Sizes, item: jax.Array) -> jax.Array:
     return (tokens > 0) & (tokens <= sizes.tiles.tile_kv)
 
 
-def begin(refs: Refs, sizes: Sizes, index: jax.Array, count: jax.Array) -> Cursor:
+def begin(refs: Refs, sizes: Sizes, place: jax.Array, end: jax.Array) -> Cursor:
     """Cursor at the first item of a sequence, or at the end."""
-    row = refs.sequences[index]
+    row = refs.sequences[place]
     length = refs.kv_lens[row]
     page = lax.div(_first_visible(refs, sizes, length), sizes.page_size)
-    position = jnp.where(index < count, page * sizes.page_size, jnp.maximum(length, 1))
-    return Cursor(index, count, row, length, position, jnp.int32(1))
+    position = jnp.where(place < end, page * sizes.page_size, jnp.maximum(length, 1))
+    return Cursor(place, end, row, length, position, jnp.int32(1))
 
 
 def advance(refs: Refs, sizes: Sizes, cursor: Cursor) -> Cursor:
     """The item after this one."""
     position = cursor.position + sizes.tiles.tile_kv
     ended = position >= cursor.length
-    other = begin(refs, sizes, jnp.minimum(cursor.index + ended.astype(jnp.int32), cursor.count), cursor.count)
+    other = begin(refs, sizes, jnp.minimum(cursor.place + ended.astype(jnp.int32), cursor.end), cursor.end)
     same = cursor._replace(position=position, first=jnp.int32(0))
     return Cursor(*(jnp.where(ended, there, here) for there, here in zip(other, same, strict=True)))
 
@@ -230,12 +229,10 @@ def send_results(refs: Refs, sizes: Sizes, slot: jax.Array) -> None:
     """Start the copies of the results of sequences that end in a group."""
     start = slot * sizes.tiles.group
 
-    def send(edge: jax.Array, _: None) -> None:
+    def send(edge: jax.Array, carry: None) -> None:
         item = start + refs.edges[start + edge]
         row = refs.item_row[item]
-
-        @pl.when(is_last(refs, sizes, item))
-        def _() -> None:
-            pltpu.make_async_copy(refs.q.at[row], refs.out.at[row], refs.sems.at[RESULTS]).start()
+        copy = pltpu.make_async_copy(refs.q.at[row], refs.out.at[row], refs.sems.at[RESULTS])
+        pl.when(is_last(refs, sizes, item))(copy.start)
 
     lax.fori_loop(0, refs.num_edges[slot], send, None)
