@@ -18,7 +18,17 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from engine_core.messages import Cancel, Decode, Load, PeerAddress, Prefill, TokenChunk, Tokens, WorkerInfo
+from engine_core.messages import (
+    Cancel,
+    Decode,
+    Load,
+    PeerAddress,
+    Prefill,
+    SnapshotRequest,
+    TokenChunk,
+    Tokens,
+    WorkerInfo,
+)
 from engine_core.types import FinishReason, Numerics, Role
 from engine_core.types import Request as EngineRequest
 from kv_transfer.control import ControlServer, GatewayLink
@@ -59,8 +69,10 @@ class FakeEngine:
         self._server.broadcast(Load(0, 0, 0, 999, False, 0))
         return info
 
-    def on_request(self, link: GatewayLink, message: Prefill | Decode | Cancel) -> None:
+    def on_request(self, link: GatewayLink, message: Prefill | Decode | Cancel | SnapshotRequest) -> None:
         """See GatewayEvents."""
+        if isinstance(message, SnapshotRequest):
+            return
         if isinstance(message, Cancel):
             self._active.pop(message.request_id, None)
             return

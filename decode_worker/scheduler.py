@@ -78,10 +78,10 @@ class _Landed:
 
 @dataclass(slots=True)
 class _Flight:
-    """A dispatched step and whose rows it holds: (sequence, row, first token of this worker)."""
+    """A dispatched step and whose rows it holds: (sequence, row)."""
 
     step: PendingStep
-    rows: list[tuple[Seq, int, bool]] = field(default_factory=list)
+    rows: list[tuple[Seq, int]] = field(default_factory=list)
 
 
 class DecodeScheduler:
@@ -261,7 +261,7 @@ class DecodeScheduler:
             if chunk.is_last:
                 chunk.sequence.token_on_host = False
                 self._running.append(chunk.sequence)
-                flight.rows.append((chunk.sequence, row, True))
+                flight.rows.append((chunk.sequence, row))
         self._inflight.append(flight)
 
     def _dispatch_chunks(self, chunks: list[Chunk]) -> PendingStep:
@@ -281,7 +281,7 @@ class DecodeScheduler:
             sequence.num_sampled += 1
             sequence.token_on_host = False
         self._meter.decode(batch)
-        self._inflight.append(_Flight(step, [(sequence, row, False) for row, sequence in enumerate(batch)]))
+        self._inflight.append(_Flight(step, [(sequence, row) for row, sequence in enumerate(batch)]))
 
     def _with_pages(self, batch: list[Seq]) -> list[Seq]:
         """Those of `batch` that have a page for their next token, once the youngest have made room."""
@@ -315,12 +315,13 @@ class DecodeScheduler:
             return
         tokens = flight.step.tokens()
         self._meter.read()
-        for sequence, row, is_first in flight.rows:
+        for sequence, row in flight.rows:
             if sequence.finished:
                 continue
             num_top = sequence.request.sampling.logprobs
             logprobs = flight.step.logprobs(row, num_top) if num_top is not None else None
-            cached = sequence.num_cached if is_first else 0
+            cached = 0 if sequence.cached_told else sequence.num_cached
+            sequence.cached_told = True
             chunks.append(sequence.accept(tokens[row], self._eos, logprobs, cached))
             if sequence.finished:
                 self._running.remove(sequence)

@@ -6,9 +6,10 @@ BatonError(http_status, retryable)
 ├ RequestError                400; `param` names the offending field
 │ ├ RequestTooLong            400 context_length_exceeded
 │ └ RequestCancelled          499
-├ CapacityError               503, retryable
+├ CapacityError               503, retryable; `reason` and `retry_after_s` are for the client
 │ ├ NoFreePages
-│ └ NoWorkerAvailable
+│ ├ NoWorkerAvailable
+│ └ Overloaded                429
 ├ DeadlineExceeded            504
 ├ WorkerDied                  502, retryable: the router moves the request
 ├ ProtocolError               a peer broke the wire contract: its connection is closed
@@ -81,11 +82,18 @@ class RequestCancelled(RequestError):
 
 
 class CapacityError(BatonError):
-    """Nothing can take the request now; another attempt later may succeed."""
+    """Nothing can take the request now; another attempt later may succeed.
+
+    Attributes:
+        reason: which limit was hit, for a response header.
+        retry_after_s: when another attempt makes sense.
+    """
 
     http_status = 503
     retryable = True
     code = "overloaded"
+    reason = "unavailable"
+    retry_after_s = 1.0
 
 
 class NoFreePages(CapacityError):
@@ -98,6 +106,23 @@ class NoWorkerAvailable(CapacityError):
     """No worker of the needed role is in the fleet."""
 
     code = "no_worker_available"
+    reason = "no_worker"
+
+
+class Overloaded(CapacityError):
+    """There are workers, and more requests than they can serve in time.
+
+    Args:
+        reason, retry_after_s: see CapacityError.
+    """
+
+    http_status = 429
+    code = "server_overloaded"
+
+    def __init__(self, message: str, reason: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after_s = retry_after_s
 
 
 class DeadlineExceeded(BatonError):

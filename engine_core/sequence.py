@@ -23,6 +23,7 @@ class Sequence:
         num_sampled: generated tokens, counting those dispatched and not read yet.
         slot: row of the slot state, -1 while it has none.
         hashes: block hashes of the full blocks of `token_ids`, as far as they have been needed.
+        cached_told: its owner has been told `num_cached`.
         token_on_host: the next step's input is the last of `token_ids`; else it is on the device, in the slot.
         finished: no more tokens are wanted; rows of it still in flight are ignored.
     """
@@ -36,6 +37,7 @@ class Sequence:
     slot: int = -1
     pages: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
+    cached_told: bool = False
     token_on_host: bool = False
     finished: bool = False
 

@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from engine_core.batch import Chunk
 from engine_core.messages import StepSums
 from engine_core.sequence import Sequence as Seq
@@ -71,8 +73,8 @@ class StepMeter:
         if self._to_skip:
             self._to_skip -= 1
         elif len(self._samples) < MAX_SAMPLES:
-            totals = [sum(column) for column in zip(*(step.counts for step in steps), strict=True)]
-            self._samples.append(StepSums(*totals, seconds=seconds))
+            totals: list[int] = [sum(column) for column in zip(*(step.counts for step in steps), strict=True)]
+            self._samples.append(msgspec.convert([*totals, seconds], StepSums))
 
     def drain(self) -> list[StepSums]:
         """Take the samples since the last call."""

@@ -68,6 +68,7 @@ def build_app(service: Service) -> FastAPI:
     }
     _add_model_routes(app, service, check_key)
     _add_operator_routes(app, service, check_key)
+    _add_explanation_route(app, service, check_key)
     _add_error_handlers(app)
     return app
 
@@ -141,6 +142,18 @@ def _add_operator_routes(app: FastAPI, service: Service, check_key: KeyCheck) ->
         """The configuration, without secrets."""
         check_key(request.scope)
         return _json(service.config.public())
+
+
+def _add_explanation_route(app: FastAPI, service: Service, check_key: KeyCheck) -> None:
+    @app.get("/explain/{request_id}")
+    async def explain(request_id: str, request: Request) -> Response:
+        """Why a recent request went where it did: the decisions of all its attempts, in seconds."""
+        check_key(request.scope)
+        decisions = service.decisions.of(request_id.rpartition("-")[2])
+        if not decisions:
+            message = f"This gateway does not know the request '{request_id[:200]}' (any more)."
+            raise HttpError(404, message, "unknown_request", "request_id")
+        return _json({"request_id": decisions[0].request_id, "attempts": decisions})
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -61,7 +61,7 @@ class BlockTable:
         """Slot of each key, -1 where it is absent."""
         slots = np.full(len(keys), -1, np.int64)
         buckets = self._buckets(keys)
-        hits = np.flatnonzero(self._keys.take(buckets.reshape(-1), axis=0).reshape(len(keys), -1) == keys[:, None])
+        hits = np.flatnonzero(self._keys.take(buckets.reshape(-1), axis=0).reshape(-1, 2 * BUCKET) == keys[:, None])
         rows, columns = np.divmod(hits, 2 * BUCKET)
         slots[rows] = buckets.reshape(-1)[hits // BUCKET] * BUCKET + columns % BUCKET
         return slots

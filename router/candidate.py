@@ -64,13 +64,15 @@ class Candidate:
     """
 
     __slots__ = (
+        "_gone_rows",
         "_head_since",
         "_kv_tokens",
-        "_placed",
         "_prefill_us",
         "_recent_rows",
         "_recent_s",
         "_rows",
+        "_unheard",
+        "_unheard_sum",
         "_work",
         "breaker",
         "info",
@@ -102,7 +104,9 @@ class Candidate:
         self._prefill_us = 0
         self._rows: dict[int, Work] = {}
         self._kv_tokens = 0
-        self._placed = Work(0, 0, 0, 0)  # since the last beat, which cannot know of it
+        self._unheard: dict[int, Work] = {}  # placed since the last beat, which cannot know of it
+        self._unheard_sum = Work(0, 0, 0, 0)
+        self._gone_rows = 0  # that ended since the last beat, which still counts them
         self._recent_s = Recent()
         self._recent_rows = Recent()
 
@@ -130,7 +134,8 @@ class Candidate:
             self._rows[number] = work
             self._kv_tokens += work.kv_tokens
             self._recent_rows.add(1.0, now)
-        self._placed = Work(*(a + b for a, b in zip(self._placed, work, strict=True)))
+        self._unheard[number] = work
+        self._unheard_sum = _plus(self._unheard_sum, work, 1)
 
     def release_prefill(self, number: int, now: float) -> None:
         """The prompt has been read, or never will be. Again is fine."""
@@ -141,6 +146,10 @@ class Candidate:
             self._prefill_us -= work.prefill_us
             if is_head:
                 self._head_since = now
+            unheard = self._unheard.get(number)
+            if unheard is not None:
+                self._unheard[number] = unheard._replace(prefill_tokens=0, prefill_us=0)
+                self._unheard_sum = _plus(self._unheard_sum, Work(work.prefill_tokens, work.prefill_us, 0, 0), -1)
 
     def release(self, number: int, now: float) -> None:
         """The request is over here. Again is fine."""
@@ -148,17 +157,27 @@ class Candidate:
         work = self._rows.pop(number, None)
         if work is not None:
             self._kv_tokens -= work.kv_tokens
+        unheard = self._unheard.pop(number, None)
+        if unheard is not None:
+            self._unheard_sum = _plus(self._unheard_sum, unheard, -1)
+        elif work is not None:
+            self._gone_rows += 1
 
     def told(self, load: Load, now: float) -> None:
         """A beat."""
         self.load = load
         self.load_at = now
-        self._placed = Work(0, 0, 0, 0)
+        self._hear()
 
     def lost(self) -> None:
         """The connection ended: what it said says nothing any more."""
         self.load = None
-        self._placed = Work(0, 0, 0, 0)
+        self._hear()
+
+    def _hear(self) -> None:
+        self._unheard.clear()
+        self._unheard_sum = Work(0, 0, 0, 0)
+        self._gone_rows = 0
 
     def queue_s(self, now: float) -> float:
         """Seconds of prefill that a new prompt would wait for.
@@ -172,13 +191,14 @@ class Candidate:
         if self.load is None or not self.load.queued_tokens:
             return max(own, 0.0)
         told = self.steps.prefill_s(self.load.queued_tokens, 0, self.info.chunk_tokens) - (now - self.load_at)
-        return max(own, told + self._placed.prefill_us / 1e6, 0.0)
+        return max(own, told + self._unheard_sum.prefill_us / 1e6, 0.0)
 
     def num_rows(self) -> int:
         """Sequences that decode here or soon will."""
         if self.load is None:
             return len(self._rows)
-        return max(len(self._rows), self.load.running + self.load.waiting + self._placed.rows)
+        told = self.load.running + self.load.waiting + self._unheard_sum.rows - self._gone_rows
+        return max(len(self._rows), told)
 
     def kv_tokens(self, num_rows: int) -> float:
         """KV tokens of so many rows; those of other gateways are taken for average ones of ours."""
@@ -190,7 +210,7 @@ class Candidate:
         """Pages short of `num_pages`, after what was placed since the last beat."""
         if self.load is None:
             return 0
-        placed = -(-self._placed.kv_tokens // self.info.page_size)
+        placed = -(-self._unheard_sum.kv_tokens // self.info.page_size)
         return max(0, num_pages + placed - self.load.free_pages)
 
     def utilization(self, now: float) -> float:
@@ -200,3 +220,7 @@ class Candidate:
     def arrivals(self, now: float) -> float:
         """Decoding requests placed here per second, lately."""
         return self._recent_rows.value(now) / WINDOW_S
+
+
+def _plus(one: Work, other: Work, sign: int) -> Work:
+    return Work(*(a + sign * b for a, b in zip(one, other, strict=True)))

@@ -36,7 +36,7 @@ class LinearModel:
     """
 
     def __init__(self, prior: Sequence[float], scale: Sequence[float]) -> None:
-        self.coefficients = tuple(prior)
+        self.coefficients: tuple[float, ...] = tuple(prior)
         self.num_samples = 0
         self._scale = np.array(scale)
         self._prior = np.array(prior) * self._scale
@@ -100,7 +100,7 @@ class StepModel:
 
     def __init__(self, teacher: StepModel | None) -> None:
         self._model = LinearModel(teacher.coefficients if teacher else _STEP_PRIOR, _STEP_SCALE)
-        self.coefficients = self._model.coefficients
+        self.coefficients: tuple[float, ...] = self._model.coefficients
 
     @property
     def is_trusted(self) -> bool:
@@ -142,19 +142,27 @@ class TransferModel:
     def __init__(self) -> None:
         self._fleet = LinearModel(_TRANSFER_PRIOR, _TRANSFER_SCALE)
         self._links: dict[tuple[Hashable, Hashable], LinearModel] = {}
+        self._samples: dict[tuple[Hashable, Hashable], list[tuple[int, float]]] = {}
         self._rows: dict[Hashable, int] = {}
         self._free_rows: list[int] = []
         self._known = np.full((0, 0, 2), np.nan)  # [source, target, (fixed, per byte)]
 
     def learn(self, source: Hashable, target: Hashable, num_bytes: int, seconds: float) -> None:
-        """What one hand-over took, from the end of prefill to the last byte's arrival."""
-        link = self._links.get((source, target))
-        if link is None:
-            link = self._links[source, target] = LinearModel(self._fleet.coefficients, _TRANSFER_SCALE)
-        for model in (self._fleet, link):
-            model.learn([(1.0, num_bytes)], [seconds])
-        row, column = self._row(source), self._row(target)
-        self._known[row, column] = link.coefficients
+        """What one hand-over took, from the end of prefill to the last byte's arrival; `fit` makes use of it."""
+        self._samples.setdefault((source, target), []).append((num_bytes, seconds))
+
+    def fit(self) -> None:
+        """Call a few times a second."""
+        samples, self._samples = self._samples, {}
+        for pair, of_link in samples.items():
+            link = self._links.get(pair)
+            if link is None:
+                link = self._links[pair] = LinearModel(self._fleet.coefficients, _TRANSFER_SCALE)
+            features, seconds = [(1.0, num_bytes) for num_bytes, _ in of_link], [took for _, took in of_link]
+            for model in (self._fleet, link):
+                model.learn(features, seconds)
+            row, column = self._row(pair[0]), self._row(pair[1])  # which may replace the array
+            self._known[row, column] = link.coefficients
 
     def coefficients(self, sources: Sequence[Hashable], targets: Sequence[Hashable]) -> tuple[Floats, Floats]:
         """Seconds of a hand-over of nothing, and per byte: each `[len(sources), len(targets)]` or a scalar array."""
@@ -168,6 +176,7 @@ class TransferModel:
 
     def forget(self, worker: Hashable) -> None:
         """Drop the links of a worker."""
+        self._samples = {pair: samples for pair, samples in self._samples.items() if worker not in pair}
         row = self._rows.pop(worker, None)
         if row is not None:
             self._links = {pair: model for pair, model in self._links.items() if worker not in pair}

@@ -131,7 +131,7 @@ def _requests(
             own = sampling
             if index:
                 own = msgspec.structs.replace(sampling, seed=choice_seed(sampling.seed, index))
-            requests.append(Request(secrets.token_hex(16), prompt, len(prompt), own))
+            requests.append(Request(secrets.token_hex(16), prompt, len(prompt), own, service.salt))
             choices.append(Choice(service.codec.detokenizer(prompt, is_chat), stops))
     return requests, choices, n
 

@@ -8,12 +8,13 @@ from http import HTTPStatus
 
 from starlette.types import Receive, Scope, Send
 
-from engine_core.errors import BatonError
+from engine_core.errors import BatonError, CapacityError
 from router.answers import usage_of
 from router.dialects import Dialect, Job
 from router.http import (
     SSE_HEADERS,
     ClientGone,
+    Headers,
     HttpError,
     KeyCheck,
     check_json_type,
@@ -23,6 +24,7 @@ from router.http import (
     send_json,
 )
 from router.service import Generation, Service
+from router.wishes import Wishes, read_wishes
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +40,16 @@ class GenerateEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request. Nothing that happens here reaches another one."""
         exchange = Exchange(self._service, send)
+        arrived_at = asyncio.get_running_loop().time()
         watch: DisconnectWatch | None = None
         try:
             if scope["method"] != "POST":
                 raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, "use POST", "method_not_allowed")
-            self._check_key(scope)
+            wishes = read_wishes(scope, self._check_key(scope))
             check_json_type(scope)
             body = await read_body(scope, receive, self._service.config.max_body_bytes)
             watch = DisconnectWatch(receive)
-            await exchange.run(await self._dialect.prepare(body))
+            await exchange.run(await self._dialect.prepare(body), arrived_at, wishes)
         except ClientGone:
             exchange.status = ClientGone.http_status
         except asyncio.CancelledError:
@@ -103,18 +106,19 @@ class Exchange:
         status: for the metrics.
     """
 
-    __slots__ = ("_send", "_service", "_started", "status")
+    __slots__ = ("_debug", "_send", "_service", "_started", "status")
 
     def __init__(self, service: Service, send: Send) -> None:
         self._service = service
         self._send = send
         self._started = False
+        self._debug = False
         self.status = 500
 
-    async def run(self, job: Job) -> None:
+    async def run(self, job: Job, arrived_at: float, wishes: Wishes) -> None:
         """Generate and answer."""
-        loop = asyncio.get_running_loop()
-        generation = await self._service.generate(job.requests, loop.time())
+        generation = await self._service.generate(job.requests, arrived_at, wishes)
+        self._debug = wishes.debug
         try:
             if job.stream:
                 await self._stream(job, generation)
@@ -128,6 +132,8 @@ class Exchange:
         if watch is not None:
             watch.close()
         self.status = error.http_status
+        if isinstance(error, CapacityError):
+            self._service.metrics.refused[error.reason] += 1
         if self._started:
             event = b"data: " + error_json(error) + b"\n\n"
             await self._send({"type": "http.response.body", "body": event, "more_body": False})
@@ -147,7 +153,7 @@ class Exchange:
                             generation.stop(index)
         self.status = 200
         self._started = True
-        await send_json(self._send, 200, job.writer.end(_usage(job, generation)))
+        await send_json(self._send, 200, job.writer.end(_usage(job, generation)), self._placed(generation))
 
     async def _stream(self, job: Job, generation: Generation) -> None:
         """Headers leave with the first tokens, and all that one wake-up finds leaves at once."""
@@ -166,12 +172,25 @@ class Exchange:
             if not self._started:
                 self._started = True
                 self.status = 200
-                await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
+                headers = SSE_HEADERS + self._placed(generation)
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
             if not remaining:
                 out.append(job.writer.end(_usage(job, generation)))
             body = b"".join(out)
             if body:
                 await send({"type": "http.response.body", "body": body, "more_body": remaining > 0})
+
+    def _placed(self, generation: Generation) -> Headers:
+        """A header that says where the first choice ran, for those who asked."""
+        option = generation.placed() if self._debug else None
+        if option is None:
+            return []
+        text = (
+            f"prefill={option.prefill or option.decode}; decode={option.decode}; "
+            f"held_prefill={option.held_prefill_tokens}; held_decode={option.held_decode_tokens}; "
+            f"ttft_ms={1000 * option.terms.ttft_s:.2f}; cost_ms={1000 * option.terms.total_s:.2f}"
+        )
+        return [(b"x-baton-placement", text.encode("latin-1", "replace"))]
 
 
 def _usage(job: Job, generation: Generation) -> dict[str, object]:

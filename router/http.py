@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hmac
+import math
 from collections.abc import Sequence
 from http import HTTPStatus
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from engine_core.errors import BatonError, RequestError
+from engine_core.errors import BatonError, CapacityError, RequestError
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -121,10 +122,14 @@ class KeyCheck:
     def __init__(self, keys: Sequence[str]) -> None:
         self._keys = [key.encode() for key in keys]
 
-    def __call__(self, scope: Scope) -> None:
-        """Raises HttpError 401. Every key is compared, in constant time."""
+    def __call__(self, scope: Scope) -> int | None:
+        """Which key the client has; None where none is needed. Every key is compared, in constant time.
+
+        Raises:
+            HttpError: 401.
+        """
         if not self._keys:
-            return
+            return None
         scheme, _, given = (header(scope, b"authorization") or b"").partition(b" ")
         matches = [hmac.compare_digest(given.strip(), key) for key in self._keys]
         if scheme.lower() != b"bearer" or not any(matches):
@@ -132,6 +137,7 @@ class KeyCheck:
                 "Incorrect API key provided." if given else "No API key provided: send 'Authorization: Bearer KEY'."
             )
             raise HttpError(HTTPStatus.UNAUTHORIZED, message, "invalid_api_key")
+        return matches.index(True)
 
 
 async def send_json(send: Send, status: int, body: bytes, extra: Headers | None = None) -> None:
@@ -145,8 +151,9 @@ async def send_error(send: Send, error: BatonError) -> None:
     """The OpenAI error object with its status."""
     extra: Headers = []
     status = error.http_status
-    if status == 503:
-        extra.append((b"retry-after", b"1"))
+    if isinstance(error, CapacityError):
+        extra.append((b"retry-after", b"%d" % math.ceil(error.retry_after_s)))
+        extra.append((b"x-baton-refused", error.reason.encode()))
     elif status == 401:
         extra.append((b"www-authenticate", b"Bearer"))
     elif isinstance(error, HttpError) and error.close:

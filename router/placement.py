@@ -41,6 +41,8 @@ class PlacementConfig:
         affinity_s: what it is worth to send a session where it was before.
         local_prefill_tokens: a decode worker may read a prompt itself where at most so many tokens are to be computed;
             -1: any number.
+        overcommit: a decode worker has room for so many more sequences than it has slots, as a share: they hand over.
+        max_backlog_s: of prompts at a prefill worker, beyond which it has no room.
     """
 
     queue: float = 1.0
@@ -51,6 +53,8 @@ class PlacementConfig:
     crowding: float = 1.0
     affinity_s: float = 0.005
     local_prefill_tokens: int = -1
+    overcommit: float = 0.25
+    max_backlog_s: float = 2.0
 
 
 class Placement:
@@ -59,18 +63,27 @@ class Placement:
     Attributes:
         prefill: None where the decode worker reads the prompt itself.
         decision: why.
+        prefill_tokens: to be computed.
         transfer_bytes: KV that the decode worker is expected to lack; 0 for local prefill.
     """
 
-    __slots__ = ("_number", "decision", "decode", "prefill", "transfer_bytes")
+    __slots__ = ("_number", "decision", "decode", "prefill", "prefill_tokens", "transfer_bytes")
 
     def __init__(
-        self, number: int, prefill: Candidate | None, decode: Candidate, decision: Decision, transfer_bytes: int
+        self,
+        number: int,
+        prefill: Candidate | None,
+        decode: Candidate,
+        decision: Decision,
+        *,
+        prefill_tokens: int,
+        transfer_bytes: int,
     ) -> None:
         self._number = number
         self.prefill = prefill
         self.decode = decode
         self.decision = decision
+        self.prefill_tokens = prefill_tokens
         self.transfer_bytes = transfer_bytes
 
     def release_prefill(self, now: float) -> None:
@@ -79,9 +92,10 @@ class Placement:
 
     def release(self, now: float) -> None:
         """The attempt is over."""
-        if self.prefill is not None:
-            self.prefill.release(self._number, now)
-        self.decode.release(self._number, now)
+        for worker in (self.prefill, self.decode):
+            if worker is not None:
+                worker.release(self._number, now)
+                worker.breaker.abandoned()
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +231,33 @@ class JointPlacement:
         for kind, of_kind in keys.items():
             self._index.predict([worker.key for worker in chosen if _kind(worker) == kind], of_kind)
         return placement
+
+    def has_room(self, prefill: Sequence[Candidate], decode: Sequence[Candidate], now: float) -> bool:
+        """Whether a request placed now would begin soon; else it had better wait where order can still be changed."""
+        config = self._config
+        if not any(
+            worker.usable and worker.num_rows() < (1 + config.overcommit) * max(worker.info.num_slots, 1)
+            for worker in decode
+        ):
+            return False
+        readers = [worker for worker in prefill if worker.usable] or [worker for worker in decode if worker.usable]
+        return any(worker.queue_s(now) <= config.max_backlog_s for worker in readers)
+
+    def handed_over(self, placement: Placement, seconds: float) -> None:
+        """The decode worker's first token came so long after the prefill worker's."""
+        source, target = placement.prefill, placement.decode
+        if source is None:
+            return
+        rows = target.num_rows()
+        if rows > target.info.num_slots:  # it may have waited for a slot
+            return
+        waited_s = target.steps.decode_s(rows, target.kv_tokens(rows))
+        chunks = num_chunks(source, placement.prefill_tokens)
+        self._transfers.learn(source.key, target.key, placement.transfer_bytes // chunks, max(0.0, seconds - waited_s))
+
+    def expected_tokens(self, request: Request) -> float:
+        """Of prompt and answer."""
+        return len(request.token_ids) + min(float(request.sampling.max_tokens), self._output_tokens.value)
 
     def finished(self, num_output_tokens: int) -> None:
         """A request ended after so many tokens."""
@@ -367,13 +408,15 @@ class JointPlacement:
         held = options.locals.held[column]
         source: Candidate | None = None
         if row == len(options.sources.workers):
-            _reserve(target, number, _reading(target, held, num_tokens)._replace(rows=1, kv_tokens=num_tokens), now)
+            reading = _reading(target, held, num_tokens)
+            _reserve(target, number, reading._replace(rows=1, kv_tokens=num_tokens), now)
         else:
             source = options.sources.workers[row]
-            _reserve(source, number, _reading(source, options.sources.held[row], num_tokens), now)
+            reading = _reading(source, options.sources.held[row], num_tokens)
+            _reserve(source, number, reading, now)
             _reserve(target, number, Work(0, 0, 1, num_tokens), now)
         moved = transfer_bytes(target, held, num_tokens) if source else 0
-        return Placement(number, source, target, decision, moved)
+        return Placement(number, source, target, decision, prefill_tokens=reading.prefill_tokens, transfer_bytes=moved)
 
 
 def _reserve(worker: Candidate, number: int, work: Work, now: float) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from engine_core.errors import BatonError, WorkerDied
-from engine_core.messages import Failed, Load, Tokens, WorkerInfo
+from engine_core.messages import BlockEvents, BlockSnapshot, Failed, Load, Measured, Tokens, WorkerInfo
 from engine_core.types import Role
 from kv_transfer.control import ControlClient
+from router.block_feed import BlockFeed
+from router.block_index import BlockIndex
+from router.candidate import Candidate
 from router.clients import MakeClient
+from router.cost_model import StepModel, TransferModel
 
 if TYPE_CHECKING:
     from router.stream import Stream
@@ -36,35 +41,37 @@ class FleetListener(Protocol):
         """All that was asked of the worker is lost."""
         ...
 
+    def on_room(self, now: float) -> None:
+        """Some worker may have room for more."""
+        ...
+
 
 class WorkerState:
     """One life of one worker, as this gateway sees it. Hears its connection (`WorkerEvents`).
 
     Attributes:
-        load: its last beat.
+        candidate: as placement sees it.
+        feed: what it says of its prefix cache; None where it keeps none.
         connected: whether it said that it is this very incarnation.
         leaving: no longer a member: it may finish what it has, and gets nothing new.
-        suspect: silent for longer than it should be.
         streams: those of this gateway that need it.
-        reserved_requests, reserved_tokens: of those streams (tokens: prompts that it has not finished reading).
-        placed_requests, placed_tokens: of these, what its last beat cannot know of yet.
     """
 
     def __init__(self, info: WorkerInfo, registry: Registry, make_client: MakeClient) -> None:
         self.info = info
-        self.load: Load | None = None
+        self.candidate = Candidate(info, StepModel(registry.teacher(info.role)))
+        self.feed = BlockFeed(registry.index, self.candidate.key) if info.block_namespace else None
         self.connected = False
         self.leaving = False
-        self.suspect = False
         self.streams: set[Stream] = set()
-        self.reserved_requests = 0
-        self.reserved_tokens = 0
-        self.placed_requests = 0
-        self.placed_tokens = 0
-        self.turn = 0
         self._registry = registry
         self._listener = registry.listener
         self.client = make_client(info.address, self)
+
+    @property
+    def load(self) -> Load | None:
+        """Its last beat."""
+        return self.candidate.load
 
     @property
     def usable(self) -> bool:
@@ -83,9 +90,11 @@ class WorkerState:
         if (info.worker_id, info.incarnation) != (self.info.worker_id, self.info.incarnation):
             logger.warning("expected worker %s, found %s.%d", self.name, info.worker_id, info.incarnation)
             return
-        self.info = info
+        self.info = self.candidate.info = info
         self.connected = True
-        self.suspect = False
+        self.candidate.suspect = False
+        if self.feed is not None:
+            client.send(self.feed.connected(client.heard_at))
         logger.info("worker %s (%s) connected", self.name, info.role)
         self._registry.changed()
 
@@ -100,24 +109,43 @@ class WorkerState:
     def on_load(self, client: ControlClient, message: Load) -> None:
         """The progress beat."""
         before = self.usable
-        self.load = message
+        self.candidate.told(message, client.heard_at)
         if not self.connected and client.info is not None:  # it was silent, and is back
             self.on_connected(client, client.info)
-        self.placed_requests = 0
-        self.placed_tokens = 0
         if self.usable != before:
             self._registry.changed()
+        self._listener.on_room(client.heard_at)
+
+    def on_measured(self, client: ControlClient, message: Measured) -> None:
+        """How long some steps took."""
+        self.candidate.steps.learn(message.steps)
+
+    def on_blocks(self, client: ControlClient, message: BlockEvents | BlockSnapshot) -> None:
+        """What its prefix cache holds."""
+        if self.feed is None:
+            return
+        if isinstance(message, BlockEvents):
+            self.feed.on_events(message, client.heard_at)
+        else:
+            self.feed.on_snapshot(message, client.heard_at)
 
     def on_lost(self, client: ControlClient, error: BatonError) -> None:
         """The connection ended; the client reconnects by itself."""
         self.lose(error)
+
+    def tick(self, now: float) -> None:
+        """A few times a second: ask for what its feed lacks."""
+        question = self.feed.tick(now) if self.feed is not None and self.connected else None
+        if question is not None:
+            with contextlib.suppress(WorkerDied):  # `lose` follows
+                self.client.send(question)
 
     def lose(self, error: BatonError) -> None:
         """Give up what was asked of it."""
         if self.connected:
             logger.warning("worker %s lost with %d requests: %s", self.name, len(self.streams), error)
         self.connected = False
-        self.load = None
+        self.candidate.lost()
         self._registry.changed()
         self._listener.on_lost(self, error)
 
@@ -125,8 +153,12 @@ class WorkerState:
 class Registry:
     """The members of the fleet, and a connection to each.
 
+    Args:
+        index, transfers: shared with placement; workers fill them.
+
     Attributes:
         prefill, decode: workers that may get new requests.
+        candidates: all workers by role, as placement sees them.
         leaving: whether some worker left and still has requests of ours.
         max_model_len: tokens of prompt plus answer that all of them take; 0 before there were any.
     """
@@ -136,11 +168,16 @@ class Registry:
         listener: FleetListener,
         make_client: MakeClient,
         *,
+        index: BlockIndex,
+        transfers: TransferModel,
         colocated: bool,
         suspect_after_s: float,
         lost_after_s: float,
     ) -> None:
         self.listener = listener
+        self.index = index
+        self.candidates: dict[Role, list[Candidate]] = {role: [] for role in Role}
+        self._transfers = transfers
         self.workers: dict[tuple[str, int], WorkerState] = {}
         self.prefill: list[WorkerState] = []
         self.decode: list[WorkerState] = []
@@ -185,6 +222,10 @@ class Registry:
     def changed(self) -> None:
         """Some worker became usable or ceased to be."""
         usable = [worker for worker in self.workers.values() if worker.usable]
+        for role in Role:
+            self.candidates[role] = [w.candidate for w in self.workers.values() if w.info.role is role]
+        for worker in self.workers.values():
+            worker.candidate.usable = worker.usable
         self.prefill = [worker for worker in usable if worker.info.role is Role.PREFILL]
         self.decode = [worker for worker in usable if worker.info.role is Role.DECODE]
         self.leaving = any(worker.leaving for worker in self.workers.values())
@@ -207,9 +248,21 @@ class Registry:
         for key, worker in list(self.workers.items()):
             if worker.leaving and not worker.streams:
                 del self.workers[key]
+                self.candidates[worker.info.role].remove(worker.candidate)
+                self._forget(worker)
                 task = asyncio.get_running_loop().create_task(worker.client.close())
                 self._closing.add(task)
                 task.add_done_callback(self._closing.discard)
+
+    def teacher(self, role: Role) -> StepModel | None:
+        """A worker of this role whose steps are known well."""
+        models = (worker.candidate.steps for worker in self.workers.values() if worker.info.role is role)
+        return next((model for model in models if model.is_trusted), None)
+
+    def _forget(self, worker: WorkerState) -> None:
+        if worker.feed is not None:
+            worker.feed.close()
+        self._transfers.forget(worker.candidate.key)
 
     async def close(self) -> None:
         """Hang up on all workers."""
@@ -229,9 +282,12 @@ class Registry:
             await asyncio.sleep(WATCH_INTERVAL_S)
             now = loop.time()
             late = max(late - WATCH_INTERVAL_S, now - due)
+            self.index.tick(now)
+            self._transfers.fit()
             for worker in list(self.workers.values()):
+                worker.tick(now)
                 if worker.connected and worker.load is not None:
                     silent_s = now - worker.client.heard_at - late
-                    worker.suspect = silent_s > self._suspect_after_s
+                    worker.candidate.suspect = silent_s > self._suspect_after_s
                     if silent_s > self._lost_after_s:
                         worker.lose(WorkerDied(f"worker {worker.name} has been silent for {silent_s:.1f} s"))

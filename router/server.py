@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import hashlib
 import logging
 import os
 import socket
@@ -53,6 +54,7 @@ class Gateway:
         codec = TextCodec.load(model_dir, config.inline_tokenize_chars, self._threads)
         self._make_client = make_client or connect_with(secret, f"gateway-{socket.gethostname()}-{os.getpid()}")
         self._codec = codec
+        self._salt = block_salt(secret)
         self._socket: socket.socket | None = None
         self._server: _Server
         self._serving: asyncio.Task[None]
@@ -65,7 +67,7 @@ class Gateway:
         Raises:
             ConfigError: the address cannot be had.
         """
-        self.service = Service(self._config, self._codec, self._make_client)
+        self.service = Service(self._config, self._codec, self._make_client, self._salt)
         self.service.start()
         self._socket = _listen(self._config.host, self._config.port)
         self.port = self._socket.getsockname()[1]
@@ -113,6 +115,14 @@ class Gateway:
     async def stop(self) -> None:
         """Close now."""
         await self.drain(STOP_S)
+
+
+def block_salt(secret: bytes | None) -> bytes:
+    """Keys the block hashes of a cluster: nobody outside can make two prompts share a block.
+
+    Without a secret everything listens on loopback only, and there is nobody outside.
+    """
+    return b"" if secret is None else hashlib.blake2b(secret, digest_size=16, person=b"baton.salt").digest()
 
 
 class _Server(uvicorn.Server):

@@ -5,25 +5,42 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from engine_core.errors import BatonError, CapacityError, DeadlineExceeded, NoWorkerAvailable, WorkerDied
+from engine_core.errors import (
+    BatonError,
+    CapacityError,
+    DeadlineExceeded,
+    NoWorkerAvailable,
+    Overloaded,
+    RequestError,
+    TransferError,
+    WorkerDied,
+)
 from engine_core.messages import Cancel, Decode, Failed, Prefill, TokenChunk, Tokens, WorkerInfo
-from engine_core.types import Request
+from engine_core.types import Request, Role
+from router.admission import AdmissionQueue, Entry
+from router.block_index import BlockIndex
 from router.clients import MakeClient
 from router.config import GatewayConfig
+from router.cost_model import TransferModel
+from router.decision import Decisions, Option
 from router.mailbox import Item, Mailbox
 from router.metrics import Metrics
-from router.placement import LeastLoad, Placement
+from router.placement import JointPlacement, Placement, PlacementConfig
 from router.registry import Registry, WorkerState
+from router.retry_budget import RetryBudget
 from router.stream import Stage, Stream
 from router.tokenizer import TextCodec
+from router.wishes import Wishes
 
 logger = logging.getLogger(__name__)
 
 DEADLINE_INTERVAL_S = 0.5
+INDEX_BLOCKS = 100_000  # room to begin with; it grows
 RETRY_DELAY_S = 0.05  # before a request goes to a worker that failed it, times the number of attempts
 
 
@@ -47,8 +64,16 @@ class Generation:
         """Enough of choice `index`: a stop string was found."""
         self._service.cancel(self._streams[index])
 
+    def placed(self) -> Option | None:
+        """Where the first choice runs, or ran last."""
+        decisions = self._service.decisions.of(self._streams[0].request.request_id)
+        return decisions[-1].chosen if decisions else None
+
     def cached_tokens(self, n: int) -> int:
-        """Prompt tokens that were found in a prefix cache, counted for one of the `n` choices of each prompt."""
+        """Prompt tokens that were found in prefix caches, counted for one of the `n` choices of each prompt.
+
+        What both workers of a choice hold counts once.
+        """
         return sum(stream.cached_tokens for stream in self._streams[::n])
 
     def close(self) -> None:
@@ -58,26 +83,46 @@ class Generation:
 
 
 class Service:
-    """Sends requests to workers and hears their answers. Everything runs on the event-loop thread."""
+    """Sends requests to workers and hears their answers. Everything runs on the event-loop thread.
 
-    def __init__(self, config: GatewayConfig, codec: TextCodec, make_client: MakeClient) -> None:
+    Args:
+        salt: secret; keys the block hashes. The same in all gateways of a cluster.
+
+    Attributes:
+        decisions: why recent requests went where they did.
+    """
+
+    def __init__(self, config: GatewayConfig, codec: TextCodec, make_client: MakeClient, salt: bytes) -> None:
         self.config = config
         self.codec = codec
+        self.salt = salt
         self.metrics = Metrics()
+        self.decisions = Decisions()
+        self.index = BlockIndex(INDEX_BLOCKS)
+        transfers = TransferModel()
         self.draining = False
         self.registry = Registry(
             self,
             make_client,
+            index=self.index,
+            transfers=transfers,
             colocated=config.colocated,
             suspect_after_s=config.suspect_after_s,
             lost_after_s=config.lost_after_s,
         )
         self.metrics.workers = self.registry.workers.values()
-        self._placement = LeastLoad(self.registry, config.local_prefill_tokens)
+        self.metrics.index = self.index
+        self._placement = JointPlacement(
+            self.index,
+            transfers,
+            PlacementConfig(local_prefill_tokens=config.local_prefill_tokens, max_backlog_s=config.max_backlog_s),
+        )
+        self._queue = AdmissionQueue(config.max_waiting, config.weights())
+        self._waiting: dict[Entry, tuple[Stream, asyncio.Future[None]]] = {}
+        self._retry_budget = RetryBudget()
         self._streams: dict[str, Stream] = {}
         self._retries: set[asyncio.Task[None]] = set()
         self._watch_task: asyncio.Task[None] | None = None
-        self._deadline_ms = int(config.request_timeout_s * 1000)
 
     @property
     def fingerprint(self) -> str:
@@ -96,6 +141,9 @@ class Service:
     async def close(self) -> None:
         """End what runs; hang up on all workers."""
         self.draining = True
+        for _, placed in self._waiting.values():
+            if not placed.done():
+                placed.set_exception(CapacityError("the gateway is shutting down"))
         for stream in list(self._streams.values()):
             self._fail(stream, CapacityError("the gateway is shutting down"))
         tasks = [*self._retries, *([self._watch_task] if self._watch_task else [])]
@@ -110,18 +158,19 @@ class Service:
             await self._wait_for_worker()
         return self.registry.max_model_len
 
-    async def generate(self, requests: Sequence[Request], arrived_at: float) -> Generation:
-        """Place every request; the i-th becomes choice i.
+    async def generate(self, requests: Sequence[Request], arrived_at: float, wishes: Wishes) -> Generation:
+        """Place every request, as soon as there is room; the i-th becomes choice i.
 
         Raises:
-            CapacityError: draining, too much in progress, or no worker within the time allowed.
+            Overloaded: too much in progress, or it would take too long.
+            CapacityError: draining, or no worker within the time allowed.
         """
         if self.draining:
             raise CapacityError("the gateway is shutting down")
         if len(self._streams) + len(requests) > self.config.max_concurrent_choices:
-            raise CapacityError("too many requests in progress")
+            raise Overloaded("too many requests in progress", "too_many_requests", 1.0)
         mailbox = Mailbox()
-        streams = [Stream(request, index, mailbox, arrived_at) for index, request in enumerate(requests)]
+        streams = [Stream(request, i, mailbox, arrived_at, wishes.session) for i, request in enumerate(requests)]
         generation = Generation(self, streams, mailbox)
         for stream in streams:
             self._streams[stream.request.request_id] = stream
@@ -130,7 +179,7 @@ class Service:
             for stream in streams:
                 if not self.registry.decode:
                     await self._wait_for_worker()
-                self._send(stream, self._placement.place(stream.request))
+                await self._admit(stream, wishes)
         except BaseException:
             generation.close()
             raise
@@ -157,14 +206,97 @@ class Service:
         """A request ended without an answer; a prefill worker that is no longer needed may say what it likes."""
         stream = self._streams.get(message.request_id)
         if stream is not None and stream.journal.epoch == message.epoch and stream in worker.streams:
-            self._attempt_failed(stream, _as_error(message), worker)
+            error = _as_error(message)
+            self._blame(stream, worker, error)
+            self._attempt_failed(stream, error, worker)
+
+    def _blame(self, stream: Stream, worker: WorkerState, error: BatonError) -> None:
+        """Tell the breakers; a hand-over that failed may be either side's fault. Fullness is no fault."""
+        if isinstance(error, (CapacityError, RequestError)):
+            return
+        worker.candidate.breaker.failed(self._now())
+        if isinstance(error, TransferError) and stream.prefill is not None and stream.prefill is not worker:
+            stream.prefill.candidate.breaker.failed(self._now())
 
     def on_lost(self, worker: WorkerState, error: BatonError) -> None:
         """All that was asked of the worker is lost."""
+        if worker.streams:
+            worker.candidate.breaker.failed(self._now())
         for stream in list(worker.streams):
             self._attempt_failed(stream, error, worker)
 
+    def on_room(self, now: float) -> None:
+        """Place those that wait, as long as there is room."""
+        while self._waiting and self._has_room(now):
+            entry = self._queue.take(now)
+            if entry is None:
+                return
+            stream, placed = self._waiting.pop(entry)
+            if placed.done():
+                continue
+            try:
+                self._place(stream)
+            except BatonError as error:
+                placed.set_exception(error)
+            else:
+                placed.set_result(None)
+
     # one stream
+
+    async def _admit(self, stream: Stream, wishes: Wishes) -> None:
+        """Place a stream, at once or when its turn has come. Raises what `generate` does."""
+        now = self._now()
+        self._retry_budget.requested()
+        if not self._waiting and self._has_room(now):
+            self._place(stream)
+            return
+        ttft_s = min(self.config.max_wait_s if wishes.ttft_s is None else wishes.ttft_s, self.config.request_timeout_s)
+        cost = self._placement.expected_tokens(stream.request)
+        entry = Entry(wishes.tenant, wishes.priority, cost, stream.arrived_at + ttft_s)
+        victim = self._queue.offer(entry, now)
+        if victim is not None:
+            self._refuse(victim)
+        placed = asyncio.get_running_loop().create_future()
+        self._waiting[entry] = (stream, placed)
+        self.metrics.num_waiting = len(self._waiting)
+        try:
+            await placed
+        finally:
+            self._queue.cancel(entry)
+            self._waiting.pop(entry, None)
+            self.metrics.num_waiting = len(self._waiting)
+            self.metrics.queue_wait.observe(self._now() - now)
+
+    def _refuse(self, entry: Entry) -> None:
+        _, placed = self._waiting.pop(entry)
+        if not placed.done() and entry.refusal is not None:
+            nobody = NoWorkerAvailable("no decode worker is available; try again later")
+            placed.set_exception(entry.refusal if self.registry.decode else nobody)
+
+    def _has_room(self, now: float) -> bool:
+        candidates = self.registry.candidates
+        return self._placement.has_room(candidates[Role.PREFILL], candidates[Role.DECODE], now)
+
+    def _choose(self, stream: Stream) -> Placement:
+        candidates = self.registry.candidates
+        started = time.perf_counter()
+        placement = self._placement.place(
+            stream.request,
+            candidates[Role.PREFILL],
+            candidates[Role.DECODE],
+            now=self._now(),
+            avoid=stream.avoid,
+            session=stream.session,
+        )
+        self.metrics.decision.observe(time.perf_counter() - started)
+        asyncio.get_running_loop().call_soon(self.index.fold)
+        return placement
+
+    def _place(self, stream: Stream) -> None:
+        self._send(stream, self._choose(stream))
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
     def _deliver(self, stream: Stream, chunk: TokenChunk, now: float) -> None:
         """Pass on an accepted chunk, and those that waited for it."""
@@ -173,18 +305,17 @@ class Service:
         while following is not None:
             chunk = following
             if stream.stage is not Stage.DECODING:
-                stream.advance()
+                self._advance(stream, chunk, now)
             if stream.last_at:
                 metrics.itl.observe(now - stream.last_at)
             else:
                 metrics.ttft.observe(now - stream.arrived_at)
-                stream.cached_tokens = min(chunk.cached_tokens, stream.request.num_prompt_tokens)
-                metrics.cached_tokens += stream.cached_tokens
             stream.last_at = now
             metrics.generated_tokens += len(chunk.token_ids)
             stream.mailbox.put(stream.index, chunk)
             if chunk.finish_reason is not None:
-                stream.detach()
+                stream.detach(now)
+                self._placement.finished(len(journal.token_ids))
                 self._end(stream)
                 return
             following = journal.next_early()
@@ -193,24 +324,49 @@ class Service:
 
     def _send(self, stream: Stream, placement: Placement) -> None:
         """Start an attempt: both workers hear of it at the same time."""
-        stream.attach(placement)
-        request, prefill = stream.request, placement.prefill
+        workers, request = self.registry.workers, stream.request
+        prefill = workers[placement.prefill.key] if placement.prefill is not None else None
+        decode = workers[placement.decode.key]
+        now = self._now()
+        deadline_ms = max(1, int(1000 * (stream.arrived_at + self.config.request_timeout_s - now)))
+        stream.attach(placement, prefill, decode)
+        stream.sent_at = now
+        self.decisions.record(placement.decision)
+        self.metrics.placements["local" if prefill is None else "remote"] += 1
         try:
             if prefill is not None:
-                prefill.client.send(Prefill(request, self._deadline_ms))
+                prefill.client.send(Prefill(request, deadline_ms))
             address = prefill.info.address if prefill is not None else None
-            placement.decode.client.send(Decode(request, address, self._deadline_ms))
+            decode.client.send(Decode(request, address, deadline_ms))
         except WorkerDied as error:
             self._attempt_failed(stream, error, None)
+
+    def _advance(self, stream: Stream, chunk: TokenChunk, now: float) -> None:
+        """One of the first two chunks of an attempt: what it tells of the workers."""
+        placement = stream.placement
+        if placement is None:
+            return
+        stream.cached_tokens = max(stream.cached_tokens, min(chunk.cached_tokens, stream.request.num_prompt_tokens))
+        if stream.stage is Stage.READING:
+            predicted_s = placement.decision.chosen.terms.ttft_s
+            self.metrics.ttft_error.observe(now - stream.sent_at - predicted_s)
+            (placement.prefill or placement.decode).breaker.succeeded()
+        else:
+            placement.decode.breaker.succeeded()
+            self._placement.handed_over(placement, now - stream.last_at)
+        stream.advance(now)
+        if self._waiting:
+            self.on_room(now)
 
     def _attempt_failed(self, stream: Stream, error: BatonError, culprit: WorkerState | None) -> None:
         """Move the stream elsewhere, from prompt plus what was generated; or give up."""
         self._abandon_attempt(stream)
-        if not error.retryable or stream.journal.epoch + 1 >= self.config.max_attempts or self.draining:
+        final = not error.retryable or stream.journal.epoch + 1 >= self.config.max_attempts or self.draining
+        if final or not (isinstance(error, WorkerDied) or self._retry_budget.take()):
             self._fail(stream, error)
             return
         if culprit is not None:
-            stream.avoid.append(culprit)
+            stream.avoid.append(culprit.candidate.key)
         self.metrics.retries[error.code] += 1
         epoch = stream.journal.restart()
         request = stream.request
@@ -228,11 +384,11 @@ class Service:
                 if not self.registry.decode:
                     await self._wait_for_worker()
                     continue
-                placement = self._placement.place(stream.request, stream.avoid)
-                if placement.decode not in stream.avoid and placement.prefill not in stream.avoid:
+                placement = self._choose(stream)
+                if placement.decode.key not in stream.avoid:
                     self._send(stream, placement)
                     return
-                placement.release()
+                placement.release(self._now())
                 await asyncio.sleep(RETRY_DELAY_S * epoch)
                 stream.avoid.clear()
         except BatonError as error:
@@ -242,7 +398,7 @@ class Service:
     def _abandon_attempt(self, stream: Stream) -> None:
         """Release the attempt, and tell its workers so."""
         message = Cancel(stream.request.request_id, stream.journal.epoch)
-        for worker in stream.detach():
+        for worker in stream.detach(self._now()):
             with contextlib.suppress(WorkerDied):
                 worker.client.send(message)
 
@@ -254,6 +410,9 @@ class Service:
         stream.ended = True
         self._streams.pop(stream.request.request_id, None)
         self.metrics.running_streams = len(self._streams)
+        self.metrics.cached_tokens += stream.cached_tokens
+        if self._waiting:
+            self.on_room(self._now())
         if stream.last_at:
             self.metrics.e2e.observe(stream.last_at - stream.arrived_at)
         self.registry.forget_idle()
@@ -265,6 +424,8 @@ class Service:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(interval_s)
+            for entry in self._queue.expire(loop.time()):
+                self._refuse(entry)
             oldest = loop.time() - limit_s
             for stream in list(self._streams.values()):  # in order of arrival
                 if stream.arrived_at > oldest:
@@ -289,7 +450,7 @@ def _subclasses(kind: type[BatonError]) -> Iterator[type[BatonError]]:
 
 def _as_error(message: Failed) -> BatonError:
     """The exception that the worker had."""
-    by_code = {kind.code: kind for kind in _subclasses(BatonError)}
+    by_code = {kind.code: kind for kind in _subclasses(BatonError) if kind is not Overloaded}
     kind = by_code.get(message.code, BatonError)
     error = kind(message.message)
     error.code = message.code

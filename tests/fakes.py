@@ -16,6 +16,7 @@ from engine_core.messages import (
     Load,
     PeerAddress,
     Prefill,
+    SnapshotRequest,
     TokenChunk,
     Tokens,
     WorkerInfo,
@@ -125,7 +126,9 @@ class FakeWorker:
 
     # GatewayEvents
 
-    def on_request(self, link: GatewayLink, message: Prefill | Decode | Cancel) -> None:
+    def on_request(self, link: GatewayLink, message: Prefill | Decode | Cancel | SnapshotRequest) -> None:
+        if isinstance(message, SnapshotRequest):
+            return
         self.received.append(message)
         if isinstance(message, Cancel):
             self.active.pop(message.request_id, None)

@@ -62,7 +62,8 @@ async def run_cluster(
                 worker = await FakeWorker(role, f"{role}-{index}", answer_ids).start()
                 stack.push_async_callback(worker.stop)
                 workers[role].append(worker)
-        config = GatewayConfig(**{"port": 0, "worker_wait_s": 0.5, **settings})  # type: ignore[arg-type]
+        defaults = {"port": 0, "worker_wait_s": 0.5, "local_prefill_tokens": 0}
+        config = GatewayConfig(**{**defaults, **settings})  # type: ignore[arg-type]
         gateway = Gateway(config, model_dir)
         await gateway.start()
         stack.push_async_callback(gateway.stop)
@@ -83,4 +84,5 @@ async def cluster(model_dir: Path, answer_ids: list[int]) -> AsyncIterator[Clust
         yield running
         assert not running.service._streams, "a stream was left behind"
         for worker in running.service.registry.workers.values():
-            assert (worker.reserved_requests, worker.reserved_tokens, len(worker.streams)) == (0, 0, 0)
+            reserved = worker.candidate.reserved_requests, worker.candidate.reserved_tokens
+            assert (*reserved, len(worker.streams)) == (0, 0, 0)

@@ -39,7 +39,8 @@ async def collect(cluster: Cluster, **extra: object) -> tuple[str, list[dict]]:
 def assert_idle(cluster: Cluster) -> None:
     assert not cluster.service._streams
     for worker in cluster.service.registry.workers.values():
-        assert (worker.reserved_requests, worker.reserved_tokens, len(worker.streams)) == (0, 0, 0)
+        reserved = worker.candidate.reserved_requests, worker.candidate.reserved_tokens
+        assert (*reserved, len(worker.streams)) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -190,7 +191,8 @@ async def test_deadline(model_dir: Path, answer_ids: list[int]) -> None:
 async def test_too_many_at_once(model_dir: Path, answer_ids: list[int]) -> None:
     async with run_cluster(model_dir, answer_ids, max_concurrent_choices=3) as cluster:
         reply = await cluster.http.post("/v1/completions", json={**BODY, "n": 4})
-        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "overloaded")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (429, "server_overloaded")
+        assert (reply.headers["x-baton-refused"], reply.headers["retry-after"]) == ("too_many_requests", "1")
         reply = await cluster.http.post("/v1/completions", json={**BODY, "n": 3})
         assert reply.status_code == 200
 

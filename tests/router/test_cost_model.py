@@ -1,0 +1,91 @@
+"""Linear models against times whose law is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.optimize
+
+from engine_core.messages import StepSums
+from router.cost_model import OUTLIER, Average, LinearModel, StepModel, TransferModel, _non_negative
+
+
+def steps(rng: np.random.Generator, count: int, law: tuple[float, ...], noise: float) -> list[StepSums]:
+    samples = []
+    for _ in range(count):
+        tokens, start, rows = int(rng.integers(1, 2048)), int(rng.integers(0, 8192)), int(rng.integers(1, 64))
+        prefill = (1, tokens, tokens * start + tokens * (tokens + 1) // 2) if rng.random() < 0.5 else (0, 0, 0)
+        decode = (1, rows, rows * int(rng.integers(100, 4000))) if rng.random() < 0.5 or not prefill[0] else (0, 0, 0)
+        features = (*prefill, *decode)
+        seconds = sum(a * b for a, b in zip(law, features, strict=True)) * float(rng.lognormal(0, noise))
+        samples.append(StepSums(*features, seconds))
+    return samples
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_learns_the_law_of_a_worker(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    law = (3e-3, 4e-5, 3e-9, 6e-3, 2e-4, 2e-7)
+    model = StepModel(None)
+    for _ in range(10):
+        model.learn(steps(rng, 40, law, noise=0.05))
+    chunked_s = 2 * law[0] + 4000 * law[1] + (4000 * 1000 + 4000 * 4001 / 2) * law[2]
+    assert model.prefill_s(4000, 1000, 2048) == pytest.approx(chunked_s, rel=0.1)
+    assert model.decode_s(32, 32 * 1500) == pytest.approx(law[3] + 32 * law[4] + 32 * 1500 * law[5], rel=0.1)
+
+
+def test_follows_a_change_and_shrugs_at_a_hiccup() -> None:
+    model = LinearModel((0.01,), (1.0,))
+    model.learn([(1.0,)] * 100, [0.01] * 100)
+    model.learn([(1.0,)], [5.0])
+    assert model.coefficients[0] == pytest.approx(0.01, rel=0.1)
+    for _ in range(40):
+        model.learn([(1.0,)] * 32, [0.05] * 32)
+    assert model.coefficients[0] == pytest.approx(0.05, rel=0.05)
+    assert OUTLIER > 1
+
+
+def test_what_was_never_seen_keeps_its_prior_and_new_workers_ask_a_teacher() -> None:
+    model = StepModel(None)
+    before = model.coefficients
+    model.learn([StepSums(1, 100, 5050, 0, 0, 0, 0.02)] * 50)
+    assert model.coefficients[3:] == pytest.approx(before[3:], rel=1e-6)
+    assert model.prefill_s(100, 0, 512) == pytest.approx(0.02, rel=0.05)
+    assert StepModel(model).coefficients == model.coefficients
+    assert model.is_trusted
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_coefficients_are_never_negative(seed: int) -> None:
+    """Dropping negatives is not always the best non-negative fit, but nearly: against scipy's NNLS."""
+    rng = np.random.default_rng(seed)
+    rows = rng.random((60, 4))
+    times = rows @ rng.normal(0.5, 0.6, 4).clip(-0.2) + 0.05 * rng.random(60)
+    found = _non_negative(rows.T @ rows, rows.T @ times)
+    best, residual = scipy.optimize.nnls(rows, times)
+    assert (found >= 0).all()
+    assert np.linalg.norm(rows @ found - times) <= 1.1 * residual + 1e-9
+    assert found == pytest.approx(best, abs=0.15)
+
+
+def test_links_are_told_apart_and_unknown_ones_are_average() -> None:
+    model = TransferModel()
+    names = [f"w{i}" for i in range(30)]
+    for size in (1_000_000, 4_000_000) * 20:
+        model.learn("w0", "w1", size, 0.001 + size / 1e9)
+        model.learn("w2", "w29", size, 0.002 + size / 1e8)
+    model.fit()
+    fixed_s, byte_s = model.coefficients(names, names)
+    assert fixed_s[0, 1] + 2e6 * byte_s[0, 1] == pytest.approx(0.003, rel=0.05)
+    assert fixed_s[2, 29] + 2e6 * byte_s[2, 29] == pytest.approx(0.022, rel=0.05)
+    assert 0.003 < fixed_s[5, 6] + 2e6 * byte_s[5, 6] < 0.022
+    model.forget("w2")
+    fixed_s, byte_s = model.coefficients(names, names)
+    assert byte_s[2, 29] == byte_s[5, 6]
+
+
+def test_average_follows() -> None:
+    average = Average(64.0, 16)
+    for _ in range(100):
+        average.add(10.0)
+    assert average.value == pytest.approx(10.0, abs=0.5)
