@@ -61,6 +61,7 @@ class Scenario:
         speeds: per worker id, a factor on its step times; 1 where not named.
         crashes: in any order.
         lost_events: share of the block event messages that never arrive.
+        max_wait_s: a request whose first token would take longer is refused.
         slo: what makes an answer good.
         seed: of all that is random.
     """
@@ -73,6 +74,7 @@ class Scenario:
     speeds: dict[str, float]
     crashes: tuple[Crash, ...]
     lost_events: float
+    max_wait_s: float
     slo: Slo
     seed: int
 
@@ -110,7 +112,9 @@ class Cluster:
             scenario.policy,
             scenario.placement,
             scenario.seed,
-            lambda: bool(scenario.lost_events) and float(lost.random()) < scenario.lost_events,
+            lose_event=lambda: bool(scenario.lost_events) and float(lost.random()) < scenario.lost_events,
+            place=lambda job: self._try(job, ()),
+            refuse=self._refuse,
         )
         _check_sizes(self.jobs, scenario.profile)
         for role, count in ((Role.PREFILL, scenario.num_prefill), (Role.DECODE, scenario.num_decode)):
@@ -199,7 +203,11 @@ class Cluster:
         self._num_arrived += 1
         if self._num_arrived < len(self.jobs):
             self.events.at(self.jobs[self._num_arrived].arrival_s, self._arrive)
-        self._try(job, ())
+        self.gateway.admit(job, self.events.now + self.scenario.max_wait_s, self.events.now)
+
+    def _refuse(self, job: Job) -> None:
+        job.refused = True
+        self._num_open -= 1
 
     def _try(self, job: Job, avoid: tuple[tuple[str, int], ...]) -> None:
         """Place a job, or look again a little later."""
@@ -259,17 +267,12 @@ class Cluster:
     def _was_read(self, attempt: Attempt) -> None:
         if not attempt.over:
             attempt.placed.release_prefill(self.events.now)
+            self.gateway.on_room(self.events.now)
 
-    def on_landed(self, attempt: Attempt) -> None:
-        """All KV has arrived at the decode worker."""
-        if attempt.source is not None and attempt.tail_bytes and attempt.target is not None:
-            source, target = attempt.source.info, attempt.target.info
-            self.gateway.transfers.learn(
-                (source.worker_id, source.incarnation),
-                (target.worker_id, target.incarnation),
-                attempt.tail_bytes,
-                self.events.now - attempt.prefilled_at,
-            )
+    def on_second_token(self, attempt: Attempt, seconds: float) -> None:
+        """A sequence began to decode, so long after its first token."""
+        if not attempt.over:
+            self.gateway.policy.handed_over(attempt.placed, seconds)
 
     def on_finished(self, attempt: Attempt) -> None:
         """The last token."""
@@ -286,6 +289,7 @@ class Cluster:
         attempt.placed.release(self.events.now)
         self.gateway.policy.finished(attempt.job.num_output)
         self._num_open -= 1
+        self.gateway.on_room(self.events.now)
 
     def on_steps(self, rows: float, first_s: float, last_s: float, num_steps: int) -> None:
         """Decode steps."""

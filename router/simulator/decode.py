@@ -118,7 +118,6 @@ class DecodeWorker(Worker):
             return
         pages, num_stored = self._landing.pop(attempt)  # KeyError: landed twice
         self.memory.store(attempt.job.hashes, pages, num_stored, attempt.num_tokens)
-        self._listener.on_landed(attempt)
         row = _Row(attempt, pages, attempt.num_tokens, attempt.left - 1, attempt.prefilled_at)
         if row.left:
             self._ready.append(row)
@@ -277,6 +276,8 @@ class DecodeWorker(Worker):
             gap_s = stretch.begun_at + stretch.first_s - row.told_at
             self._listener.on_steps(1, gap_s, gap_s, 1)
             self._listener.on_steps(-1, stretch.first_s, stretch.first_s, 1)
+            if row.left == row.attempt.left - 1:
+                self._listener.on_second_token(row.attempt, gap_s)
         self._num_steps += num_steps
         self._kv_tokens += rows * num_steps
 

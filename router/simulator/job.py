@@ -75,7 +75,6 @@ class Attempt:
         over: ended, in whatever way; messages still under way find it so.
         num_granted: block indices below are not wanted by the target; -1 before its ticket has arrived.
         prefilled_at: when its prompt had been read; negative before.
-        tail_bytes: KV in the last push of the hand-over.
     """
 
     __slots__ = (
@@ -88,7 +87,6 @@ class Attempt:
         "prefilled_at",
         "request",
         "source",
-        "tail_bytes",
         "target",
     )
 
@@ -103,4 +101,3 @@ class Attempt:
         self.over = False
         self.num_granted = -1
         self.prefilled_at = -1.0
-        self.tail_bytes = 0

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from engine_core.block_hash import KEY_BYTES, Keys
+from engine_core.errors import NoWorkerAvailable
 from engine_core.types import Request
 from router.block_index import BlockIndex
 from router.candidate import Candidate, Work
@@ -48,6 +49,12 @@ class Policy(Protocol):
     ) -> Placed:
         """`hashes` are those of the prompt's full blocks."""
 
+    def has_room(self, prefill: Sequence[Candidate], decode: Sequence[Candidate], now: float) -> bool:
+        """Whether a request placed now would begin soon."""
+
+    def handed_over(self, placed: Placed, seconds: float) -> None:
+        """The second token came so long after the first."""
+
     def finished(self, num_output_tokens: int) -> None:
         """A request ended after so many tokens."""
 
@@ -55,8 +62,8 @@ class Policy(Protocol):
 class Joint:
     """The router's real placement."""
 
-    def __init__(self, index: BlockIndex, transfers: TransferModel, config: PlacementConfig) -> None:
-        self._placement = JointPlacement(index, transfers, config)
+    def __init__(self, placement: JointPlacement) -> None:
+        self._placement = placement
 
     def place(
         self,
@@ -69,6 +76,15 @@ class Joint:
     ) -> Placement:
         """See `JointPlacement.place`, which hashes the prompt itself."""
         return self._placement.place(request, prefill, decode, now=now, avoid=avoid, session=None)
+
+    def has_room(self, prefill: Sequence[Candidate], decode: Sequence[Candidate], now: float) -> bool:
+        """See `JointPlacement`."""
+        return self._placement.has_room(prefill, decode, now)
+
+    def handed_over(self, placed: Placed, seconds: float) -> None:
+        """See `JointPlacement`."""
+        assert isinstance(placed, Placement)
+        self._placement.handed_over(placed, seconds)
 
     def finished(self, num_output_tokens: int) -> None:
         """A request ended after so many tokens."""
@@ -106,11 +122,13 @@ class Simple:
     Args:
         choose: request, keys of its blocks, usable prefill and decode workers, now -> the pair.
         index: told where blocks will be.
+        joint: asked only whether there is room, so that all policies admit alike.
     """
 
-    def __init__(self, choose: Choice, index: BlockIndex) -> None:
+    def __init__(self, choose: Choice, index: BlockIndex, joint: JointPlacement) -> None:
         self._choose = choose
         self._index = index
+        self._joint = joint
         self._number = 0
 
     def place(
@@ -124,7 +142,10 @@ class Simple:
     ) -> Reservation:
         """See `Policy`."""
         keys = keys_of(hashes)
-        source, target = self._choose(request, keys, _usable(prefill, avoid), _usable(decode, avoid), now)
+        sources, targets = _usable(prefill, avoid), _usable(decode, avoid)
+        if not sources or not targets:
+            raise NoWorkerAvailable("a worker of each role is needed")
+        source, target = self._choose(request, keys, sources, targets, now)
         self._number += 1
         num_tokens = len(request.token_ids)
         held = self._index.match(keys).get(source.key, 0) * source.info.page_size
@@ -135,6 +156,13 @@ class Simple:
         source.turn = target.turn = self._number
         self._index.predict([source.key, target.key], keys)
         return Reservation(self._number, source, target)
+
+    def has_room(self, prefill: Sequence[Candidate], decode: Sequence[Candidate], now: float) -> bool:
+        """See `JointPlacement`."""
+        return self._joint.has_room(prefill, decode, now)
+
+    def handed_over(self, placed: Placed, seconds: float) -> None:
+        """Nothing to learn."""
 
     def finished(self, num_output_tokens: int) -> None:
         """Nothing to learn."""
@@ -224,18 +252,15 @@ POLICIES = ("joint", "random", "round-robin", "least-load", "prefix-only", "pref
 def make_policy(
     name: str, index: BlockIndex, transfers: TransferModel, config: PlacementConfig, seed: int
 ) -> Policy:
-    """One of `POLICIES`."""
-    match name:
-        case "joint":
-            return Joint(index, transfers, config)
-        case "random":
-            return Simple(_random(seed), index)
-        case "round-robin":
-            return Simple(_round_robin, index)
-        case "least-load":
-            return Simple(_least_load, index)
-        case "prefix-only":
-            return Simple(_prefix_only(index), index)
-        case "prefill-then-decode":
-            return Simple(_prefill_then_decode(index), index)
-    raise AssertionError(name)
+    """One of `POLICIES`; `seed` is of those that draw lots."""
+    joint = JointPlacement(index, transfers, config)
+    if name == "joint":
+        return Joint(joint)
+    choices: dict[str, Choice] = {
+        "random": _random(seed),
+        "round-robin": _round_robin,
+        "least-load": _least_load,
+        "prefix-only": _prefix_only(index),
+        "prefill-then-decode": _prefill_then_decode(index),
+    }
+    return Simple(choices[name], index, joint)

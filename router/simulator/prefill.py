@@ -101,7 +101,6 @@ class PrefillWorker(Worker):
         if ready > first:
             reading.num_sent = ready
             num_bytes = (ready - first) * self.info.block_bytes
-            attempt.tail_bytes = num_bytes
             target = attempt.target.info.worker_id
             sent_at = self._links.send(self.info.worker_id, target, num_bytes, sent_at)
         if is_read:

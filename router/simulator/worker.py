@@ -31,8 +31,8 @@ class Listener(Protocol):
     def on_finished(self, attempt: Attempt) -> None:
         """The last token."""
 
-    def on_landed(self, attempt: Attempt) -> None:
-        """All KV has arrived at the decode worker."""
+    def on_second_token(self, attempt: Attempt, seconds: float) -> None:
+        """A sequence began to decode, so long after its first token; told at the end of its first stretch."""
 
     def on_steps(self, rows: float, first_s: float, last_s: float, num_steps: int) -> None:
         """Decode steps of so many sequences; their times go from `first_s` to `last_s` in a straight line."""
