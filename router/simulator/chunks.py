@@ -68,7 +68,9 @@ class Readings:
     @property
     def queued_tokens(self) -> int:
         """Tokens still to be computed, before any look into the cache."""
-        return sum(reading.num_tokens - reading.num_done for queue in (self._active, self._waiting) for reading in queue)
+        return sum(
+            reading.num_tokens - reading.num_done for queue in (self._active, self._waiting) for reading in queue
+        )
 
     def add(self, reading: Reading, *, first: bool) -> None:
         """Queue a prompt; `first` is for one that was preempted."""
@@ -88,7 +90,7 @@ class Readings:
     def next_step(self) -> Step | None:
         """Chunks for one step, dispatched."""
         self._admit()
-        chunks = []
+        chunks: list[tuple[Reading, int, int]] = []
         left, num_pairs = self._chunk_tokens, 0
         while self._active and left > 0 and len(chunks) < self._max_rows:
             reading = self._active[0]

@@ -18,15 +18,15 @@ class EventQueue:
     def __init__(self) -> None:
         self.now = 0.0
         self.num_events = 0
-        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._heap: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
         self._count = 0
 
-    def at(self, time: float, callback: Callable[..., None], *arguments: Any) -> None:
+    def at(self, time: float, callback: Callable[..., object], *arguments: Any) -> None:
         """Call back at `time`; what is past happens now."""
         self._count += 1
         heapq.heappush(self._heap, (max(time, self.now), self._count, callback, arguments))
 
-    def after(self, seconds: float, callback: Callable[..., None], *arguments: Any) -> None:
+    def after(self, seconds: float, callback: Callable[..., object], *arguments: Any) -> None:
         """Call back in so many seconds."""
         self.at(self.now + seconds, callback, *arguments)
 

@@ -147,7 +147,7 @@ class Cluster:
         """Raise AssertionError where a finished run left something behind."""
         for worker in self.workers.values():
             worker.memory.cache.check_integrity()
-            held = {page: 1 for page in worker.memory.cache.pages()}
+            held = dict.fromkeys(worker.memory.cache.pages(), 1)
             worker.memory.cache.pool.check_integrity(held)
         for member in self.gateway.members.values():
             assert member.candidate.reserved_requests == 0, f"{member.candidate.name} has reservations"
@@ -320,7 +320,9 @@ class Cluster:
             itl_p50_ms=itl[0] * 1e3,
             itl_p90_ms=itl[1] * 1e3,
             itl_p99_ms=itl[2] * 1e3,
-            hit_ratio=sum(job.cached_tokens for job in served) / sum(job.num_prompt for job in served) if served else 0.0,
+            hit_ratio=sum(job.cached_tokens for job in served) / sum(job.num_prompt for job in served)
+            if served
+            else 0.0,
             local_prefills=sum(job.attempt is not None and job.attempt.source is None for job in served),
             prefill_spread=spread(busy[Role.PREFILL]),
             decode_spread=spread(busy[Role.DECODE]),

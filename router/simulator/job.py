@@ -43,7 +43,9 @@ class Job:
         "refused",
     )
 
-    def __init__(self, number: int, arrival_s: float, num_prompt: int, num_output: int, hashes: Sequence[bytes]) -> None:
+    def __init__(
+        self, number: int, arrival_s: float, num_prompt: int, num_output: int, hashes: Sequence[bytes]
+    ) -> None:
         self.number = number
         self.arrival_s = arrival_s
         self.num_prompt = num_prompt

@@ -249,9 +249,7 @@ def _turn(worker: Candidate) -> int:
 POLICIES = ("joint", "random", "round-robin", "least-load", "prefix-only", "prefill-then-decode")
 
 
-def make_policy(
-    name: str, index: BlockIndex, transfers: TransferModel, config: PlacementConfig, seed: int
-) -> Policy:
+def make_policy(name: str, index: BlockIndex, transfers: TransferModel, config: PlacementConfig, seed: int) -> Policy:
     """One of `POLICIES`; `seed` is of those that draw lots."""
     joint = JointPlacement(index, transfers, config)
     if name == "joint":

@@ -8,10 +8,10 @@ equal tokens. Source of the form: Mooncake (Qin et al., FAST 2025), FAST25-relea
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +81,15 @@ class Trace:
         return Trace(self.requests[:count], self.block_tokens)
 
 
+class _Row(NamedTuple):
+    """A line of the file, checked."""
+
+    arrival_s: float
+    input_tokens: int
+    output_tokens: int
+    ids: list[int]
+
+
 def read_trace(path: Path, block_tokens: int, seed: int) -> Trace:
     """Read a trace, and spread arrivals within the ticks of a coarse clock.
 
@@ -93,19 +102,21 @@ def read_trace(path: Path, block_tokens: int, seed: int) -> Trace:
     """
     try:
         with path.open(encoding="utf-8") as file:
-            rows = [_row(line, number, path) for number, line in enumerate(file, 1) if line.strip()]
+            rows = [
+                _checked(_parsed(line, number, path), number, path, block_tokens)
+                for number, line in enumerate(file, 1)
+                if line.strip()
+            ]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--trace {path}: {error}") from None
     if not rows:
         raise ConfigError(f"--trace {path}: no requests")
-    requests = [_request(row, number, path, block_tokens) for number, row in enumerate(rows, 1)]
-    requests.sort(key=lambda request: request.arrival_s)
-    arrivals = spread(np.array([request.arrival_s for request in requests]), np.random.default_rng(seed))
-    ids = _dense(requests)
+    rows.sort(key=lambda row: row.arrival_s)
+    arrivals = spread(np.array([row.arrival_s for row in rows]), np.random.default_rng(seed))
     return Trace(
         tuple(
-            TracedRequest(float(arrival), request.input_tokens, request.output_tokens, blocks)
-            for arrival, request, blocks in zip(arrivals, requests, ids, strict=True)
+            TracedRequest(float(arrival), row.input_tokens, row.output_tokens, blocks)
+            for arrival, row, blocks in zip(arrivals, rows, _dense(rows), strict=True)
         ),
         block_tokens,
     )
@@ -141,7 +152,7 @@ def spread(arrivals_s: Floats, rng: np.random.Generator) -> Floats:
     return np.concatenate(parts)
 
 
-def _row(line: str, number: int, path: Path) -> dict[str, Any]:
+def _parsed(line: str, number: int, path: Path) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -151,7 +162,7 @@ def _row(line: str, number: int, path: Path) -> dict[str, Any]:
     return row
 
 
-def _request(row: dict[str, Any], number: int, path: Path, block_tokens: int) -> TracedRequest:
+def _checked(row: dict[str, Any], number: int, path: Path, block_tokens: int) -> _Row:
     for field, least in (("timestamp", 0), ("input_length", 1), ("output_length", 0)):
         value = row.get(field)
         if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value < 2**53:
@@ -166,13 +177,11 @@ def _request(row: dict[str, Any], number: int, path: Path, block_tokens: int) ->
             f"{path}:{number}: hash_ids has {len(ids)} ids; an input_length of {num_tokens} has {expected} blocks "
             f"of {block_tokens} tokens (--block-tokens)"
         )
-    blocks = np.array(ids, np.int64)
-    return TracedRequest(row["timestamp"] / 1e3, num_tokens, max(1, int(row["output_length"])), blocks)  # type: ignore[arg-type]
+    return _Row(row["timestamp"] / 1e3, num_tokens, max(1, int(row["output_length"])), ids)
 
 
-def _dense(requests: Iterable[TracedRequest]) -> list[Ints]:
+def _dense(rows: Sequence[_Row]) -> list[Ints]:
     """Ids of any size as small ones."""
-    requests = list(requests)
-    lengths = [len(request.blocks) for request in requests]
-    _, dense = np.unique(np.concatenate([request.blocks for request in requests]), return_inverse=True)
+    lengths = [len(row.ids) for row in rows]
+    _, dense = np.unique(np.array([block for row in rows for block in row.ids], np.int64), return_inverse=True)
     return np.split(dense.astype(np.int32), np.cumsum(lengths)[:-1])
