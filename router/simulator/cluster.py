@@ -23,7 +23,7 @@ from router.simulator.decode import DecodeWorker
 from router.simulator.gateway import BEAT_S, Gateway
 from router.simulator.job import Attempt, Job
 from router.simulator.links import Links
-from router.simulator.outcome import Gaps, Outcome, Slo, is_good, spread
+from router.simulator.outcome import QUANTILES, Gaps, Outcome, Slo, is_good, spread
 from router.simulator.prefill import PrefillWorker
 from router.simulator.profile import WorkerProfile
 from router.simulator.trace import Trace
@@ -331,6 +331,7 @@ class Cluster:
             retries=sum(job.num_attempts - 1 for job in served),
             makespan_s=self.events.now,
             wall_s=wall_s,
+            ttft_quantiles_ms=[float(x) for x in np.percentile(ttft, QUANTILES)],
             load={w.info.worker_id: w.busy_s / self.events.now for w in self.workers.values()},
         )
 

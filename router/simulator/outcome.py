@@ -11,6 +11,7 @@ import numpy.typing as npt
 from router.simulator.job import Job
 
 Floats = npt.NDArray[np.float64]
+QUANTILES = (0.0, 1.0, 5.0, *(float(rank) for rank in range(10, 100, 5)), 99.0, 99.9, 100.0)
 _POINTS = (np.arange(4) + 0.5) / 4  # of a stretch of steps whose time grows in a straight line
 
 
@@ -52,7 +53,17 @@ class Gaps:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """One policy's run. Times in milliseconds; `load` is per worker, the share of the run in which it computed."""
+    """One policy's run.
+
+    Attributes:
+        good, goodput_rps: answers that met the objective, and these per second of the trace.
+        ttft_quantiles_ms: at the ranks `QUANTILES`.
+        hit_ratio: share of the prompt tokens that whoever read the prompt had in its cache.
+        local_prefills: prompts read by their decode worker.
+        prefill_spread, decode_spread: the busiest worker's time over the mean of its role.
+        makespan_s, wall_s: until the last answer, in virtual time; and what that took.
+        load: per worker, the share of the run in which it computed.
+    """
 
     requests: int
     finished: int
@@ -76,6 +87,7 @@ class Outcome:
     makespan_s: float
     wall_s: float
     load: dict[str, float]
+    ttft_quantiles_ms: list[float]
 
 
 def is_good(job: Job, slo: Slo) -> bool:
