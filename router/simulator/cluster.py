@@ -85,6 +85,11 @@ class Cluster:
     Args:
         hashes: per request, its full blocks' (`hash_trace`).
 
+    Attributes:
+        workers, gone: by id; and those that have left or died.
+        first_tokens: requests in the order in which their prompts were read, with the prefill seconds that took.
+        finished: requests in the order of their end.
+
     Raises:
         ConfigError: a request does not fit into a worker's cache.
     """
@@ -99,13 +104,16 @@ class Cluster:
         self.gaps = Gaps()
         self.workers: dict[str, AnyWorker] = {}
         self.gone: list[AnyWorker] = []
+        self.first_tokens: list[tuple[Job, float]] = []
+        self.finished: list[Job] = []
+        self._unread: dict[Job, None] = {}
         self._trace = trace
         self._place = Place(self.events, Links(scenario.profile.link_bytes_per_s), self)
         self._rng = np.random.default_rng(scenario.seed)
         self._incarnations: dict[str, int] = {}
         self._names = {role: itertools.count() for role in Role}
         self._num_open = len(self.jobs)
-        self._num_arrived = 0
+        self.num_arrived = 0
         self._sampling = SamplingParams(max_tokens=max(job.num_output for job in self.jobs))
         lost = np.random.default_rng((scenario.seed, 1))
         self.gateway = Gateway(
@@ -142,6 +150,16 @@ class Cluster:
         """Give it nothing new; it leaves when it is empty."""
         self.workers[worker_id].draining = True
         self.gateway.hear(self.events.now)
+
+    def num_late(self, ttft_s: float) -> int:
+        """Requests that have waited longer than that for their first token."""
+        return sum(self.events.now - job.arrival_s > ttft_s for job in self._unread)
+
+    def _service_s(self, attempt: Attempt, cached_tokens: int) -> float:
+        """Prefill seconds of what was not cached, by the costs that the router has learned."""
+        reader = attempt.placed.prefill or attempt.placed.decode
+        missing = attempt.num_tokens - cached_tokens
+        return reader.steps.prefill_s(missing, cached_tokens, reader.info.chunk_tokens)
 
     def check_integrity(self) -> None:
         """Raise AssertionError where a finished run left something behind."""
@@ -199,14 +217,16 @@ class Cluster:
     # requests
 
     def _arrive(self) -> None:
-        job = self.jobs[self._num_arrived]
-        self._num_arrived += 1
-        if self._num_arrived < len(self.jobs):
-            self.events.at(self.jobs[self._num_arrived].arrival_s, self._arrive)
+        job = self.jobs[self.num_arrived]
+        self.num_arrived += 1
+        if self.num_arrived < len(self.jobs):
+            self.events.at(self.jobs[self.num_arrived].arrival_s, self._arrive)
+        self._unread[job] = None
         self.gateway.admit(job, self.events.now + self.scenario.max_wait_s, self.events.now)
 
     def _refuse(self, job: Job) -> None:
         job.refused = True
+        self._unread.pop(job, None)
         self._num_open -= 1
 
     def _try(self, job: Job, avoid: tuple[tuple[str, int], ...]) -> None:
@@ -262,6 +282,8 @@ class Cluster:
         if job.first_token_at < 0:
             job.first_token_at = self.events.now + self.scenario.profile.message_s
             job.cached_tokens = cached_tokens
+            self._unread.pop(job, None)
+            self.first_tokens.append((job, self._service_s(attempt, cached_tokens)))
         self.events.after(self.scenario.profile.message_s, self._was_read, attempt)
 
     def _was_read(self, attempt: Attempt) -> None:
@@ -288,6 +310,7 @@ class Cluster:
     def _close(self, attempt: Attempt) -> None:
         attempt.placed.release(self.events.now)
         self.gateway.policy.finished(attempt.job.num_output)
+        self.finished.append(attempt.job)
         self._num_open -= 1
         self.gateway.on_room(self.events.now)
 
