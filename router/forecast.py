@@ -39,12 +39,12 @@ class Forecast:
         weight = max(ERROR, 1.0 / self._num_windows)
         self._variance += weight * (error * error - self._variance)
         level = expected + LEVEL * error
-        self._trend = DAMPING * self._trend + TREND * LEVEL * error / max(LEVEL, 1e-9)
+        self._trend = DAMPING * self._trend + TREND * error
         self.level = max(level, 0.0)
 
     def at(self, windows: float) -> float:
         """So many windows ahead."""
-        steps = DAMPING * (1 - DAMPING**windows) / (1 - DAMPING)
+        steps = DAMPING * (1 - math.pow(DAMPING, windows)) / (1 - DAMPING)
         return max(self.level + steps * self._trend, 0.0)
 
     def upper(self, windows: float, deviations: float) -> float:

@@ -38,7 +38,7 @@ class PlannerConfig:
         cold_s: what a slice says in its first seconds is ignored.
         min_prefill, max_prefill, min_decode, max_decode: bounds.
         budget: slices in all.
-        kv_share, slot_share: of decode memory and slots that may be in use.
+        kv_share, slot_share, link_share: of decode memory, slots and network that may be in use.
         local_share: of the time that decode slices have to spare, how much counts for prefill; 0 where decode slices
             read no prompts.
     """
@@ -58,13 +58,14 @@ class PlannerConfig:
     min_decode: int = 1
     kv_share: float = 0.85
     slot_share: float = 0.9
+    link_share: float = 0.7
     local_share: float = 0.5
 
     def __post_init__(self) -> None:
         for name in ("ttft_s", "itl_s", "window_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("attainment", "kv_share", "slot_share", "local_share"):
+        for name in ("attainment", "kv_share", "slot_share", "link_share", "local_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be in 0..1, not {getattr(self, name)}")
         if self.cooldown_s < self.start_s:
@@ -106,6 +107,7 @@ class Observation:
         ttft_met, itl_met: share of the requests that met each objective; None where there were none.
         slices: that serve and are not draining.
         starting: per role, ordered and not serving yet.
+        transfer_s: per request that was handed over, for how long its KV keeps a decode slice's network busy.
         decode: what decode steps take, as learned.
     """
 
@@ -118,6 +120,7 @@ class Observation:
     itl_met: float | None
     slices: Sequence[SliceSample]
     starting: dict[Role, int]
+    transfer_s: float
     decode: DecodeCosts
 
 
@@ -145,10 +148,8 @@ class Plan:
         """For people: what to do where there are so many now, and why."""
         steps = [f"make a {source} slice a {target} slice" for source, target in self.flips]
         flipped = sum(1 if target is Role.PREFILL else -1 for _, target in self.flips)
-        for role, have, want in (
-            (Role.PREFILL, prefill + flipped, self.prefill),
-            (Role.DECODE, decode - flipped, self.decode),
-        ):
+        for role, have in ((Role.PREFILL, prefill + flipped), (Role.DECODE, decode - flipped)):
+            want = self.wanted(role)
             if want != have:
                 steps.append(f"{'start' if want > have else 'stop'} {abs(want - have)} {role}")
         head = f"{prefill}P{decode}D -> {self.prefill}P{self.decode}D: {', '.join(steps) or 'leave it'}"
@@ -159,7 +160,7 @@ class Plan:
 class _Pool:
     """What the planner remembers of one role."""
 
-    changed_at: float = float("-inf")
+    changed_at: float | None = None
     misses: int = 0
     reasons: list[str] = field(default_factory=list)
 
@@ -173,6 +174,8 @@ class Planner:
         self._services: deque[float] = deque(maxlen=MAX_SERVICES)
         self._output_tokens = 0.0
         self._context = 0.0
+        self._transfer_s = 0.0
+        self._is_short_of_prefill = False
         self._pools = {Role.PREFILL: _Pool(), Role.DECODE: _Pool()}
 
     def plan(self, seen: Observation) -> Plan:
@@ -182,8 +185,9 @@ class Planner:
             pool.reasons.clear()
         have = {role: _count(seen, role) for role in Role}
         decode_floor = self._decode_floor(seen)
+        prefill_floor = self._prefill_floor(max(decode_floor, _serving(seen, Role.DECODE)), seen)
+        self._is_short_of_prefill = prefill_floor > _serving(seen, Role.PREFILL)
         decode = self._steer(Role.DECODE, have[Role.DECODE], decode_floor, seen)
-        prefill_floor = self._prefill_floor(decode, seen)
         prefill = self._steer(Role.PREFILL, have[Role.PREFILL], prefill_floor, seen)
         prefill, decode = self._within_budget(prefill, decode)
         flips = self._flips(have, prefill, decode)
@@ -202,6 +206,9 @@ class Planner:
             first = not self._output_tokens
             self._output_tokens = _smooth(self._output_tokens, seen.output_tokens, first)
             self._context = _smooth(self._context, seen.context_tokens, first)
+
+        if seen.transfer_s:
+            self._transfer_s = _smooth(self._transfer_s, seen.transfer_s, not self._transfer_s)
 
     # floors: what the forecast says
 
@@ -236,13 +243,14 @@ class Planner:
         config, rate = self._config, self._rate_ahead()
         for count in range(config.min_decode, config.max_decode + 1):
             state = self._decode_state(count, rate, seen.decode)
-            if self._is_enough(state):
+            link_share = rate * self._transfer_s / count
+            if self._is_enough(state) and link_share <= self._config.link_share:
                 break
         self._say(
             Role.DECODE,
-            f"decode: {rate:.2f} requests/s of {self._output_tokens:.0f} tokens behind {self._context:.0f} are expected; "
-            f"{count} slices would have up to {state.peak_rows:.0f} rows each, {1e3 * state.itl_s:.1f} ms between tokens "
-            f"and {state.kv_share:.0%} of the KV memory in use",
+            f"decode: {rate:.2f} requests/s of {self._output_tokens:.0f} tokens behind {self._context:.0f} are "
+            f"expected; {count} slices would have up to {state.peak_rows:.0f} rows each, {1e3 * state.itl_s:.1f} ms "
+            f"between tokens, {state.kv_share:.0%} of the KV memory and {link_share:.0%} of the network in use",
         )
         return count
 
@@ -264,6 +272,8 @@ class Planner:
         )
         missed = self._has_missed(role, seen)
         pool.misses = pool.misses + 1 if missed else 0
+        if pool.changed_at is None:  # a forecast needs some windows, too
+            pool.changed_at = seen.at
         is_cool = seen.at - pool.changed_at >= config.cooldown_s
         if floor > have:
             self._say(role, f"{role}: the floor is {floor}, there are {have}")
@@ -285,8 +295,8 @@ class Planner:
                 f"only {met:.0%} had their first token in time" if met is not None and met < config.attainment else ""
             )
         met = seen.itl_met
-        if met is not None and met < config.attainment:
-            return f"only {met:.0%} had their tokens in time"
+        if met is not None and met < config.attainment and not self._is_short_of_prefill:
+            return f"only {met:.0%} had their tokens in time"  # else prompts read there may hold the steps up
         warm = self._warm(role, seen)
         share = max((sample.kv_share for sample in warm), default=0.0)
         return f"a slice uses {share:.0%} of its KV memory" if share > config.kv_share else ""
@@ -334,8 +344,12 @@ class Planner:
         self._pools[role].reasons.append(reason)
 
 
+def _serving(seen: Observation, role: Role) -> int:
+    return sum(sample.role is role for sample in seen.slices)
+
+
 def _count(seen: Observation, role: Role) -> int:
-    return sum(sample.role is role for sample in seen.slices) + seen.starting.get(role, 0)
+    return _serving(seen, role) + seen.starting.get(role, 0)
 
 
 def _smooth(old: float, new: float, first: bool) -> float:

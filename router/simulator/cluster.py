@@ -108,7 +108,9 @@ class Cluster:
         self.finished: list[Job] = []
         self._unread: dict[Job, None] = {}
         self._trace = trace
-        self._place = Place(self.events, Links(scenario.profile.link_bytes_per_s), self)
+        self.links = Links(scenario.profile.link_bytes_per_s)
+        self.num_handovers = 0
+        self._place = Place(self.events, self.links, self)
         self._rng = np.random.default_rng(scenario.seed)
         self._incarnations: dict[str, int] = {}
         self._names = {role: itertools.count() for role in Role}
@@ -247,6 +249,7 @@ class Cluster:
             source = self.workers[placed.prefill.info.worker_id]
             assert isinstance(source, PrefillWorker)
             attempt.source = source
+            self.num_handovers += 1
             self.events.after(message_s, source.add, attempt)
         self.events.after(message_s, target.add, attempt)
 
@@ -349,7 +352,7 @@ class Cluster:
             local_prefills=sum(job.attempt is not None and job.attempt.source is None for job in served),
             prefill_spread=spread(busy[Role.PREFILL]),
             decode_spread=spread(busy[Role.DECODE]),
-            transferred_gb=self._place.links.num_bytes / 1e9,
+            transferred_gb=self.links.num_bytes / 1e9,
             preemptions=sum(worker.num_preemptions for worker in workers),
             retries=sum(job.num_attempts - 1 for job in served),
             makespan_s=self.events.now,
