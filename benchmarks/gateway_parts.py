@@ -185,7 +185,7 @@ async def run_worker(answer: list[int]) -> None:
 
 async def run_gateway(workers: list[dict[str, object]], model_dir: str) -> None:
     """The real one."""
-    gateway = Gateway(GatewayConfig(model_name="bench", port=0), Path(model_dir))
+    gateway = Gateway(GatewayConfig(model_name="bench", port=0, local_prefill_tokens=0), Path(model_dir))
     await gateway.start()
     gateway.follow(msgspec.convert(workers, list[WorkerInfo]))
     while not gateway.service.registry.ready:  # noqa: ASYNC110

@@ -49,7 +49,7 @@ class LocalCluster:
         started = [_Child(_run_worker, config, model_dir, worker) for worker in workers]
         self._children = started
         self.infos: list[WorkerInfo] = [child.result() for child in started]
-        gateway = GatewayConfig(model_name="bench", port=0, colocated=colocated)
+        gateway = GatewayConfig(model_name="bench", port=0, colocated=colocated, local_prefill_tokens=0)
         child = _Child(_run_gateway, gateway, model_dir, self.infos, gateway_cores)
         self._children = [*started, child]
         self.port: int = child.result()

@@ -89,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     _add_port(status)
     commands.add_parser("replay", help="replay a trace against a simulated fleet, under several placement policies")
+    _add_explain(_command(commands, "explain", "show why a request went where it did", EXPLAIN_EPILOG, _explain))
     _command(commands, "version", "print the version", "", _version)
     return parser
 
@@ -111,6 +112,14 @@ New workers load the model and join; surplus ones finish what they run and leave
 examples:
   baton scale --prefill 3
   baton scale --prefill 1 --decode 2 --no-wait"""
+
+EXPLAIN_EPILOG = """\
+The gateway remembers its last few thousand requests. A pair's cost is the sum of its terms, in milliseconds; the
+least wins. "(itself)": the decode worker reads the prompt. With the header `x-baton-debug: 1` an answer says its pair.
+
+examples:
+  baton explain chatcmpl-4f1c9f5a6b7c8d9e0f1a2b3c4d5e6f70
+  baton explain 4f1c9f5a6b7c8d9e0f1a2b3c4d5e6f70 --json | jq '.attempts[0].chosen'"""
 
 STATUS_EPILOG = """\
 Exit status: 0 when every wanted worker serves, 1 when not, 2 when no Baton runs.
@@ -159,6 +168,13 @@ def _add_chat(chat: argparse.ArgumentParser) -> None:
     chat.add_argument("--max-tokens", type=int, dest="max_tokens", help="longest answer")
 
 
+def _add_explain(explain: argparse.ArgumentParser) -> None:
+    explain.add_argument("request_id", metavar="REQUEST_ID", help="the id of the answer")
+    explain.add_argument("--url", default=DEFAULT_URL, help="base URL of the OpenAI API (default %(default)s)")
+    explain.add_argument("--api-key", metavar="KEY", help="where the gateway wants one")
+    explain.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+
+
 def _add_scale(scale: argparse.ArgumentParser) -> None:
     scale.add_argument("--prefill", type=int, metavar="N", help="prefill workers")
     scale.add_argument("--decode", type=int, metavar="N", help="decode workers, at least 1")
@@ -204,6 +220,11 @@ def _chat(known: argparse.Namespace, unknown: list[str]) -> int:
     options = {"temperature": known.temperature, "max_tokens": known.max_tokens}
     given = {name: value for name, value in options.items() if value is not None}
     return int(importlib.import_module("deploy.chat").run(known.url, known.model, known.system, given))
+
+
+def _explain(known: argparse.Namespace, unknown: list[str]) -> int:
+    explain = importlib.import_module("deploy.explain")
+    return int(explain.run(known.url, known.request_id, known.api_key, known.json))
 
 
 def _scale(known: argparse.Namespace, unknown: list[str]) -> int:

@@ -145,17 +145,15 @@ class BlockIndex:
         if column is not None:
             self._give_up(column)
 
-    def predict(self, workers: Iterable[Worker], keys: Keys) -> None:
-        """These workers are about to hold these blocks; believed for `PREDICTION_S`, by when they will have said so."""
-        if not len(keys):
+    def predict(self, worker: Worker, keys: Keys) -> None:
+        """A worker is about to hold these blocks; believed for `PREDICTION_S`, by when it will have said so itself."""
+        column = self._columns.get(worker)
+        if column is None or not len(keys):
             return
         if not self._phases:
             self._phases.append(_Phase())
-        columns = [self._columns[worker] for worker in workers if worker in self._columns]
-        for word, bits in enumerate(self._bits_of(columns)):
-            if bits:
-                self._phases[0].store(_RECENT + self._recent, word, keys, bits)
-                self._num_waiting += len(keys)
+        self._phases[0].store(_RECENT + self._recent, column // _WORD, keys, 1 << (column % _WORD))
+        self._num_waiting += len(keys)
 
     def match(self, keys: Keys) -> dict[Worker, int]:
         """Leading blocks of a chain that each worker holds, in whatever tier or by prediction; only those with any.

@@ -184,12 +184,12 @@ class Candidate:
 
         This gateway knows its own part to the moment, other gateways' only from beats: whichever is more.
         """
-        own = self._prefill_us / 1e6
+        own = 0.0
         if self._work:
             head = next(iter(self._work.values())).prefill_us / 1e6
-            own -= min(head, now - self._head_since)
+            own = self._prefill_us / 1e6 - min(head, now - self._head_since)
         if self.load is None or not self.load.queued_tokens:
-            return max(own, 0.0)
+            return own
         told = self.steps.prefill_s(self.load.queued_tokens, 0, self.info.chunk_tokens) - (now - self.load_at)
         return max(own, told + self._unheard_sum.prefill_us / 1e6, 0.0)
 

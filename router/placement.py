@@ -24,7 +24,7 @@ from router.cost_model import Average, Floats, TransferModel
 from router.decision import Decision, Option, Terms
 from router.sessions import Pair, Sessions
 
-NUM_OTHERS = 4  # runners-up kept for people
+NUM_OTHERS = 3  # runners-up kept for people
 MAX_UTILIZATION = 0.95
 MAX_HASHERS = 256
 FIRST_OUTPUT_TOKENS = 64.0
@@ -228,8 +228,10 @@ class JointPlacement:
         source = placement.prefill
         self._sessions.went(session, (source.key if source else None, placement.decode.key), now)
         chosen = [placement.decode] if source is None else [source, placement.decode]
-        for kind, of_kind in keys.items():
-            self._index.predict([worker.key for worker in chosen if _kind(worker) == kind], of_kind)
+        for worker in chosen:
+            of_worker = keys.get(_kind(worker))
+            if of_worker is not None:
+                self._index.predict(worker.key, of_worker[held.get(worker.key, 0) // worker.info.page_size :])
         return placement
 
     def has_room(self, prefill: Sequence[Candidate], decode: Sequence[Candidate], now: float) -> bool:
@@ -500,8 +502,11 @@ def _expected_wait(worker: Candidate, now: float) -> float:
     Requests that come one at a time find every queue empty; without this term the worker that holds the most popular
     prefix would get all of them until it is saturated.
     """
+    mean_s = worker.mean_prefill_s.value
+    if not mean_s:
+        return 0.0
     busy = min(worker.utilization(now), MAX_UTILIZATION)
-    return 0.5 * busy / (1 - busy) * worker.mean_prefill_s.value
+    return 0.5 * busy / (1 - busy) * mean_s
 
 
 def _kind(worker: Candidate) -> tuple[int, str]:

@@ -128,6 +128,7 @@ class WorkerState:
             self.feed.on_events(message, client.heard_at)
         else:
             self.feed.on_snapshot(message, client.heard_at)
+        self._registry.fold_soon()
 
     def on_lost(self, client: ControlClient, error: BatonError) -> None:
         """The connection ended; the client reconnects by itself."""
@@ -189,6 +190,7 @@ class Registry:
         self._colocated = colocated
         self._suspect_after_s = suspect_after_s
         self._lost_after_s = lost_after_s
+        self._folding = False
         self._waiting = asyncio.Event()
         self._closing: set[asyncio.Task[None]] = set()
         self._watch_task: asyncio.Task[None] | None = None
@@ -253,6 +255,16 @@ class Registry:
                 task = asyncio.get_running_loop().create_task(worker.client.close())
                 self._closing.add(task)
                 task.add_done_callback(self._closing.discard)
+
+    def fold_soon(self) -> None:
+        """What the workers said in this round of the loop is folded at its end, before any decision needs it."""
+        if not self._folding:
+            self._folding = True
+            asyncio.get_running_loop().call_soon(self._fold)
+
+    def _fold(self) -> None:
+        self._folding = False
+        self.index.fold()
 
     def teacher(self, role: Role) -> StepModel | None:
         """A worker of this role whose steps are known well."""

@@ -289,7 +289,7 @@ class Service:
             session=stream.session,
         )
         self.metrics.decision.observe(time.perf_counter() - started)
-        asyncio.get_running_loop().call_soon(self.index.fold)
+        self.registry.fold_soon()
         return placement
 
     def _place(self, stream: Stream) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from engine_core.block_hash import block_hashes
 from engine_core.messages import (
     Cancel,
     Decode,
@@ -21,7 +22,9 @@ from engine_core.messages import (
     Tokens,
     WorkerInfo,
 )
-from engine_core.types import FinishReason, Numerics, Request, Role, TokenLogprobs
+from engine_core.prefix_cache import BlockStored
+from engine_core.types import FinishReason, Numerics, Request, Role, Tier, TokenLogprobs
+from kv_transfer.block_publisher import BlockPublisher
 from kv_transfer.control import ControlServer, GatewayLink
 
 ANSWER = (
@@ -73,7 +76,16 @@ class FakeWorker:
         active: requests being worked on.
     """
 
-    def __init__(self, role: Role, worker_id: str, answer: list[int], *, incarnation: int = 1, step_s: float = 0.001):
+    def __init__(
+        self,
+        role: Role,
+        worker_id: str,
+        answer: list[int],
+        *,
+        incarnation: int = 1,
+        step_s: float = 0.001,
+        block_namespace: str = "",
+    ):
         self.role = role
         self.answer = answer
         self.step_s = step_s
@@ -96,7 +108,10 @@ class FakeWorker:
             num_pages=100,
             page_size=16,
             max_model_len=512,
+            block_namespace=block_namespace,
         )
+        self.publisher = BlockPublisher(worker_id, incarnation)
+        self.blocks: list[bytes] = []
         self._server = ControlServer(None, self)
         self._steps: asyncio.Task[None] | None = None
 
@@ -117,6 +132,14 @@ class FakeWorker:
         self.load = load
         self._server.broadcast(load)
 
+    def publish(self, tokens: list[int]) -> None:
+        """Say that the blocks of a prompt are cached here."""
+        stored = block_hashes(tokens, self.info.page_size, b"", bytes.fromhex(self.info.block_namespace))
+        self.blocks += stored
+        message = self.publisher.publish(Tier.DEVICE, [BlockStored(block_hash, None) for block_hash in stored])
+        for link in self._server.links:
+            link.send(message)
+
     @property
     def cancelled(self) -> list[str]:
         return [message.request_id for message in self.received if isinstance(message, Cancel)]
@@ -128,6 +151,8 @@ class FakeWorker:
 
     def on_request(self, link: GatewayLink, message: Prefill | Decode | Cancel | SnapshotRequest) -> None:
         if isinstance(message, SnapshotRequest):
+            for part in self.publisher.snapshot(message.number, {Tier.DEVICE: self.blocks}):
+                link.send(part)
             return
         self.received.append(message)
         if isinstance(message, Cancel):

@@ -9,7 +9,20 @@ from pathlib import Path
 
 from decode_worker.worker import DecodeWorker
 from engine_core.config import BatchConfig, CacheConfig, EngineConfig, ModelConfig
-from engine_core.messages import Cancel, Decode, Failed, Load, PeerAddress, Prefill, TokenChunk, Tokens, WorkerInfo
+from engine_core.messages import (
+    BlockEvents,
+    BlockSnapshot,
+    Cancel,
+    Decode,
+    Failed,
+    Load,
+    Measured,
+    PeerAddress,
+    Prefill,
+    TokenChunk,
+    Tokens,
+    WorkerInfo,
+)
 from engine_core.types import Numerics, Request
 from kv_transfer.control import ControlClient
 from prefill_worker.worker import PrefillWorker
@@ -107,6 +120,12 @@ class Client:
 
     def on_load(self, client, message: Load) -> None:
         self.loads[client.info.worker_id] = message
+
+    def on_measured(self, client, message: Measured) -> None:
+        pass
+
+    def on_blocks(self, client, message: BlockEvents | BlockSnapshot) -> None:
+        pass
 
     def on_lost(self, client, error) -> None:
         pass

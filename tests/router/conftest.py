@@ -53,13 +53,20 @@ class Cluster:
 
 @asynccontextmanager
 async def run_cluster(
-    model_dir: Path, answer_ids: list[int], *, prefill: int = 1, decode: int = 1, **settings: object
+    model_dir: Path,
+    answer_ids: list[int],
+    *,
+    prefill: int = 1,
+    decode: int = 1,
+    block_namespace: str = "",
+    **settings: object,
 ) -> AsyncIterator[Cluster]:
     async with AsyncExitStack() as stack:
         workers: dict[Role, list[FakeWorker]] = {Role.PREFILL: [], Role.DECODE: []}
         for role, count in ((Role.PREFILL, prefill), (Role.DECODE, decode)):
             for index in range(count):
-                worker = await FakeWorker(role, f"{role}-{index}", answer_ids).start()
+                worker = FakeWorker(role, f"{role}-{index}", answer_ids, block_namespace=block_namespace)
+                await worker.start()
                 stack.push_async_callback(worker.stop)
                 workers[role].append(worker)
         defaults = {"port": 0, "worker_wait_s": 0.5, "local_prefill_tokens": 0}

@@ -142,7 +142,8 @@ def test_predictions_are_believed_for_a_while_and_not_for_ever() -> None:
     index.join("b")
     index.tick(0.0)
     index.tick(PREDICTION_S - 0.1)
-    index.predict(["a", "gone"], keys_of(1, 2, 3))
+    index.predict("a", keys_of(1, 2, 3))
+    index.predict("gone", keys_of(1, 2, 3))
     index.change("b", Tier.DEVICE, NONE, keys_of(1, 2))
     for now in np.arange(PREDICTION_S, 2 * PREDICTION_S - 0.2, 0.5):
         index.tick(float(now))
