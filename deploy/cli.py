@@ -32,6 +32,7 @@ examples:
   baton chat                                    talk to it
   baton status                                  which workers live
   baton scale --prefill 3                       more prefill workers, while it runs
+  baton replay --trace FILE                     what placement policies would make of your traffic
   baton bench pd                                what disaggregation costs and gains on this machine
 
 `baton COMMAND --help` explains a command."""
@@ -54,6 +55,8 @@ Exit status: 0 stopped as asked, 1 something failed (the path of the logs is tol
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["replay"]:
+        return _replay(arguments[1:])
     if arguments[:1] == ["bench"] and len(arguments) > 1 and arguments[1] in BENCHMARKS:
         return _bench(arguments[1], arguments[2:])
     parser = build_parser()
@@ -86,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     status = _command(commands, "status", "show the workers of a running Baton", STATUS_EPILOG, _status)
     status.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     _add_port(status)
+    commands.add_parser("replay", help="replay a trace against a simulated fleet, under several placement policies")
     _add_explain(_command(commands, "explain", "show why a request went where it did", EXPLAIN_EPILOG, _explain))
     _command(commands, "version", "print the version", "", _version)
     return parser
@@ -245,6 +249,16 @@ def _connect(port: int | None) -> tuple[Any, Any]:
     run = run_file.find(run_file.DIRECTORY.expanduser(), port)
     importlib.import_module("deploy.ray_local").prepare(Path(run.token_path))
     return importlib.import_module("deploy.admin"), run
+
+
+def _replay(argv: list[str]) -> int:
+    try:
+        return int(importlib.import_module("deploy.replay").main(argv))
+    except ConfigError as error:
+        sys.stderr.write(f"baton: error: {error}\n")
+        return EXIT_CONFIG
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
 
 
 def _bench(name: str, argv: list[str]) -> int:

@@ -1,0 +1,220 @@
+"""The router's real planner steering a simulated fleet: slices start slowly, drain before they leave, and are paid."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from engine_core.types import Role
+from router.planner import Observation, Plan, Planner, PlannerConfig, SliceSample
+from router.pool_model import DecodeCosts
+from router.simulator.cluster import AnyWorker, Cluster
+from router.simulator.job import Job
+from router.simulator.outcome import Slo, is_good
+
+JUDGED_S = 60.0  # windows in which the objective is judged
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bill:
+    """What a run cost and whether it kept its promise.
+
+    Attributes:
+        slice_hours: from each slice's order until it has left, over both roles.
+        windows_met: share of the windows of `JUDGED_S` in which enough requests met the objective.
+        peak_slices: at any time.
+        plans: those that changed something, as people read them.
+    """
+
+    slice_hours: float
+    windows_met: float
+    peak_slices: int
+    plans: list[str]
+
+
+class Autoscaler:
+    """Observes a cluster, asks the planner, and does what it says.
+
+    Args:
+        config: of the planner; its window is the interval, too.
+    """
+
+    def __init__(self, cluster: Cluster, config: PlannerConfig) -> None:
+        self._cluster = cluster
+        self._config = config
+        self._planner = Planner(config)
+        self._starting = dict.fromkeys(Role, 0)
+        self._paid_ahead_s = 0.0  # of slices that started, before they served
+        self._seen_arrivals = 0
+        self._seen_first = 0
+        self._seen_finished = 0
+        self._seen_bytes = 0
+        self._seen_handovers = 0
+        self._busy_s: dict[tuple[str, int], float] = {}
+        self._flipping: dict[tuple[str, int], Role] = {}
+        self.plans: list[Plan] = []
+        self.texts: list[str] = []
+        self.peak = len(cluster.workers)
+        cluster.events.after(config.window_s, self._tick)
+
+    def bill(self, slo: Slo) -> Bill:
+        """After the run."""
+        seconds = self._paid_ahead_s + paid_s(self._cluster)
+        met = windows_met(self._cluster, slo, self._config.attainment)
+        return Bill(slice_hours=seconds / 3600, windows_met=met, peak_slices=self.peak, plans=self.texts)
+
+    def _tick(self) -> None:
+        self._finish_flips()
+        plan = self._planner.plan(self._observe())
+        have = {role: len(self._serving(role)) + self._starting[role] for role in Role}
+        if (plan.prefill, plan.decode) != (have[Role.PREFILL], have[Role.DECODE]):
+            self.texts.append(f"{self._cluster.events.now:.0f} s: {plan.advise(have[Role.PREFILL], have[Role.DECODE])}")
+        self.plans.append(plan)
+        for source, target in plan.flips:
+            worker = self._drain_one(source)
+            if worker is not None:
+                self._flipping[worker.info.worker_id, worker.info.incarnation] = target
+                self._starting[target] += 1
+                have[source] -= 1
+                have[target] += 1
+        for role in Role:
+            for _ in range(plan.wanted(role) - have[role]):
+                self._order(role, self._config.start_s)
+            for _ in range(have[role] - plan.wanted(role)):
+                self._drain_one(role)
+        self.peak = max(self.peak, len(self._cluster.workers) + sum(self._starting.values()))
+        self._cluster.events.after(self._config.window_s, self._tick)
+
+    # doing
+
+    def _order(self, role: Role, seconds: float) -> None:
+        self._starting[role] += 1
+        self._cluster.events.after(seconds, self._serve, role, seconds)
+
+    def _serve(self, role: Role, seconds: float) -> None:
+        self._starting[role] -= 1
+        self._paid_ahead_s += seconds
+        self._cluster.start_worker(role)
+
+    def _drain_one(self, role: Role) -> AnyWorker | None:
+        serving = self._serving(role)
+        if len(serving) <= 1 and role is Role.DECODE:
+            return None
+        if not serving:
+            return None
+        worker = min(serving, key=lambda one: (one.num_running + one.num_waiting, -one.started_at))
+        self._cluster.drain_worker(worker.info.worker_id)
+        return worker
+
+    def _finish_flips(self) -> None:
+        for worker in self._cluster.gone:
+            target = self._flipping.pop((worker.info.worker_id, worker.info.incarnation), None)
+            if target is not None:
+                self._starting[target] -= 1
+                self._order(target, self._config.flip_s)
+
+    # seeing
+
+    def _serving(self, role: Role) -> list[AnyWorker]:
+        return [one for one in self._cluster.workers.values() if one.info.role is role and not one.draining]
+
+    def _observe(self) -> Observation:
+        cluster, config = self._cluster, self._config
+        now = cluster.events.now
+        arrivals = cluster.num_arrived - self._seen_arrivals
+        self._seen_arrivals = cluster.num_arrived
+        first = cluster.first_tokens[self._seen_first :]
+        self._seen_first = len(cluster.first_tokens)
+        finished = cluster.finished[self._seen_finished :]
+        self._seen_finished = len(cluster.finished)
+        late = cluster.num_late(config.ttft_s)
+        in_time = sum(job.first_token_at - job.arrival_s <= config.ttft_s for job, _ in first)
+        count = len(finished)
+        return Observation(
+            at=now,
+            requests=arrivals,
+            service_s=[service_s for _, service_s in first],
+            output_tokens=sum(job.num_output for job in finished) / count if count else 0.0,
+            context_tokens=_mean_context(finished) if count else 0.0,
+            ttft_met=in_time / (len(first) + late) if first or late else None,
+            itl_met=sum(job.mean_itl_s <= config.itl_s for job in finished) / count if count else None,
+            slices=[self._sample(worker, now) for role in Role for worker in self._serving(role)],
+            starting=dict(self._starting),
+            transfer_s=self._transfer_s(),
+            decode=self._decode_costs(),
+        )
+
+    def _sample(self, worker: AnyWorker, now: float) -> SliceSample:
+        key = (worker.info.worker_id, worker.info.incarnation)
+        busy_s = worker.busy_s - self._busy_s.get(key, 0.0)
+        self._busy_s[key] = worker.busy_s
+        pages = worker.info.num_pages
+        return SliceSample(
+            role=worker.info.role,
+            age_s=now - worker.started_at,
+            busy=busy_s / self._config.window_s,
+            kv_share=1 - worker.memory.cache.num_available / pages,
+        )
+
+    def _transfer_s(self) -> float:
+        """Network seconds per hand-over in this window, from the bytes that moved."""
+        links = self._cluster.links
+        num_bytes, count = links.num_bytes - self._seen_bytes, self._cluster.num_handovers - self._seen_handovers
+        self._seen_bytes, self._seen_handovers = links.num_bytes, self._cluster.num_handovers
+        return num_bytes / count / self._cluster.scenario.profile.link_bytes_per_s if count else 0.0
+
+    def _decode_costs(self) -> DecodeCosts:
+        """As the router has learned them."""
+        candidate = self._cluster.gateway.of(Role.DECODE)[0]
+        step_s, row_s, token_s = candidate.steps.coefficients[3:]
+        info = candidate.info
+        return DecodeCosts(
+            step_s=step_s,
+            row_s=row_s,
+            token_s=token_s,
+            num_slots=info.num_slots,
+            kv_tokens=info.num_pages * info.page_size,
+        )
+
+
+def _mean_context(jobs: list[Job]) -> float:
+    """Tokens that a decoding row attends to, weighted by how long it is one."""
+    outputs = sum(job.num_output for job in jobs)
+    return sum((job.num_prompt + job.num_output / 2) * job.num_output for job in jobs) / max(outputs, 1)
+
+
+def paid_s(cluster: Cluster) -> float:
+    """Seconds that slices served or drained, together."""
+    end = cluster.jobs[-1].arrival_s  # what is left then is the same for every fleet
+    workers = [*cluster.gone, *cluster.workers.values()]
+    return sum(max(0.0, min(worker.ended_at, end) - worker.started_at) for worker in workers)
+
+
+def windows_met(cluster: Cluster, slo: Slo, attainment: float) -> float:
+    """Share of the windows of arrival in which enough requests were answered well."""
+    windows: dict[int, list[bool]] = {}
+    for job in cluster.jobs:
+        windows.setdefault(int(job.arrival_s // JUDGED_S), []).append(not job.refused and is_good(job, slo))
+    return sum(sum(good) >= attainment * len(good) for good in windows.values()) / len(windows)
+
+
+def planner_config(cluster: Cluster, budget: int) -> PlannerConfig:
+    """That fits a scenario: its objectives, and how long its slices take to start."""
+    scenario = cluster.scenario
+    start_s = scenario.profile.start_s
+    return PlannerConfig(
+        ttft_s=scenario.slo.ttft_s,
+        itl_s=scenario.slo.itl_s,
+        start_s=start_s,
+        cooldown_s=start_s,
+        max_prefill=budget - 1,
+        max_decode=budget - 1,
+        budget=budget,
+    )
+
+
+def play(cluster: Cluster, config: PlannerConfig) -> tuple[Bill, object]:
+    """Run a cluster under the planner."""
+    scaler = Autoscaler(cluster, config)
+    outcome = cluster.run()
+    return scaler.bill(cluster.scenario.slo), dataclasses.asdict(outcome)
