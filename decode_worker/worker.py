@@ -14,7 +14,8 @@ from engine_core.replica_loader import open_replica
 from engine_core.types import FinishReason, Role
 from kv_transfer.base import Layers
 from kv_transfer.endpoint import KvIdentity
-from kv_transfer.receiver import NetKvReceiver
+from kv_transfer.handshake import TransferOptions
+from kv_transfer.plane import PlaneKvReceiver
 from kv_transfer.ticket import Landing, Ticket
 from kv_transfer.worker_host import Key, WorkerHost
 
@@ -62,11 +63,12 @@ class DecodeWorker:
             replica=self._replica,
         )
         self._serials = itertools.count(1)
-        self._receiver: NetKvReceiver
+        self._receiver: PlaneKvReceiver
 
     async def start(self) -> WorkerInfo:
         """Listen and begin to work."""
-        self._receiver = NetKvReceiver(self._identity, self._secret, self)
+        self._receiver = PlaneKvReceiver(self._identity, self._secret, self, TransferOptions())
+        await self._receiver.start()
         self._info = await self._host.start(self._info.address.host, self._info)
         return self._info
 
@@ -89,8 +91,8 @@ class DecodeWorker:
 
     @property
     def healthy(self) -> bool:
-        """Whether the engine thread is alive."""
-        return self._host.healthy
+        """Whether the engine thread and the data plane are alive."""
+        return self._host.healthy and self._receiver.healthy
 
     # DecodeEvents, on the engine thread.
 

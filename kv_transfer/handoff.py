@@ -439,7 +439,7 @@ class ReceiverCore:
             return []
         if isinstance(message, KvAbort):
             del self._open[key]
-            return [Lost(key, as_error(message))]
+            return [Lost(key, error_named(message.code, message.message, message.retryable))]
         entry.first_token = message.first_token
         entry.want_at = now + WANT_AFTER_S
         return self._complete(key, entry)
@@ -490,10 +490,10 @@ def _fits(entry: _Incoming, header: KvBlocks) -> bool:
     )
 
 
-def as_error(message: KvAbort) -> BatonError:
-    """The exception that `message.code` names; TransferError for a code we do not know."""
+def error_named(code: str, text: str, retryable: bool) -> BatonError:
+    """The exception that `code` names; TransferError for a code we do not know."""
     kinds = (kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, BatonError))
-    kind = next((kind for kind in kinds if kind.code == message.code), TransferError)
-    error = kind(message.message)
-    error.retryable = message.retryable
+    kind = next((kind for kind in kinds if kind.code == code), TransferError)
+    error = kind(text)
+    error.retryable = retryable
     return error

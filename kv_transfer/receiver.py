@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from kv_transfer.handshake import (
     Offer,
     TransferOptions,
 )
+from kv_transfer.returns import Returns
 from kv_transfer.wire import (
     KvBeat,
     KvBlocks,
@@ -120,8 +121,7 @@ class _ToPrefill:
         self._segments: OrderedDict[int, Segment] = OrderedDict()
         self._arena: Arena | None = None
         self._landing: dict[KvConnection, tuple[Segment, int]] = {}
-        self._released: deque[int] = deque()  # frames; filled from any thread
-        self._is_flushing = False
+        self._released = Returns(self._tell_released)
         self._tasks = {owner.loop.create_task(self._connect())}
 
     def send(self, message: Any) -> None:
@@ -217,7 +217,7 @@ class _ToPrefill:
         if self.transport is not Transport.TCP:
             raise ProtocolError("payload on a connection of shared memory")
         if not self._owner.core.wants(header):
-            self._release(header.frame)
+            self._released.add(header.frame)
             return None
         memory, segment, offset = self._room_for(header)
         self._landing[connection] = (segment, offset)
@@ -264,35 +264,22 @@ class _ToPrefill:
         if place is None or segment is None:
             raise ProtocolError("blocks in memory that is not mapped")
         num_bytes = strided_bytes(len(header.blocks), place.layer_stride, layout)
-        memory = segment.lend(place.offset, num_bytes, lambda: self._release(header.frame))
+        memory = segment.lend(place.offset, num_bytes, lambda: self._released.add(header.frame))
         self._on_landed(header, memory, segment, place.offset, place.layer_stride)
 
     def _room_for(self, header: KvBlocks) -> tuple[np.ndarray, Segment, int]:
         """Memory for a payload; one that the arena has no unbroken room for gets a segment of its own."""
         assert self._arena
-        free = lambda: self._release(header.frame)  # noqa: E731
+        free = lambda: self._released.add(header.frame)  # noqa: E731
         loan = self._arena.lend(header.num_bytes, free)
         if loan:
             return loan[1], self._arena.segment, loan[0]
         segment = Segment.create(header.num_bytes)
         return segment.lend(0, header.num_bytes, free), segment, 0
 
-    def _release(self, frame: int) -> None:
-        """On any thread: nobody holds the frame's memory any more."""
-        self._released.append(frame)
-        if not self._is_flushing:
-            self._is_flushing = True
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._owner.loop.call_soon_threadsafe(self._flush)
-
-    def _flush(self) -> None:
-        self._is_flushing = False
-        frames = []
-        with contextlib.suppress(IndexError):
-            while True:
-                frames.append(self._released.popleft())
-        if frames and self.main:
-            self.main.send([encode(KvRelease(tuple(frames)))])
+    def _tell_released(self, frames: tuple[int, ...]) -> None:
+        if self.main:
+            self.main.send([encode(KvRelease(frames))])
 
 
 async def _open_socket(host: str, port: int) -> socket.socket:

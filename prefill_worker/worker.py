@@ -16,7 +16,8 @@ from engine_core.messages import Decode, Load, PeerAddress, Prefill, TokenChunk,
 from engine_core.replica_loader import open_replica
 from engine_core.types import Role
 from kv_transfer.endpoint import KvIdentity
-from kv_transfer.sender import NetKvSender
+from kv_transfer.handshake import TransferOptions
+from kv_transfer.plane import PlaneKvSender
 from kv_transfer.ticket import Ticket
 from kv_transfer.worker_host import Key, WorkerHost
 from prefill_worker.scheduler import PrefillScheduler
@@ -65,14 +66,14 @@ class PrefillWorker:
             replica=self._replica,
         )
         self._waker: asyncio.Task[None] | None = None
-        self._sender: NetKvSender
+        self._sender: PlaneKvSender
         self._loop: asyncio.AbstractEventLoop
 
     async def start(self) -> WorkerInfo:
         """Listen and begin to work."""
         self._loop = asyncio.get_running_loop()
         address = self._info.address
-        self._sender = NetKvSender(self._identity, self._secret, self)
+        self._sender = PlaneKvSender(self._identity, self._secret, self, TransferOptions())
         kv_port = await self._sender.start(address.host, address.kv_port)
         address = msgspec.structs.replace(address, kv_port=kv_port)
         self._info = await self._host.start(address.host, msgspec.structs.replace(self._info, address=address))
@@ -101,8 +102,8 @@ class PrefillWorker:
 
     @property
     def healthy(self) -> bool:
-        """Whether the engine thread is alive."""
-        return self._host.healthy
+        """Whether the engine thread and the data plane are alive."""
+        return self._host.healthy and self._sender.healthy
 
     # PrefillEvents, on the engine thread.
 

@@ -1,0 +1,446 @@
+"""KvSender and KvReceiver whose work is done in a data-plane process beside the worker.
+
+A receiving thread in a busy Python process moves a third of what it could and slows the engine; here the worker only
+copies blocks into memory that the plane maps (prefill), or reads them where the plane or the peer put them (decode).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from engine_core.errors import BatonError, ConfigError, ProtocolError, TransferError
+from engine_core.messages import Message, PeerAddress, TokenChunk
+from kv_transfer.arena import Arena, Segment
+from kv_transfer.auth import check_bind
+from kv_transfer.base import Layers, ReceiverEvents, SenderEvents
+from kv_transfer.blocks import as_layers, as_rows, payload_rows, strided_bytes, strided_rows
+from kv_transfer.channel import Channel
+from kv_transfer.endpoint import KvIdentity
+from kv_transfer.handshake import TransferOptions
+from kv_transfer.plane_wire import (
+    PlaneAbort,
+    PlaneBlocks,
+    PlaneCancel,
+    PlaneDone,
+    PlaneFinish,
+    PlaneForget,
+    PlaneOffer,
+    PlanePush,
+    PlaneReady,
+    PlaneRetire,
+    PlaneReturn,
+    PlaneSegment,
+    PlaneStart,
+    PlaneTicket,
+    abort_of,
+    error_of,
+    to_worker,
+)
+from kv_transfer.returns import Returns
+from kv_transfer.ticket import Ticket
+from kv_transfer.wire import Place
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 5.0
+MIN_LOANS = 4  # blocks that an arena has room for at the least
+Key = tuple[str, int]
+
+
+class _Listener(Protocol):
+    """The endpoint over a plane."""
+
+    def on_message(self, message: Any) -> None:
+        """From the plane."""
+
+    def on_lost(self) -> None:
+        """The plane is gone."""
+
+
+class _Plane:
+    """The other process and the channel to it."""
+
+    def __init__(self, listener: _Listener) -> None:
+        self._listener = listener
+        self._ready: asyncio.Future[PlaneReady]
+        self._channel: Channel
+        self._process: subprocess.Popen[bytes]
+        self._is_closing = False
+
+    async def start(
+        self, identity: KvIdentity, secret: bytes | None, options: TransferOptions, host: str, port: int
+    ) -> int:
+        """Start the process; returns the port on which it listens."""
+        loop = asyncio.get_running_loop()
+        mine, theirs = socket.socketpair()
+        with theirs:
+            self._process = _spawn(theirs)
+        self._ready = loop.create_future()
+        make = lambda: Channel(to_worker, lambda channel: None, self._on_message, self._on_closed)  # noqa: E731
+        _, self._channel = await loop.create_connection(make, sock=mine)
+        self.send(
+            PlaneStart(
+                identity.worker_id,
+                identity.incarnation,
+                identity.fingerprint,
+                dataclasses.asdict(identity.layout),
+                secret,
+                host,
+                port,
+                tuple(options.transports),
+                options.num_connections,
+                options.arena_bytes,
+            )
+        )
+        try:
+            ready = await asyncio.wait_for(self._ready, START_TIMEOUT_S)
+        except TimeoutError:
+            ready = PlaneReady(0, f"the data plane did not start within {START_TIMEOUT_S} s")
+        if ready.problem:
+            await self.close()
+            raise ConfigError(ready.problem)
+        return ready.port
+
+    def send(self, message: Message) -> None:
+        """On the event loop."""
+        self._channel.send(message)
+
+    async def close(self) -> None:
+        """End the process."""
+        self._is_closing = True
+        self._channel.close()
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(None, self._process.wait, STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            await loop.run_in_executor(None, self._process.wait)
+
+    def _on_message(self, channel: Channel, message: Any) -> None:
+        if isinstance(message, PlaneReady) and not self._ready.done():
+            self._ready.set_result(message)
+        else:
+            self._listener.on_message(message)
+
+    def _on_closed(self, channel: Channel, error: Exception | None) -> None:
+        if not self._ready.done():
+            self._ready.set_result(PlaneReady(0, "the data plane ended while it started"))
+        if not self._is_closing:
+            logger.error("the data plane is gone (%s)", error or "it hung up")
+            self._listener.on_lost()
+
+
+def _spawn(connected: socket.socket) -> subprocess.Popen[bytes]:
+    """The process whose end of the socket pair `connected` is; it must find this package where we found it."""
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.Popen(
+        [sys.executable, "-m", "kv_transfer.plane_process", str(connected.fileno())],
+        pass_fds=[connected.fileno()],
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Unstaged:
+    """Blocks that found no room in shared memory."""
+
+    key: Key
+    indices: tuple[int, ...]
+    rows: tuple[np.ndarray, ...]
+
+
+class PlaneKvSender:
+    """KvSender of a prefill worker. Construct on the event-loop thread."""
+
+    def __init__(
+        self, identity: KvIdentity, secret: bytes | None, events: SenderEvents, options: TransferOptions
+    ) -> None:
+        self.healthy = True
+        self._identity = identity
+        self._secret = secret
+        self._events = events
+        self._options = options
+        self._loop = asyncio.get_running_loop()
+        self._plane = _Plane(self)
+        self._arena_bytes = max(options.arena_bytes, MIN_LOANS * identity.layout.block_bytes)
+        self._lock = threading.Lock()  # over the following
+        self._arena = Arena(self._arena_bytes)
+        self._segment = 1
+        self._loans: dict[int, tuple[np.ndarray, int]] = {}
+        self._next_loan = 1
+        self._inflight_bytes = 0
+        self._queue: deque[Message | _Unstaged] = deque()  # behind blocks that have no room
+        self._open: set[Key] = set()
+        self._room = asyncio.Event()
+
+    async def start(self, host: str, port: int) -> int:
+        """Start the plane, which listens; port 0 takes any free one. Returns the port."""
+        check_bind(host, self._secret)
+        port = await self._plane.start(self._identity, self._secret, self._options, host, port)
+        self._announce()
+        return port
+
+    # KvSender
+
+    @property
+    def inflight_bytes(self) -> int:
+        """See KvSender."""
+        return self._inflight_bytes
+
+    @property
+    def writable(self) -> bool:
+        """See KvSender."""
+        return not self._queue and self._inflight_bytes < self._arena_bytes // 2
+
+    async def wait_writable(self) -> None:
+        """See KvSender."""
+        while not self.writable:
+            self._room.clear()
+            await self._room.wait()
+
+    def offer(self, request_id: str, epoch: int, lease_s: float) -> None:
+        """See KvSender."""
+        self._open.add((request_id, epoch))
+        self._put(PlaneOffer(request_id, epoch, lease_s))
+
+    def send_blocks(self, request_id: str, epoch: int, block_indices: Sequence[int], layers: Layers) -> None:
+        """See KvSender. Copies, so that the arrays are free at once."""
+        indices = tuple(int(index) for index in block_indices)
+        rows = as_rows(layers, len(indices), self._identity.layout)
+        blocks = _Unstaged((request_id, epoch), indices, rows)
+        with self._lock:
+            self._inflight_bytes += self._num_bytes(blocks)
+        self._put(blocks)
+
+    def finish(self, request_id: str, epoch: int, first_token: TokenChunk) -> None:
+        """See KvSender."""
+        self._open.discard((request_id, epoch))
+        self._put(PlaneFinish(request_id, epoch, first_token))
+
+    def abort(self, request_id: str, epoch: int, error: BatonError) -> None:
+        """See KvSender."""
+        self._open.discard((request_id, epoch))
+        self._drop_unstaged((request_id, epoch))
+        self._put(abort_of(request_id, epoch, error))
+
+    async def close(self) -> None:
+        """See KvSender."""
+        await self._plane.close()
+
+    # From the plane, on the event loop
+
+    def on_message(self, message: Any) -> None:
+        """See KvSender's events."""
+        match message:
+            case PlaneTicket(ticket):
+                self._events.on_ticket(ticket)
+            case PlaneAbort(request_id, epoch):
+                self._open.discard((request_id, epoch))
+                self._drop_unstaged((request_id, epoch))
+                self._events.on_cancel(request_id, epoch, error_of(message))
+            case PlaneReturn(loans):
+                self._on_return(loans)
+            case PlaneRetire(segment):
+                self._retire(segment)
+            case _:
+                raise ProtocolError(f"{type(message).__name__} from the data plane")
+
+    def on_lost(self) -> None:
+        """Nothing can be handed over any more."""
+        self.healthy = False
+        lost, self._open = self._open, set()
+        with self._lock:
+            self._loans.clear()
+            self._queue.clear()
+            self._inflight_bytes = 0
+        self._room.set()
+        for request_id, epoch in lost:
+            self._events.on_cancel(request_id, epoch, TransferError("the data plane of the prefill worker is gone"))
+
+    # Staging
+
+    def _num_bytes(self, blocks: _Unstaged) -> int:
+        return len(blocks.indices) * self._identity.layout.block_bytes
+
+    def _put(self, item: Message | _Unstaged) -> None:
+        """Any thread: send behind all that was put before, at once unless something waits for room."""
+        with self._lock:
+            if not self.healthy:
+                self._inflight_bytes = 0
+                return
+            if self._queue:
+                self._queue.append(item)
+                return
+            message = self._stage(item) if isinstance(item, _Unstaged) else item
+            if message is None:
+                self._queue.append(item)
+                return
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is stopping
+                self._loop.call_soon_threadsafe(self._plane.send, message)
+
+    def _stage(self, blocks: _Unstaged) -> PlanePush | None:
+        """Copy into shared memory; None while there is no room. Holds the lock: only the worker's threads wait."""
+        num_bytes, n = self._num_bytes(blocks), len(blocks.indices)
+        loan = self._arena.lend(num_bytes, lambda: None)
+        if loan is None:
+            return None
+        offset, memory = loan
+        layout = self._identity.layout
+        for row, target in zip(blocks.rows, payload_rows(memory, n, layout), strict=True):
+            np.copyto(target, row)
+        number = self._next_loan
+        self._next_loan += 1
+        self._loans[number] = (memory, num_bytes)
+        place = Place(self._segment, offset, n * layout.layer_bytes)
+        return PlanePush(*blocks.key, blocks.indices, place, number)
+
+    def _on_return(self, loans: tuple[int, ...]) -> None:
+        with self._lock:
+            for loan in loans:
+                _, num_bytes = self._loans.pop(loan)
+                self._inflight_bytes -= num_bytes
+            while self._queue:
+                item = self._queue[0]
+                message = self._stage(item) if isinstance(item, _Unstaged) else item
+                if message is None:
+                    break
+                self._queue.popleft()
+                self._plane.send(message)
+        if self.writable:
+            self._room.set()
+
+    def _drop_unstaged(self, key: Key) -> None:
+        with self._lock:
+            kept: deque[Message | _Unstaged] = deque()
+            for item in self._queue:
+                if isinstance(item, _Unstaged) and item.key == key:
+                    self._inflight_bytes -= self._num_bytes(item)
+                else:
+                    kept.append(item)
+            self._queue = kept
+
+    def _retire(self, segment: int) -> None:
+        """What a lost reader may still read is never written again: new memory."""
+        with self._lock:
+            if segment == self._segment:
+                self._arena = Arena(self._arena_bytes)
+                self._segment += 1
+        self._announce()
+
+    def _announce(self) -> None:
+        assert self._arena.segment.ref
+        self._plane.send(PlaneSegment(self._segment, self._arena.segment.ref))
+
+
+class PlaneKvReceiver:
+    """KvReceiver of a decode worker. Construct on the event-loop thread."""
+
+    def __init__(
+        self, identity: KvIdentity, secret: bytes | None, events: ReceiverEvents, options: TransferOptions
+    ) -> None:
+        self.healthy = True
+        self._identity = identity
+        self._secret = secret
+        self._events = events
+        self._options = options
+        self._loop = asyncio.get_running_loop()
+        self._plane = _Plane(self)
+        self._segments: dict[int, Segment] = {}
+        self._returns = Returns(lambda loans: self._plane.send(PlaneReturn(loans)))
+        self._open: set[Key] = set()
+
+    async def start(self) -> None:
+        """Start the plane."""
+        await self._plane.start(self._identity, self._secret, self._options, "", 0)
+
+    # KvReceiver
+
+    def request(self, address: PeerAddress, ticket: Ticket) -> None:
+        """See KvReceiver."""
+        self._call(self._request, address, ticket)
+
+    def cancel(self, request_id: str, epoch: int) -> None:
+        """See KvReceiver."""
+        self._call(self._cancel, request_id, epoch)
+
+    async def close(self) -> None:
+        """See KvReceiver."""
+        await self._plane.close()
+
+    def _request(self, address: PeerAddress, ticket: Ticket) -> None:
+        if not self.healthy:
+            self._events.on_failed(*ticket.key, TransferError("the data plane of the decode worker is gone"))
+            return
+        self._open.add(ticket.key)
+        self._plane.send(PlaneTicket(ticket, address))
+
+    def _cancel(self, request_id: str, epoch: int) -> None:
+        self._open.discard((request_id, epoch))
+        self._plane.send(PlaneCancel(request_id, epoch))
+
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is stopping
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    # From the plane, on the event loop
+
+    def on_message(self, message: Any) -> None:
+        """See ReceiverEvents. What was cancelled meanwhile is dropped."""
+        match message:
+            case PlaneBlocks():
+                self._on_blocks(message)
+            case PlaneDone(request_id, epoch, first_token):
+                if self._end((request_id, epoch)):
+                    self._events.on_done(request_id, epoch, first_token, first_token.finish_reason)
+            case PlaneAbort(request_id, epoch):
+                if self._end((request_id, epoch)):
+                    self._events.on_failed(request_id, epoch, error_of(message))
+            case PlaneSegment(number, ref):
+                self._segments[number] = Segment.open(ref)
+            case PlaneForget(numbers):
+                for number in numbers:
+                    del self._segments[number]
+            case _:
+                raise ProtocolError(f"{type(message).__name__} from the data plane")
+
+    def on_lost(self) -> None:
+        """Nothing can be received any more."""
+        self.healthy = False
+        lost, self._open = self._open, set()
+        for request_id, epoch in lost:
+            self._events.on_failed(request_id, epoch, TransferError("the data plane of the decode worker is gone"))
+
+    def _end(self, key: Key) -> bool:
+        if key not in self._open:
+            return False
+        self._open.remove(key)
+        return True
+
+    def _on_blocks(self, message: PlaneBlocks) -> None:
+        key = (message.request_id, message.epoch)
+        if key not in self._open:
+            self._returns.add(message.loan)
+            return
+        layout, place, n = self._identity.layout, message.place, len(message.indices)
+        memory = self._segments[place.segment].lend(
+            place.offset, strided_bytes(n, place.layer_stride, layout), lambda: self._returns.add(message.loan)
+        )
+        layers = as_layers(strided_rows(memory, n, place.layer_stride, layout), layout)
+        self._events.on_blocks(*key, message.indices, layers, message.generations)

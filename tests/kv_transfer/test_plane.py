@@ -1,0 +1,95 @@
+"""The data plane as a process: its end, its worker's end, and memory that a lost reader may still read."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from engine_core.errors import ConfigError, TransferError
+from kv_transfer.handshake import TransferOptions
+from kv_transfer.plane import PlaneKvSender
+from kv_transfer.wire import Transport
+from tests.kv_transfer.test_transport import Pair, PrefillEars, first_token, open_pair, until
+
+
+async def hand_over(pair: Pair, name: str, seed: int = 0) -> None:
+    pair.sender.offer(name, 0, 30)
+    pair.receiver.request(pair.address, pair.ticket(name, [0, 1]))
+    pair.sender.send_blocks(name, 0, [0, 1], pair.layers([0, 1], seed))
+    pair.sender.finish(name, 0, first_token(name))
+    await until(lambda: (name, 0) in pair.decode.done)
+    pair.check_blocks(name, [0, 1], seed)
+
+
+@pytest.mark.parametrize("transport", list(Transport))
+async def test_the_end_of_either_plane_fails_what_is_open_and_is_seen(transport):
+    async with open_pair(f"plane {transport}") as pair:
+        await hand_over(pair, "before")
+        pair.sender.offer("r", 0, 30)
+        pair.receiver.request(pair.address, pair.ticket("r", [0]))
+        await until(lambda: len(pair.prefill.tickets) == 2)
+        os.kill(pair.receiver._plane._process.pid, signal.SIGKILL)
+        await until(lambda: pair.decode.failed and pair.prefill.cancelled)
+        assert pair.decode.failed["r", 0].retryable
+        assert pair.sender.healthy and not pair.receiver.healthy
+        pair.receiver.request(pair.address, pair.ticket("later", [0]))
+        await until(lambda: ("later", 0) in pair.decode.failed)
+        pair.sender.offer("s", 0, 30)
+        pair.sender.send_blocks("s", 0, [0], pair.layers([0]))
+        await until(lambda: pair.sender.inflight_bytes)
+        os.kill(pair.sender._plane._process.pid, signal.SIGKILL)
+        await until(lambda: len(pair.prefill.cancelled) == 2)
+        assert isinstance(pair.prefill.cancelled[1][2], TransferError)
+        assert not pair.sender.healthy
+        assert pair.sender.inflight_bytes == 0
+        pair.check_blocks("before", [0, 1])
+
+
+async def test_a_plane_ends_with_its_worker():
+    async with open_pair("plane tcp") as pair:
+        processes = [pair.sender._plane._process, pair.receiver._plane._process]
+        for end in (pair.sender, pair.receiver):
+            end._plane._is_closing = True
+            end._plane._channel.abort(ConnectionError("the worker was killed"))
+        await until(lambda: all(process.poll() is not None for process in processes))
+
+
+async def test_what_a_lost_reader_may_still_read_is_never_written_again():
+    """Decode's plane hangs, is given up, and its worker holds blocks of the former arena."""
+    async with open_pair("plane shared_memory") as pair:
+        await hand_over(pair, "a")
+        arena = pair.sender._arena
+        held = [layer for layers in pair.decode.blocks["a", 0].values() for layer in layers]
+        expected = [layer.tobytes() for layer in held]
+        os.kill(pair.receiver._plane._process.pid, signal.SIGKILL)
+        await until(lambda: pair.sender._arena is not arena)
+        async with open_pair("plane shared_memory") as other:
+            for number in range(4):
+                name = f"b{number}"
+                pair.sender.offer(name, 0, 30)
+                other.receiver.request(pair.address, pair.ticket(name, [0, 1]))
+                pair.sender.send_blocks(name, 0, [0, 1], pair.layers([0, 1], number + 1))
+                pair.sender.finish(name, 0, first_token(name))
+                await until(lambda name=name: (name, 0) in other.decode.done)
+                other.check_blocks(name, [0, 1], number + 1)
+        assert [layer.tobytes() for layer in held] == expected
+
+
+async def test_a_port_that_is_taken_is_a_configuration_error():
+    async with open_pair("plane tcp") as pair:
+        sender = PlaneKvSender(pair.identity("q", "f"), b"secret", PrefillEars(), TransferOptions())
+        with pytest.raises(ConfigError, match="cannot listen"):
+            await sender.start("127.0.0.1", pair.address.kv_port)
+
+
+async def test_many_hand_overs_leave_nothing_behind():
+    async with open_pair("plane shared_memory") as pair:
+        for number in range(30):
+            await hand_over(pair, f"r{number}", seed=number)
+            pair.decode.blocks.clear()
+        await pair.check_nothing_held()
+        assert len(pair.receiver._segments) == 1
+        await asyncio.sleep(0)
