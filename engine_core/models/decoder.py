@@ -80,7 +80,7 @@ class DecoderLayer(nnx.Module):
         window: int | jax.Array,
         valid: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """x: [T, D], cache: [L, num_pages, *page_shape] -> the same, updated. valid: [T] bool, false in padding rows."""
+        """x: [T, D], cache: [L, num_pages, *page_shape] -> the same, updated. valid: [T] bool, false in padding."""
         attended, cache = self.attention(self.input_norm(x), cache, layer, inputs, window)
         x = x + attended
         normed = self.post_norm(x)

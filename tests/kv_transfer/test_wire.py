@@ -144,6 +144,7 @@ SPEC = ModelSpec(
     max_position=1024,
     eos_token_ids=(1,),
     dtype="bfloat16",
+    moe=None,
 )
 
 
