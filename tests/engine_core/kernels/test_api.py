@@ -31,9 +31,7 @@ KEY = TuningKey(
 
 def run(case, implementation, seed=0):
     arrays = make_arrays(case, seed)
-    op = functools.partial(
-        paged_attention, rows=arrays.rows, scoring=arrays.scoring, implementation=implementation
-    )
+    op = functools.partial(paged_attention, rows=arrays.rows, scoring=arrays.scoring, implementation=implementation)
     out, cache = jax.jit(op, compiler_options=FAST_COMPILE)(arrays.q, arrays.k, arrays.v, arrays.cache, case.layer)
     return np.asarray(out, np.float32), np.asarray(cache, np.float32)
 
