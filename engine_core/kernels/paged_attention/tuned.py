@@ -88,17 +88,18 @@ def _decode_rule(key: TuningKey) -> DecodeTiles:
 
 
 def _prefill_rule(key: TuningKey) -> PrefillTiles:
-    """The largest query tile that fits, up to 256 tokens."""
+    """The largest query tile that fits, up to 512 tokens."""
     group = key.num_heads // key.num_kv_heads
     tile_kv = math.lcm(max(_TILE_KV, key.page_size), key.page_size)
-    for tile_q in (256, 128):
+    for tile_q in (512, 256, 128):
+        lanes = min(tile_q, 256)
         tiles = PrefillTiles(
             tile_q=tile_q,
-            lanes=tile_q,
+            lanes=lanes,
             tile_kv=tile_kv,
             sub_kv=256,
-            lookahead=2,
-            body_heads=math.gcd(key.num_kv_heads, max(1, _BODY_GROUPS // group)),
+            lookahead=3,
+            body_heads=math.gcd(key.num_kv_heads, max(1, _BODY_GROUPS * lanes // (group * tile_q))),
         )
         if _prefill_vmem(key, tiles) <= _VMEM_BYTES:
             return tiles
