@@ -48,10 +48,11 @@ from engine_core.kernels.paged_attention.tpu_decode_state import (
     DecodeTiles,
     Refs,
     Sizes,
+    choose_tiles,
 )
 from engine_core.kernels.shapes import check_shapes
 
-__all__ = ["DecodeTiles", "decode"]
+__all__ = ["DecodeTiles", "choose_tiles", "decode"]
 
 _LOG2_E = math.log2(math.e)
 
@@ -258,9 +259,7 @@ def _scratch(sizes: Sizes, dtype: Any, storage: Any) -> list[Any]:
         pltpu.VMEM((sizes.heads, layout.width), jnp.float32),
         pltpu.VMEM((sizes.heads, layout.width), dtype),
         pltpu.SMEM((sizes.rows + 1,), jnp.int32),
-        items_noted,
-        items_noted,
-        items_noted,
+        *[items_noted] * 6,
         groups_noted,
         groups_noted,
         items_noted,

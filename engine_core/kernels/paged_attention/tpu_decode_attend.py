@@ -68,8 +68,7 @@ def score_item(refs: Refs, sizes: Sizes, slot: jax.Array, place: int) -> None:
     """Fill `scores` and `highest` of an item from its keys."""
     item = slot * sizes.tiles.group + place
     q = refs.q[refs.item_row[item]]
-    begin = tpu_decode_items.visible_from(refs, sizes, item)
-    end = tpu_decode_items.visible_to(refs, item)
+    begin, end = refs.item_hidden[item], refs.item_left[item]
     highest = []
     for block in range(sizes.blocks):
         keys = _load(refs, sizes, slot, place, block, kv_words.KEY)

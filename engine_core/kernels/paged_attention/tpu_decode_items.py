@@ -65,21 +65,10 @@ def _first_visible(refs: Refs, sizes: Sizes, length: Any) -> Any:
     return jnp.where(window > 0, jnp.maximum(length - window, 0), 0)
 
 
-def visible_from(refs: Refs, sizes: Sizes, item: jax.Array) -> jax.Array:
-    """The first visible token, counted in the item."""
-    row, position = refs.item_row[item], refs.item_position[item]
-    return jnp.asarray(_first_visible(refs, sizes, refs.kv_lens[row]) - position)
-
-
-def visible_to(refs: Refs, item: jax.Array) -> jax.Array:
-    """The end of the sequence, counted in the item."""
-    return jnp.asarray(refs.kv_lens[refs.item_row[item]] - refs.item_position[item])
-
-
-def is_last(refs: Refs, sizes: Sizes, item: jax.Array) -> jax.Array:
+def is_last(refs: Refs, sizes: Sizes, item: jax.Array) -> Any:
     """Whether the item is its sequence's last; [] bool, False where there is no such item."""
-    tokens = visible_to(refs, item)
-    return (tokens > 0) & (tokens <= sizes.tiles.tile_kv)
+    left = refs.item_left[item]
+    return (left > 0) & (left <= sizes.tiles.tile_kv)
 
 
 def begin(refs: Refs, sizes: Sizes, place: jax.Array, end: jax.Array) -> Cursor:
@@ -111,24 +100,29 @@ def fetch(refs: Refs, sizes: Sizes, slot: jax.Array, place: int, cursor: Cursor)
     """
     size, tile = sizes.page_size, sizes.tiles.tile_kv
     item = slot * sizes.tiles.group + place
+    left, newest = cursor.length - cursor.position, cursor.length - 1
+    table = cursor.row * sizes.pages
+    offset = lax.rem(newest, size)
     refs.item_row[item] = cursor.row
-    refs.item_position[item] = cursor.position
     refs.item_first[item] = cursor.first
-    cached = jnp.clip(cursor.length - 1 - cursor.position, 0, tile)
-    table = cursor.row * sizes.pages + lax.div(jnp.minimum(cursor.position, cursor.length - 1), size)
-    spare = (lax.rem(cursor.length - 1, size) == 0).astype(jnp.int32)
+    refs.item_hidden[item] = _first_visible(refs, sizes, cursor.length) - cursor.position
+    refs.item_left[item] = left
+    refs.item_page[item] = refs.base_page[0] + refs.page_table[table + lax.div(newest, size)]
+    refs.item_offset[item] = offset
+    cached = jnp.clip(left - 1, 0, tile)
+    first = table + lax.div(jnp.minimum(cursor.position, newest), size)
+    spare = (offset == 0).astype(jnp.int32)
     copied = jnp.int32(0)
     for page in range(tile // size):
         there = page * size < cached
         tokens = jnp.clip(cached - page * size, 1, size)
-        source = refs.base_page[0] + refs.page_table[table + jnp.where(there, page, 0)]
+        source = refs.base_page[0] + refs.page_table[first + jnp.where(there, page, 0)]
         pltpu.make_async_copy(
             refs.cache.at[source, pl.ds(jnp.where(there, 0, spare), tokens)],
             refs.kv.at[slot, pl.ds(place * tile + page * size, tokens)],
             refs.kv_sems.at[slot],
         ).start()
         copied += tokens
-    left = cursor.length - cursor.position
     edge = (left > 0) & (left <= tile)
     if sizes.windowed:
         edge |= cursor.first > 0
@@ -201,19 +195,16 @@ def _complete_item(refs: Refs, sizes: Sizes, slot: jax.Array, place: jax.Array) 
 
     @pl.when(is_last(refs, sizes, item))
     def _() -> None:
-        row, tokens = refs.item_row[item], visible_to(refs, item)
-        newest = refs.kv_lens[row] - 1
-        page = lax.div(newest, sizes.page_size)
-        source = refs.base_page[0] + refs.page_table[row * sizes.pages + page]
-        target = refs.cache.at[source, newest - page * sizes.page_size]
+        row, left = refs.item_row[item], refs.item_left[item]
         new = refs.new[row]
         kv_words.store(refs.leaving.at[pl.ds(row, 1)], sizes.words, 0, new, sizes.native)
+        target = refs.cache.at[refs.item_page[item], refs.item_offset[item]]
         pltpu.make_async_copy(refs.leaving.at[row], target, refs.sems.at[NEW_ROWS]).start()
-        kv_words.store(refs.kv.at[slot], sizes.words, offset + tokens - 1, new, sizes.native)
-        pl.when(tokens < tile)(lambda: _clear(refs, sizes, slot, offset + tokens, offset + tile))
+        kv_words.store(refs.kv.at[slot], sizes.words, offset + left - 1, new, sizes.native)
+        pl.when(left < tile)(lambda: _clear(refs, sizes, slot, offset + left, offset + tile))
 
     if sizes.windowed:
-        hidden = jnp.clip(visible_from(refs, sizes, item), 0, tile)
+        hidden = jnp.clip(refs.item_hidden[item], 0, tile)
         pl.when(hidden > 0)(lambda: _clear(refs, sizes, slot, offset, offset + hidden))
 
 

@@ -246,3 +246,21 @@ def test_every_byte_is_read_exactly(dtype, side):
     finite = np.isfinite(expected)
     assert finite.mean() > 0.9
     np.testing.assert_array_equal(np.asarray(out, np.float32)[finite], expected[finite])
+
+
+@pytest.mark.parametrize(
+    "heads, page_size, expected",
+    [
+        (8, 128, (128, 8)),
+        (2, 128, (512, 8)),
+        (2, 16, (512, 8)),
+        (1, 16, (1024, 8)),
+        (3, 128, (256, 10)),
+        (32, 256, (256, 1)),
+    ],
+)
+def test_tiles_by_rule(heads, page_size, expected):
+    layout = kv_words.WordLayout(kv_heads=heads, words=heads, pack=2, width=128)
+    tiles = tpu_decode.choose_tiles(layout, page_size)
+    assert (tiles.tile_kv, tiles.group) == expected
+    assert tiles.tile_kv % page_size == tiles.tile_kv % layout.block_tokens == 0
