@@ -22,6 +22,8 @@ from router.decision import Decision
 from router.pair_costs import Choice, PairCosts, PlacementConfig, Reader, num_chunks
 from router.sessions import Sessions
 
+__all__ = ["JointPlacement", "Placement", "PlacementConfig"]
+
 MAX_HASHERS = 256
 FIRST_OUTPUT_TOKENS = 64.0
 
