@@ -194,8 +194,13 @@ def weight_bytes(spec: ModelSpec, dtype: str) -> int:
 
 
 def _fingerprint(spec: ModelSpec, identity: str, layout: CacheLayout, numerics: Numerics) -> str:
-    """Hash of weights, their shape and the logical cache layout. Pool size and packing may differ between workers."""
-    cache = (layout.page_size, layout.num_kv_heads, layout.head_dim, layout.dtype)
+    """Hash of weights, their shape and the logical cache layout. Pool size and packing may differ between workers.
+
+    Page size and dtype too, in fast numerics: KV is converted on its way.
+    """
+    cache: tuple[object, ...] = (layout.num_kv_heads, layout.head_dim)
+    if numerics is Numerics.STRICT:
+        cache += (layout.page_size, layout.dtype)
     parts = (msgspec.to_builtins(spec), identity, cache, str(numerics), PROTOCOL_VERSION)
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 

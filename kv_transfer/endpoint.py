@@ -20,6 +20,7 @@ from kv_transfer.base import Layers, ReceiverEvents, SenderEvents
 from kv_transfer.blocks import HostBlocks, LandedBlocks, as_layers, as_rows
 from kv_transfer.handoff import Effect, Key, ReceiverCore, SenderCore
 from kv_transfer.layout import BlockLayout, CacheShape, fingerprint
+from kv_transfer.repaging import Repaging
 from kv_transfer.ticket import Ticket
 from kv_transfer.wire import KvBlocks
 
@@ -57,7 +58,13 @@ class KvIdentity:
 
 
 class OutLink(Protocol):
-    """A prefill worker's way to one decode worker: a queue."""
+    """A prefill worker's way to one decode worker: a queue.
+
+    Attributes:
+        layout: of decode's blocks.
+    """
+
+    layout: BlockLayout
 
     def put(self, item: handoff.Send | handoff.SendBlocks) -> None:
         """Send behind all that was put before."""
@@ -91,7 +98,7 @@ class SenderEndpoint:
     def __init__(self, identity: KvIdentity, events: SenderEvents, max_inflight_bytes: int) -> None:
         self.identity = identity
         self.links: set[OutLink] = set()
-        self.core = SenderCore()
+        self.core = SenderCore(self._conversion_for)
         self.loop = asyncio.get_running_loop()
         self._events = events
         self._max_inflight_bytes = max_inflight_bytes
@@ -177,6 +184,10 @@ class SenderEndpoint:
     def stop(self) -> None:
         """No more ticks."""
         self._ticker.stop()
+
+    def _conversion_for(self, peer: Any) -> Repaging | None:
+        layout = cast(OutLink, peer).layout
+        return None if layout == self.identity.layout else Repaging(self.identity.layout, layout)
 
     def _post(self, act: Callable[[], list[Effect]]) -> None:
         self.loop.call_soon_threadsafe(lambda: self.apply(act()))

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict, defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from engine_core import errors
 from engine_core.errors import (
@@ -40,6 +40,22 @@ MAX_WANTS = 3
 """How often blocks of one hand-off are asked for again."""
 WANT_AFTER_S = 1.0
 """Blocks that do not come for so long though all have been sent are lost."""
+
+
+class Conversion(Protocol):
+    """Makes blocks of the sender's layout into blocks of a receiver's, for one hand-off; see `repaging`."""
+
+    def own_ticket(self, ticket: Ticket) -> Ticket:
+        """The ticket in the sender's blocks."""
+        ...
+
+    def add(self, block_indices: Sequence[int], blocks: Any) -> list[tuple[tuple[int, ...], Any, int]]:
+        """Receiver's block indices, source and bytes of what is complete now."""
+        ...
+
+    def flush(self) -> list[tuple[tuple[int, ...], Any, int]]:
+        """The same of what will never be complete: the end of the prompt."""
+        ...
 
 
 # Effects
@@ -154,7 +170,14 @@ class _Outgoing:
     wanted: dict[int, int] = field(default_factory=dict)  # block index -> generation, not sent yet
     held: list[tuple[tuple[int, ...], Any, int]] = field(default_factory=list)  # blocks, source, bytes: before a ticket
     sent: dict[int, _Sent] = field(default_factory=dict)  # block index -> not released by the receiver yet
+    conversion: Conversion | None = None
     first_token: TokenChunk | None = None
+
+    @property
+    def told(self) -> Ticket:
+        """The ticket as the prefill worker sees it."""
+        assert self.ticket
+        return self.conversion.own_ticket(self.ticket) if self.conversion else self.ticket
 
     @property
     def is_complete(self) -> bool:
@@ -163,9 +186,14 @@ class _Outgoing:
 
 
 class SenderCore:
-    """Prefill side: pairs offers with tickets, sends what the ticket names, each block once."""
+    """Prefill side: pairs offers with tickets, sends what the ticket names, each block once.
 
-    def __init__(self) -> None:
+    Args:
+        conversion_for: a new conversion for a hand-off to this peer; None where its blocks are like ours.
+    """
+
+    def __init__(self, conversion_for: Callable[[Peer], Conversion | None] = lambda peer: None) -> None:
+        self._conversion_for = conversion_for
         self.held_bytes = 0
         """Of all blocks handed over that the receiver may still need."""
         self._open: dict[Key, _Outgoing] = {}
@@ -183,7 +211,7 @@ class SenderCore:
         if entry.offered:
             return []
         entry.offered = True
-        return [Ticketed(entry.ticket)] if entry.ticket else []
+        return [Ticketed(entry.told)] if entry.ticket else []
 
     def send_blocks(
         self, now: float, key: Key, block_indices: Sequence[int], source: Any, num_bytes: int
@@ -197,7 +225,7 @@ class SenderCore:
             entry.held.append((tuple(block_indices), source, num_bytes))
             self.held_bytes += num_bytes
             return []
-        return self._send_wanted(entry, block_indices, source, num_bytes)
+        return self._send(entry, block_indices, source, num_bytes)
 
     def finish(self, now: float, key: Key, first_token: TokenChunk) -> list[Effect]:
         """Everything has been sent."""
@@ -263,12 +291,12 @@ class SenderCore:
         entry = self._entry(now, ticket.key, ticket.lease_ms / 1000)
         if entry.ticket is not None:
             return [] if ticket == entry.ticket else [_abort_message(peer, ticket, TransferError("a second ticket"))]
-        entry.peer, entry.ticket = peer, ticket
+        entry.peer, entry.ticket, entry.conversion = peer, ticket, self._conversion_for(peer)
         entry.wanted = {landing.block_index: landing.generation for landing in ticket.landing}
-        effects: list[Effect] = [Ticketed(ticket)] if entry.offered else []
+        effects: list[Effect] = [Ticketed(entry.told)] if entry.offered else []
         for block_indices, source, num_bytes in entry.held:
             self.held_bytes -= num_bytes
-            effects += self._send_wanted(entry, block_indices, source, num_bytes)
+            effects += self._send(entry, block_indices, source, num_bytes)
         entry.held = []
         return effects + self._complete(now, ticket.key, entry)
 
@@ -308,6 +336,12 @@ class SenderCore:
         places = tuple(block.place for block in sent)
         return SendBlocks(entry.peer, entry.ticket, blocks, sent[0].source, places, shipment)
 
+    def _send(self, entry: _Outgoing, block_indices: Sequence[int], source: Any, num_bytes: int) -> list[Effect]:
+        if entry.conversion is None:
+            return self._send_wanted(entry, block_indices, source, num_bytes)
+        converted = entry.conversion.add(block_indices, source)
+        return [effect for each in converted for effect in self._send_wanted(entry, *each)]
+
     def _send_wanted(self, entry: _Outgoing, block_indices: Sequence[int], source: Any, num_bytes: int) -> list[Effect]:
         assert entry.ticket
         found = [(place, index) for place, index in enumerate(block_indices) if index in entry.wanted]
@@ -323,12 +357,14 @@ class SenderCore:
     def _complete(self, now: float, key: Key, entry: _Outgoing) -> list[Effect]:
         if entry.ticket is None or entry.first_token is None:
             return []
+        rest = entry.conversion.flush() if entry.conversion else []
+        effects = [effect for each in rest for effect in self._send_wanted(entry, *each)]
         if entry.wanted:
             error = TransferError(f"prefill finished without {len(entry.wanted)} of the blocks wanted")
-            return self._end(now, key, error, tell_decode=True, tell_worker=False)
+            return effects + self._end(now, key, error, tell_decode=True, tell_worker=False)
         done = Send(entry.peer, KvDone(*key, entry.ticket.serial, entry.first_token))
         self._bury_if_over(now, key, entry)
-        return [done]
+        return [*effects, done]
 
     def _bury_if_over(self, now: float, key: Key, entry: _Outgoing) -> None:
         if entry.is_complete and not entry.sent:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from engine_core.errors import BatonError, LayoutMismatch, ProtocolError, TransferTimeout
+from engine_core.errors import BatonError, ConfigError, LayoutMismatch, ProtocolError, TransferTimeout
 from engine_core.messages import Challenge, Refused
 from kv_transfer.arena import Segment, SegmentRef
 from kv_transfer.auth import Side, make_proof, new_nonce, proves
@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 HANDSHAKE_BYTES = 4096  # of a message before the handshake is over
 HANDSHAKE_TIMEOUT_S = 5.0
 PROBE_BYTES = 64
+MIN_ARENA_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +59,11 @@ class TransferOptions:
     transports: tuple[Transport, ...] = (Transport.SHARED_MEMORY, Transport.TCP)
     num_connections: int = 2
     arena_bytes: int = 256 << 20
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        if not self.transports or self.num_connections < 1 or self.arena_bytes < MIN_ARENA_BYTES:
+            raise ConfigError(f"at least a transport, a connection and {MIN_ARENA_BYTES} bytes are needed: {self}")
 
 
 class ListenerHandshake:
@@ -215,6 +221,7 @@ class CallerHandshake:
             identity.fingerprint,
             make_proof(self._secret, Side.KV_CALLER, *self._nonces),
             self._nonces[1],
+            identity.layout.wire_fields,
             offer.transports,
             offer.probe,
             offer.window_bytes,

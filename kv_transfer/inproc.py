@@ -125,6 +125,7 @@ class _Link:
     """Both ends of one connection."""
 
     def __init__(self, receiver: InprocKvReceiver, sender: InprocKvSender | None, address: PeerAddress) -> None:
+        self.layout = receiver.identity.layout
         self._receiver = receiver
         self._sender = sender
         self._address = address

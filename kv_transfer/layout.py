@@ -10,10 +10,12 @@ import ml_dtypes
 import msgspec
 import numpy as np
 
-from engine_core.errors import ConfigError
+from engine_core.errors import ConfigError, ProtocolError
 from engine_core.messages import PROTOCOL_VERSION
 from engine_core.models.spec import ModelSpec
 
+MAX_SIZE = 1 << 16
+"""Of any field of a layout that a peer names."""
 _DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -70,6 +72,24 @@ class BlockLayout:
             dtype=cache.dtype,
         )
 
+    @classmethod
+    def from_wire(cls, fields: tuple[int, int, int, int, str]) -> BlockLayout:
+        """Undo `wire_fields`.
+
+        Raises:
+            ProtocolError: no cache has such a layout.
+        """
+        *sizes, dtype = fields
+        if dtype not in _DTYPES or not all(0 < size <= MAX_SIZE for size in sizes):
+            raise ProtocolError(f"a layout of {fields}")
+        layers, page_size, heads, head_dim = sizes
+        return cls(num_layers=layers, page_size=page_size, num_kv_heads=heads, head_dim=head_dim, dtype=dtype)
+
+    @property
+    def wire_fields(self) -> tuple[int, int, int, int, str]:
+        """As `KvHello` carries it."""
+        return (self.num_layers, self.page_size, self.num_kv_heads, self.head_dim, self.dtype)
+
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
         """Of host arrays."""
@@ -92,15 +112,17 @@ class BlockLayout:
 
 
 def fingerprint(spec: ModelSpec, revision: str, layout: BlockLayout) -> str:
-    """Sixteen hex digits over all that two workers must agree on: model, revision, wire layout, protocol.
+    """Sixteen hex digits over all that two workers must agree on: model, revision, heads, protocol.
+
+    Page size and dtype of the cache may differ: the sender converts (`repaging`).
 
     Args:
-        revision: names the weights; two checkpoints of one shape must differ in it.
+        revision: names the weights, and in strict numerics the bits they give; what must not pair must differ in it.
     """
     fields = {
         "spec": dataclasses.asdict(spec),
         "revision": revision,
-        "layout": dataclasses.asdict(layout),
+        "layout": (layout.num_layers, layout.num_kv_heads, layout.head_dim),
         "protocol": PROTOCOL_VERSION,
     }
     return hashlib.blake2b(msgspec.json.encode(fields, order="sorted"), digest_size=8).hexdigest()

@@ -82,7 +82,7 @@ class _PrefillPlane:
         self._newest = 0
         self._returns = Returns(lambda loans: channel.send(PlaneReturn(loans)))
         self._sender = NetKvSender(self._identity, start.secret, self, MAX_INFLIGHT_BYTES, self._options)
-        self._sender.shared = self
+        self._sender.worker_memory = self
         self._starting = asyncio.get_running_loop().create_task(self._start(start))
         channel.on_message = self._on_message
 

@@ -23,6 +23,8 @@ from kv_transfer.connection import ROOM_BYTES, KvConnection
 from kv_transfer.endpoint import DEFAULT_INFLIGHT_BYTES, KvIdentity, SenderEndpoint
 from kv_transfer.handoff import Key
 from kv_transfer.handshake import ListenerHandshake, TransferOptions, choose
+from kv_transfer.layout import BlockLayout
+from kv_transfer.repaging import check_convertible
 from kv_transfer.wire import KvBeat, KvBlocks, KvHello, KvRelease, KvSegment, Place, Transport, encode
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,6 @@ FRAME_BYTES = 4 << 20  # payload of one frame, unless a single block is larger
 TURN_FRAMES = 2  # copied to shared memory per turn of the event loop at most
 SESSION_BYTES = 16
 MAX_CONNECTIONS = 64  # of one session
-MIN_FRAMES = 4  # that an arena has room for
 
 
 class NetKvSender(SenderEndpoint):
@@ -47,8 +48,8 @@ class NetKvSender(SenderEndpoint):
     ) -> None:
         super().__init__(identity, events, max_inflight_bytes)
         self.secret = secret
-        self.own_memory = OwnMemory(max(options.arena_bytes, MIN_FRAMES * identity.layout.block_bytes))
-        self.shared: SharedMemory = self.own_memory
+        self.own_memory = OwnMemory(options.arena_bytes)
+        self.worker_memory: SharedMemory | None = None
         self._options = options
         self._sessions: dict[bytes, _ToDecode] = {}
         self._waiting: set[ListenerHandshake] = set()
@@ -83,6 +84,18 @@ class NetKvSender(SenderEndpoint):
         for link in list(self._sessions.values()):
             beats.look_after(link.main, self.loop.time())
 
+    def segment_ref(self, number: int) -> SegmentRef:
+        """Of memory that a place names."""
+        if number < 0 or self.worker_memory is None:
+            return self.own_memory.ref(number)
+        return self.worker_memory.ref(number)
+
+    def retire_memory(self) -> None:
+        """A reader was lost that may still read what we share."""
+        self.own_memory.retire()
+        if self.worker_memory is not None:
+            self.worker_memory.retire()
+
     def fill_all(self) -> None:
         """There is room in the arena: send what waited for it."""
         for link in list(self._sessions.values()):
@@ -110,6 +123,7 @@ class NetKvSender(SenderEndpoint):
                 raise ProtocolError("no such session")
             link.join(connection)
             return link.transport, link.session
+        check_convertible(self.identity.layout, BlockLayout.from_wire(hello.layout))
         transport = choose(hello, self._options.transports)
         link = _ToDecode(self, connection, hello, transport)
         self._sessions[link.session] = link
@@ -119,7 +133,7 @@ class NetKvSender(SenderEndpoint):
 
 
 class SharedMemory(Protocol):
-    """Whose memory decode workers read."""
+    """Memory of the worker itself, where its blocks lie already."""
 
     def ref(self, number: int) -> SegmentRef:
         """Of the segment that a place names."""
@@ -138,16 +152,16 @@ class OwnMemory:
     """
 
     def __init__(self, num_bytes: int) -> None:
-        self.number = 0
-        self._num_bytes = num_bytes
+        self.number = 0  # of the arena; negative: those of the worker's memory are positive
+        self.num_bytes = num_bytes
         self._arena: Arena | None = None
 
     @property
     def arena(self) -> Arena:
         """The one in use."""
         if self._arena is None:
-            self._arena = Arena(self._num_bytes)
-            self.number += 1
+            self._arena = Arena(self.num_bytes)
+            self.number -= 1
         return self._arena
 
     def ref(self, number: int) -> SegmentRef:
@@ -181,6 +195,7 @@ class _ToDecode:
 
     def __init__(self, owner: NetKvSender, main: KvConnection, hello: KvHello, transport: Transport) -> None:
         self.worker_id = hello.worker_id
+        self.layout = BlockLayout.from_wire(hello.layout)
         self.transport = transport
         self.session = secrets.token_bytes(SESSION_BYTES)
         self.main = main
@@ -248,7 +263,7 @@ class _ToDecode:
         self.close(error)
         self._outbox.clear()
         if self._frames and self.transport is Transport.SHARED_MEMORY:
-            self._owner.shared.retire()
+            self._owner.retire_memory()
         self._frames.clear()
         self._owner.lost(self, error)
 
@@ -289,7 +304,7 @@ class _ToDecode:
 
     def _send_frame(self, item: handoff.SendBlocks) -> bool:
         """Send the first frame's worth of `item` and leave the rest in front; False while there is no room."""
-        n = max(1, FRAME_BYTES // self._owner.identity.layout.block_bytes)
+        n = max(1, FRAME_BYTES // self.layout.block_bytes)
         send = self._share if self.transport is Transport.SHARED_MEMORY else self._stream
         n = send(item, n)
         if not n:
@@ -304,7 +319,7 @@ class _ToDecode:
 
     def _stream(self, item: handoff.SendBlocks, n: int) -> int:
         """Put the next n blocks on a socket; how many, 0 while there is no room."""
-        layout = self._owner.identity.layout
+        layout = self.layout
         source: HostBlocks = item.source
         blocks, places = item.blocks[:n], item.places[:n]
         num_bytes = len(blocks) * layout.block_bytes
@@ -318,7 +333,7 @@ class _ToDecode:
 
     def _share(self, item: handoff.SendBlocks, n: int) -> int:
         """Let the next blocks be read in shared memory; how many, 0 while there is no room."""
-        layout = self._owner.identity.layout
+        layout = self.layout
         source: HostBlocks = item.source
         run = first_run(item.places, n)
         blocks = item.blocks[: len(run)]
@@ -328,6 +343,8 @@ class _ToDecode:
         shared = self._owner.own_memory
         loan = shared.arena.lend(num_bytes, self._on_arena_room)
         if loan is None:
+            if not shared.arena.lent_bytes:
+                self.close(ProtocolError(f"a block of {layout.block_bytes} bytes is larger than the shared memory"))
             return 0
         offset, memory = loan
         targets = payload_rows(memory, len(run), layout)
@@ -338,7 +355,7 @@ class _ToDecode:
 
     def _share_in_place(self, item: handoff.SendBlocks, run: range, place: Place) -> int:
         """The blocks lie in shared memory already."""
-        layout, source = self._owner.identity.layout, item.source
+        layout, source = self.layout, item.source
         blocks = item.blocks[: len(run)]
         sums = checksums(source.rows, run, item.key, blocks)
         offset = place.offset + run.start * layout.layer_bytes
@@ -353,10 +370,10 @@ class _ToDecode:
         place: Place,
         memory: Any,
     ) -> None:
-        layout = self._owner.identity.layout
+        layout = self.layout
         if self._known_segment != place.segment:
             self._known_segment = place.segment
-            self.main.send([encode(KvSegment(place.segment, self._owner.shared.ref(place.segment)))])
+            self.main.send([encode(KvSegment(place.segment, self._owner.segment_ref(place.segment)))])
         number = self._note(item, blocks, len(blocks) * layout.block_bytes, memory)
         self.main.send([encode(block_header(item.ticket, blocks, sums, layout, number, place))])
 

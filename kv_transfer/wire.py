@@ -45,6 +45,7 @@ class KvHello(KvMessage, frozen=True):
     """First message of a decode worker. (worker_id, incarnation) is one life.
 
     Attributes:
+        layout: of its blocks, in which it wants them: layers, page size, KV heads, head size, dtype.
         transports: what it can do, best first.
         probe: a segment that the prefill worker can open if both may share memory.
         window_bytes: payload that may be on the way to it at any time.
@@ -57,6 +58,7 @@ class KvHello(KvMessage, frozen=True):
     fingerprint: str
     secret_proof: bytes
     nonce: bytes
+    layout: tuple[int, int, int, int, str]
     transports: tuple[str, ...]
     probe: SegmentRef | None
     window_bytes: int

@@ -112,10 +112,14 @@ class PrefillScheduler:
         self._queue.add(sequence)
 
     def grant(self, key: Key, blocks: Sequence[int]) -> None:
-        """A ticket arrived: these block indices, ascending, are wanted. Unknown keys are fine."""
+        """A ticket arrived: these block indices, ascending, are wanted. Unknown keys are fine.
+
+        Blocks beyond the prompt's end are passed over: decode's blocks may be larger than ours.
+        """
         task = self._tasks.get(key)
         if task is not None and task.wanted is None:
-            task.wanted = list(blocks)
+            total = len(task.sequence.request.token_ids)
+            task.wanted = [block for block in blocks if block * self._replica.memory.page_size < total]
 
     def cancel(self, key: Key) -> None:
         """Free everything the sequence holds. Unknown keys are fine."""

@@ -87,8 +87,8 @@ class DecodeEars:
 class Pair:
     """A prefill and a decode worker's transports, and what each hears."""
 
-    def __init__(self, kind: str, layout: BlockLayout) -> None:
-        self.kind, self.layout = kind, layout
+    def __init__(self, kind: str, layout: BlockLayout, decode_layout: BlockLayout) -> None:
+        self.kind, self.layout, self.decode_layout = kind, layout, decode_layout
         self.network = InprocNetwork(Faults(random.Random(0)))
         self.prefill, self.decode = PrefillEars(), DecodeEars()
         self.sender: Any
@@ -100,7 +100,8 @@ class Pair:
         return self.kind.startswith("plane")
 
     def identity(self, name: str, fingerprint: str) -> KvIdentity:
-        return KvIdentity(worker_id=name, incarnation=1, fingerprint=fingerprint, layout=self.layout)
+        layout = self.decode_layout if name == "d" else self.layout
+        return KvIdentity(worker_id=name, incarnation=1, fingerprint=fingerprint, layout=layout)
 
     async def start(self, limit: int, fingerprints: tuple[str, str]) -> None:
         prefill, decode = self.identity("p", fingerprints[0]), self.identity("d", fingerprints[1])
@@ -199,9 +200,13 @@ def content(layout: BlockLayout, index: int, layer: int, seed: int) -> np.ndarra
 
 @asynccontextmanager
 async def open_pair(
-    kind: str, layout: BlockLayout = LAYOUT, limit: int = 1 << 30, fingerprints: tuple[str, str] = ("f", "f")
+    kind: str,
+    layout: BlockLayout = LAYOUT,
+    limit: int = 1 << 30,
+    fingerprints: tuple[str, str] = ("f", "f"),
+    decode_layout: BlockLayout | None = None,
 ) -> AsyncIterator[Pair]:
-    pair = Pair(kind, layout)
+    pair = Pair(kind, layout, decode_layout or layout)
     await pair.start(limit, fingerprints)
     try:
         yield pair

@@ -154,12 +154,12 @@ def test_fingerprints_differ_wherever_workers_may_not_pair():
         (dataclasses.replace(SPEC, rope_theta=5e5), "main", LAYOUT),
         (dataclasses.replace(SPEC, sliding_window=(0, 8, 0)), "main", LAYOUT),
         (SPEC, "other weights", LAYOUT),
-        *((SPEC, "main", dataclasses.replace(LAYOUT, **{name: 5})) for name in ("page_size", "num_kv_heads")),
-        (SPEC, "main", dataclasses.replace(LAYOUT, dtype="float32")),
+        *((SPEC, "main", dataclasses.replace(LAYOUT, **{name: 5})) for name in ("num_kv_heads", "head_dim")),
     ]
     prints = {fingerprint(*change) for change in changes}
     assert len(prints) == len(changes)
-    assert fingerprint(dataclasses.replace(SPEC), "main", dataclasses.replace(LAYOUT)) in prints
+    for same in ({}, {"page_size": 128}, {"dtype": "float32"}):
+        assert fingerprint(dataclasses.replace(SPEC), "main", dataclasses.replace(LAYOUT, **same)) in prints
     assert all(len(text) == 16 and int(text, 16) >= 0 for text in prints)
 
 
@@ -181,9 +181,10 @@ def hello(
     transports: tuple[str, ...] = (Transport.TCP,),
     probe: SegmentRef | None = None,
     session: bytes = b"",
+    layout: tuple = LAYOUT.wire_fields,
 ) -> bytes:
     return encode(
-        KvHello(KV_PROTOCOL, worker_id, 1, fingerprint, proof, b"n" * 16, transports, probe, 1 << 20, session)
+        KvHello(KV_PROTOCOL, worker_id, 1, fingerprint, proof, b"n" * 16, layout, transports, probe, 1 << 20, session)
     )
 
 
@@ -366,6 +367,28 @@ async def test_the_listener_itself_refuses_another_layout():
         writer.write(hello(proof, "other", "g"))
         refused = await read_message(reader, from_prefill)
         assert refused.code == "layout_mismatch"
+        assert await reader.read() == b""
+        writer.close()
+        await writer.wait_closed()
+
+
+@pytest.mark.parametrize(
+    ("layout", "code"),
+    [
+        ((3, 4, 2, 9, "bfloat16"), "layout_mismatch"),
+        ((2, 4, 2, 8, "bfloat16"), "layout_mismatch"),
+        ((3, 4, 2, 8, "int3"), "protocol_error"),
+        ((3, 0, 2, 8, "bfloat16"), "protocol_error"),
+        ((3, 1 << 60, 2, 8, "bfloat16"), "protocol_error"),
+    ],
+)
+async def test_a_layout_that_ours_cannot_be_made_into_is_refused(layout, code):
+    async with open_pair("tcp") as pair:
+        reader, writer = await asyncio.open_connection("127.0.0.1", pair.address.kv_port)
+        challenge = await read_message(reader, from_prefill)
+        proof = make_proof(b"secret", Side.KV_CALLER, challenge.nonce, b"n" * 16)
+        writer.write(hello(proof, layout=layout))
+        assert (await read_message(reader, from_prefill)).code == code
         assert await reader.read() == b""
         writer.close()
         await writer.wait_closed()
