@@ -139,6 +139,7 @@ def fake_replica(
         max_position=max_model_len,
         eos_token_ids=(EOS,),
         dtype="float32",
+        moe=None,
     )
     layout = CacheLayout(
         num_layers=1,
