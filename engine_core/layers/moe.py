@@ -105,11 +105,11 @@ class MoeMlp(nnx.Module):
         )
         self.down = declare(
             ParamSpec(
-                (count, size, hidden),
+                (count, 1, size, hidden),  # as the grouped matmul takes it: a CPU copies what is reshaped into a loop
                 numbers.weight,
-                (expert_axis, column_axis, None),
+                (expert_axis, None, column_axis, None),
                 down,
-                (count,),
+                (count, 1),
                 transposed=True,
             )
         )

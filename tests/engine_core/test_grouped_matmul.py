@@ -186,3 +186,14 @@ def test_refuses_at_start_what_the_tpu_kernel_cannot_do(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         check_supported(dtype, weight_dtype, depth, 256)
+
+
+def test_a_shape_without_tuned_tiles_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    chip = tuned.Chip(name="v6e", vmem_bytes=128 << 20, mxu_size=256)
+    known = tuned.TuningKey(rows=1024, depth=2048, width=768, products=2, weight_dtype="bfloat16")
+    assert tuned.choose_tiles(known, chip) == tpu.Tiles(panel=256, columns=768, rows=(128, 256))
+    assert not caplog.records
+    unknown = tuned.TuningKey(rows=1040, depth=2048, width=768, products=2, weight_dtype="bfloat16")
+    assert tuned.choose_tiles(unknown, chip) == tuned.choose_tiles(unknown, chip)
+    assert len(caplog.records) == 1 and "rows=1040" in caplog.text

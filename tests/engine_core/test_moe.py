@@ -112,11 +112,13 @@ def test_equals_the_layer_of_transformers(experts: str, load: str, family: str) 
     else:
         config = configs.Qwen3MoeConfig(**sizes, num_experts=EXPERTS, moe_intermediate_size=SIZE)
         block = modeling.Qwen3MoeSparseMoeBlock(config)
-    router, gate_up, down = (next(leaf for leaf in leaves if leaf.ndim == ndim) for ndim in (2, 4, 3))
+    router, gate_up, down = (
+        next(leaf for leaf in leaves if leaf.shape[:-2] == lead) for lead in ((), (EXPERTS, 2), (EXPERTS, 1))
+    )
     hugging_face = {
         "gate.weight": router,
         "experts.gate_up_proj": np.concatenate([gate_up[:, 0], gate_up[:, 1]], axis=-1).swapaxes(1, 2),
-        "experts.down_proj": down.swapaxes(1, 2),
+        "experts.down_proj": down[:, 0].swapaxes(1, 2),
     }
     with torch.no_grad():
         for name, parameter in block.named_parameters():

@@ -32,7 +32,7 @@ def tiled(
         first = tile_ends[group] - (group_sizes[group] + tile - 1) // tile
         row = starts[group] + (index - first) * tile
         rows = lax.dynamic_slice_in_dim(padded, row, tile)
-        products = _product(rows, _matrices(weights, group))
+        products = jnp.stack([_product(rows, _matrix(weights, group, i)) for i in range(weights.shape[1])], axis=1)
         if scales is not None:
             products = products * scales[group]
         return lax.dynamic_update_slice_in_dim(out, activate(products).astype(out_dtype), row, axis=0)
@@ -70,24 +70,21 @@ def activate(products: jax.Array) -> jax.Array:
     return jax.nn.silu(products[..., 0, :]) * products[..., 1, :]
 
 
-def _product(rows: jax.Array, matrices: jax.Array) -> jax.Array:
-    """[tile, K] x [G, K, N] -> [tile, G, N] f32."""
-    exact = lax.Precision.HIGHEST if matrices.dtype == jnp.float32 else lax.Precision.DEFAULT
-    contract = (((1,), (1,)), ((), ()))
-    return lax.dot_general(
-        rows.astype(matrices.dtype), matrices, contract, precision=exact, preferred_element_type=jnp.float32
-    )
+def _product(rows: jax.Array, matrix: jax.Array) -> jax.Array:
+    """[tile, K] x [K, N] -> [tile, N] f32."""
+    exact = lax.Precision.HIGHEST if matrix.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return jnp.dot(rows.astype(matrix.dtype), matrix, precision=exact, preferred_element_type=jnp.float32)
 
 
-def _matrices(weights: jax.Array, group: jax.Array) -> jax.Array:
-    """One group's matrices, [G, K, N] f32.
+def _matrix(weights: jax.Array, group: jax.Array, index: int) -> jax.Array:
+    """One of a group's matrices, [K, N] f32.
 
     XLA:CPU would widen all of them, outside the loop, if it saw a conversion; so bfloat16 is widened by its bits.
     """
     if weights.dtype == jnp.bfloat16:
-        bits = lax.bitcast_convert_type(weights, jnp.uint16)[group]
+        bits = lax.bitcast_convert_type(weights, jnp.uint16)[group, index]
         return lax.bitcast_convert_type(bits.astype(jnp.uint32) << _BFLOAT16_SHIFT, jnp.float32)
-    return weights[group].astype(jnp.float32)
+    return weights[group, index].astype(jnp.float32)
 
 
 def _power_of_two(value: int) -> int:

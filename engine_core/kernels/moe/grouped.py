@@ -20,7 +20,7 @@ class ExpertWeights(NamedTuple):
     """This device's experts."""
 
     gate_up: jax.Array  # [E, 2, D, F]
-    down: jax.Array  # [E, F, D]
+    down: jax.Array  # [E, 1, F, D]
 
 
 class _Permutation(NamedTuple):
@@ -89,4 +89,4 @@ def _run(
     """Both products over sorted rows: [M, D] -> [M, D]."""
     gate_up, down = weights
     hidden = grouped_matmul(rows, gate_up, None, sizes, out_dtype=down.dtype, implementation=implementation)
-    return grouped_matmul(hidden, down[:, None], None, sizes, out_dtype=out_dtype, implementation=implementation)
+    return grouped_matmul(hidden, down, None, sizes, out_dtype=out_dtype, implementation=implementation)
