@@ -242,7 +242,9 @@ class JointPlacement:
             for worker in decode
         ):
             return False
-        readers = [worker for worker in prefill if worker.usable] or [worker for worker in decode if worker.usable]
+        readers = [worker for worker in prefill if worker.usable]
+        if not readers or config.local_prefill_tokens:
+            readers += [worker for worker in decode if worker.usable]
         return any(worker.queue_s(now) <= config.max_backlog_s for worker in readers)
 
     def handed_over(self, placement: Placement, seconds: float) -> None:
