@@ -29,7 +29,8 @@ from router.block_feed import BlockFeed
 from router.block_index import BlockIndex
 from router.candidate import Candidate
 from router.cost_model import StepModel, TransferModel
-from router.placement import JointPlacement, Placement, PlacementConfig
+from router.pair_costs import PlacementConfig
+from router.placement import JointPlacement, Placement
 
 VOCAB = 150_000
 SHORT_TOKENS, LONG_TOKENS = 8192, 131_072

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import secrets
 import socket
 import tempfile
 import time
@@ -46,7 +47,8 @@ def complete(config: ServeConfig) -> ServeConfig:
     path = config.engine.model.path
     name = gateway.model_name if gateway.model_name != DEMO or path == DEMO else model_name(path)
     colocated = config.fleet.count(Role.PREFILL) == 0
-    return replace(config, gateway=replace(gateway, model_name=name, colocated=colocated))
+    salt = gateway.block_salt or secrets.token_hex(16)
+    return replace(config, gateway=replace(gateway, model_name=name, colocated=colocated, block_salt=salt))
 
 
 def model_name(path: str) -> str:

@@ -5,7 +5,7 @@ Salt and namespace enter the key through BLAKE2b, so chains of different tenants
 
 The hash is CBC-MAC over AES-128: the ciphertext of a chain's tokens holds the tag of every prefix, so one call into
 the crypto library names all blocks of a prompt. Whoever knows the key can make collisions (he cannot with a plain
-digest), so the salt must be secret: gateways derive it from the cluster's secret. Two chains of at most `n` AES blocks
+digest), so the salt must be secret: gateways derive it from the run's. Two chains of at most `n` AES blocks
 under an unknown key collide with probability about n^2 / 2^128 (Bellare, Pietrzak, Rogaway, CRYPTO 2005).
 """
 

@@ -72,7 +72,9 @@ class Candidate:
         "_recent_s",
         "_rows",
         "_unheard",
-        "_unheard_sum",
+        "_unheard_rows",
+        "_unheard_tokens",
+        "_unheard_us",
         "_work",
         "breaker",
         "info",
@@ -105,7 +107,9 @@ class Candidate:
         self._rows: dict[int, Work] = {}
         self._kv_tokens = 0
         self._unheard: dict[int, Work] = {}  # placed since the last beat, which cannot know of it
-        self._unheard_sum = Work(0, 0, 0, 0)
+        self._unheard_us = 0
+        self._unheard_rows = 0
+        self._unheard_tokens = 0
         self._gone_rows = 0  # that ended since the last beat, which still counts them
         self._recent_s = Recent()
         self._recent_rows = Recent()
@@ -135,7 +139,7 @@ class Candidate:
             self._kv_tokens += work.kv_tokens
             self._recent_rows.add(1.0, now)
         self._unheard[number] = work
-        self._unheard_sum = _plus(self._unheard_sum, work, 1)
+        self._count_unheard(work, 1)
 
     def release_prefill(self, number: int, now: float) -> None:
         """The prompt has been read, or never will be. Again is fine."""
@@ -149,7 +153,7 @@ class Candidate:
             unheard = self._unheard.get(number)
             if unheard is not None:
                 self._unheard[number] = unheard._replace(prefill_tokens=0, prefill_us=0)
-                self._unheard_sum = _plus(self._unheard_sum, Work(work.prefill_tokens, work.prefill_us, 0, 0), -1)
+                self._unheard_us -= work.prefill_us
 
     def release(self, number: int, now: float) -> None:
         """The request is over here. Again is fine."""
@@ -159,7 +163,7 @@ class Candidate:
             self._kv_tokens -= work.kv_tokens
         unheard = self._unheard.pop(number, None)
         if unheard is not None:
-            self._unheard_sum = _plus(self._unheard_sum, unheard, -1)
+            self._count_unheard(unheard, -1)
         elif work is not None:
             self._gone_rows += 1
 
@@ -176,8 +180,13 @@ class Candidate:
 
     def _hear(self) -> None:
         self._unheard.clear()
-        self._unheard_sum = Work(0, 0, 0, 0)
+        self._unheard_us = self._unheard_rows = self._unheard_tokens = 0
         self._gone_rows = 0
+
+    def _count_unheard(self, work: Work, sign: int) -> None:
+        self._unheard_us += sign * work.prefill_us
+        self._unheard_rows += sign * work.rows
+        self._unheard_tokens += sign * work.kv_tokens
 
     def queue_s(self, now: float) -> float:
         """Seconds of prefill that a new prompt would wait for.
@@ -191,13 +200,13 @@ class Candidate:
         if self.load is None or not self.load.queued_tokens:
             return own
         told = self.steps.prefill_s(self.load.queued_tokens, 0, self.info.chunk_tokens) - (now - self.load_at)
-        return max(own, told + self._unheard_sum.prefill_us / 1e6, 0.0)
+        return max(own, told + self._unheard_us / 1e6, 0.0)
 
     def num_rows(self) -> int:
         """Sequences that decode here or soon will."""
         if self.load is None:
             return len(self._rows)
-        told = self.load.running + self.load.waiting + self._unheard_sum.rows - self._gone_rows
+        told = self.load.running + self.load.waiting + self._unheard_rows - self._gone_rows
         return max(len(self._rows), told)
 
     def kv_tokens(self, num_rows: int) -> float:
@@ -210,7 +219,7 @@ class Candidate:
         """Pages short of `num_pages`, after what was placed since the last beat."""
         if self.load is None:
             return 0
-        placed = -(-self._unheard_sum.kv_tokens // self.info.page_size)
+        placed = -(-self._unheard_tokens // self.info.page_size)
         return max(0, num_pages + placed - self.load.free_pages)
 
     def utilization(self, now: float) -> float:
@@ -220,7 +229,3 @@ class Candidate:
     def arrivals(self, now: float) -> float:
         """Decoding requests placed here per second, lately."""
         return self._recent_rows.value(now) / WINDOW_S
-
-
-def _plus(one: Work, other: Work, sign: int) -> Work:
-    return Work(*(a + sign * b for a, b in zip(one, other, strict=True)))

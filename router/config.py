@@ -32,6 +32,7 @@ class GatewayConfig:
     lost_after_s: float = 10.0  # a worker silent for so long loses its requests to others
     inline_tokenize_chars: int = 8192  # longer texts are tokenized on a thread
     special_tokens_in_prompt: bool = True  # /v1/completions parses special-token strings; chat never does
+    block_salt: str = ""  # secret; keys the names of cached blocks. `baton serve` draws one per run
     keep_alive_s: int = 75  # idle HTTP connections are closed after this
 
     def __post_init__(self) -> None:
@@ -81,4 +82,4 @@ class GatewayConfig:
 
     def public(self) -> dict[str, Any]:
         """The configuration without its secrets."""
-        return {**asdict(self), "api_keys": len(self.api_keys)}
+        return {**asdict(self), "api_keys": len(self.api_keys), "block_salt": bool(self.block_salt)}

@@ -164,8 +164,13 @@ class TransferModel:
             row, column = self._row(pair[0]), self._row(pair[1])  # which may replace the array
             self._known[row, column] = link.coefficients
 
-    def coefficients(self, sources: Sequence[Hashable], targets: Sequence[Hashable]) -> tuple[Floats, Floats]:
-        """Seconds of a hand-over of nothing, and per byte: each `[len(sources), len(targets)]` or a scalar array."""
+    def link(self, source: Hashable, target: Hashable) -> tuple[float, float]:
+        """Seconds of a hand-over of nothing, and per byte."""
+        fixed_s, byte_s = self._links.get((source, target), self._fleet).coefficients
+        return fixed_s, byte_s
+
+    def links(self, sources: Sequence[Hashable], targets: Sequence[Hashable]) -> tuple[Floats, Floats]:
+        """As `link`, of all pairs: each `[len(sources), len(targets)]`, or a scalar array where all are alike."""
         fixed_s, byte_s = self._fleet.coefficients
         if not self._links:
             return np.array(fixed_s), np.array(byte_s)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+
+import msgspec
 
 MAX_DECISIONS = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
+class Terms(msgspec.Struct, frozen=True, gc=False):
     """What a pair was predicted to cost, in seconds; the pair with the least sum wins.
 
     Attributes:
@@ -50,8 +50,7 @@ class Terms:
         return self.queue_s + self.prefill_s
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
+class Option(msgspec.Struct, frozen=True, gc=False):
     """A pair that was weighed; `prefill` is None where the decode worker would read the prompt."""
 
     prefill: str | None
@@ -61,8 +60,7 @@ class Option:
     terms: Terms
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True, gc=False):
     """One placement.
 
     Attributes:

@@ -54,7 +54,7 @@ class Gateway:
         codec = TextCodec.load(model_dir, config.inline_tokenize_chars, self._threads)
         self._make_client = make_client or connect_with(secret, f"gateway-{socket.gethostname()}-{os.getpid()}")
         self._codec = codec
-        self._salt = block_salt(secret)
+        self._salt = block_salt(config, secret)
         self._socket: socket.socket | None = None
         self._server: _Server
         self._serving: asyncio.Task[None]
@@ -117,12 +117,11 @@ class Gateway:
         await self.drain(STOP_S)
 
 
-def block_salt(secret: bytes | None) -> bytes:
-    """Keys the block hashes of a cluster: nobody outside can make two prompts share a block.
-
-    Without a secret everything listens on loopback only, and there is nobody outside.
-    """
-    return b"" if secret is None else hashlib.blake2b(secret, digest_size=16, person=b"baton.salt").digest()
+def block_salt(config: GatewayConfig, secret: bytes | None) -> bytes:
+    """Keys the block hashes of a cluster: nobody outside can make two prompts share a block."""
+    salt = hashlib.blake2b(config.block_salt.encode(), digest_size=16, person=b"baton.salt")
+    salt.update(secret or b"")
+    return salt.digest()
 
 
 class _Server(uvicorn.Server):

@@ -30,7 +30,8 @@ from router.cost_model import TransferModel
 from router.decision import Decisions, Option
 from router.mailbox import Item, Mailbox
 from router.metrics import Metrics
-from router.placement import JointPlacement, Placement, PlacementConfig
+from router.pair_costs import PlacementConfig
+from router.placement import JointPlacement, Placement
 from router.registry import Registry, WorkerState
 from router.retry_budget import RetryBudget
 from router.stream import Stage, Stream

@@ -132,9 +132,9 @@ class FakeWorker:
         self.load = load
         self._server.broadcast(load)
 
-    def publish(self, tokens: list[int]) -> None:
+    def publish(self, tokens: list[int], salt: bytes) -> None:
         """Say that the blocks of a prompt are cached here."""
-        stored = block_hashes(tokens, self.info.page_size, b"", bytes.fromhex(self.info.block_namespace))
+        stored = block_hashes(tokens, self.info.page_size, salt, bytes.fromhex(self.info.block_namespace))
         self.blocks += stored
         message = self.publisher.publish(Tier.DEVICE, [BlockStored(block_hash, None) for block_hash in stored])
         for link in self._server.links:

@@ -14,9 +14,10 @@ from tests.e2e.model import make_checkpoint
 NUM_PAGES = 2048
 FEW_PAGES = 64  # two sequences of the greatest length
 STRICT = ("--numerics", "strict", "--cache.num_pages", str(FEW_PAGES), "--batch.max_model_len", "512")
+APART = ("--gateway.local_prefill_tokens", "0")  # an idle decode worker would read these short prompts itself
 FLAGS = {
-    "fast": ("--cache.num_pages", str(NUM_PAGES)),
-    "strict": (*STRICT, "--prefill", "1", "--decode", "2"),
+    "fast": ("--cache.num_pages", str(NUM_PAGES), *APART),
+    "strict": (*STRICT, "--prefill", "1", "--decode", "2", *APART),
     "colocated": (*STRICT, "--colocated"),
 }
 

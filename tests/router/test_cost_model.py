@@ -75,12 +75,14 @@ def test_links_are_told_apart_and_unknown_ones_are_average() -> None:
         model.learn("w0", "w1", size, 0.001 + size / 1e9)
         model.learn("w2", "w29", size, 0.002 + size / 1e8)
     model.fit()
-    fixed_s, byte_s = model.coefficients(names, names)
+    fixed_s, byte_s = model.links(names, names)
+    assert model.link("w0", "w1") == (fixed_s[0, 1], byte_s[0, 1])
+    assert model.link("w5", "w6") == (fixed_s[5, 6], byte_s[5, 6])
     assert fixed_s[0, 1] + 2e6 * byte_s[0, 1] == pytest.approx(0.003, rel=0.05)
     assert fixed_s[2, 29] + 2e6 * byte_s[2, 29] == pytest.approx(0.022, rel=0.05)
     assert 0.003 < fixed_s[5, 6] + 2e6 * byte_s[5, 6] < 0.022
     model.forget("w2")
-    fixed_s, byte_s = model.coefficients(names, names)
+    fixed_s, byte_s = model.links(names, names)
     assert byte_s[2, 29] == byte_s[5, 6]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import msgspec
@@ -12,11 +13,13 @@ from engine_core.block_hash import BlockHasher
 from engine_core.errors import NoWorkerAvailable, WorkerDied
 from engine_core.messages import Load, PeerAddress, StepSums, WorkerInfo
 from engine_core.types import Numerics, Request, Role, SamplingParams, Tier
+from router import pair_costs
 from router.block_index import BlockIndex
 from router.breaker import MAX_FAILURES, BreakerState
 from router.candidate import Candidate
 from router.cost_model import StepModel, TransferModel
-from router.placement import JointPlacement, Placement, PlacementConfig
+from router.pair_costs import PlacementConfig
+from router.placement import JointPlacement, Placement
 from router.registry import Registry, WorkerState
 
 PAGE = 16
@@ -325,6 +328,30 @@ def test_suspects_and_those_that_failed_are_the_last_resort() -> None:
         fleet.place(text(1, 10))
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_the_matrix_of_a_large_fleet_agrees_with_pairs_weighed_one_by_one(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decisions = []
+    for small in (0, 10_000):
+        monkeypatch.setattr(pair_costs, "SMALL", small)
+        rng = random.Random(seed)
+        strangers = (info("px", Role.PREFILL, fingerprint="x"), info("dx", Role.DECODE, fingerprint="x"))
+        fleet = Fleet(5, 4, strangers if seed % 2 else (), local_prefill_tokens=rng.choice((-1, 0)))
+        for worker in fleet.workers.values():
+            worker.told(load(running=rng.randrange(9), tokens=rng.randrange(500)), fleet.now)
+        for source, target in itertools.product(range(5), range(4)):
+            fleet.transfers.learn((f"p{source}", 1), (f"d{target}", 1), 1_000_000, rng.random() / 10)
+        fleet.transfers.fit()
+        fleet.hold(f"p{rng.randrange(5)}", text(seed, 512))
+        fleet.hold(f"d{rng.randrange(4)}", text(seed, 300))
+        decisions.append([fleet.place(text(seed, 600), session="s").decision for _ in range(8)])
+    for one, other in zip(*decisions, strict=True):
+        assert one.num_weighed == other.num_weighed
+        assert (one.chosen.prefill, one.chosen.decode) == (other.chosen.prefill, other.chosen.decode)
+        assert one.chosen.terms.total_s == pytest.approx(other.chosen.terms.total_s)
+
+
 def test_an_open_breaker_gets_one_probe() -> None:
     fleet = Fleet(2, 1, **REMOTE)
     broken = fleet.workers["p0"]
@@ -371,7 +398,9 @@ def test_options_come_in_order_of_their_cost() -> None:
         totals = [decision.chosen.terms.total_s, *(option.terms.total_s for option in decision.others)]
         assert totals == sorted(totals)
         for option in (decision.chosen, *decision.others):
-            assert all(getattr(option.terms, name) >= 0 for name in option.terms.__slots__ if name != "affinity_s")
+            assert all(
+                getattr(option.terms, name) >= 0 for name in option.terms.__struct_fields__ if name != "affinity_s"
+            )
 
 
 # membership

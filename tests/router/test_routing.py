@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from deploy import explain
 from engine_core.errors import ConfigError
 from engine_core.messages import Load, Prefill
 from router.block_feed import FeedState
+from router.config import GatewayConfig
+from router.server import block_salt
 from tests.router.conftest import Cluster, run_cluster
 
 BODY = {"model": "demo", "prompt": list(range(3, 100)), "temperature": 0, "max_tokens": 8}
@@ -68,12 +71,23 @@ async def test_headers_that_cannot_be_are_named(cluster: Cluster, name: str, val
     assert text in error["message"]
 
 
+async def test_the_salt_of_block_names_is_secret_and_of_one_cluster(cluster: Cluster) -> None:
+    ours = block_salt(GatewayConfig(block_salt="run"), b"secret")
+    assert ours == block_salt(GatewayConfig(block_salt="run"), b"secret")
+    assert len({ours, block_salt(GatewayConfig(block_salt="other"), b"secret"), block_salt(GatewayConfig(), None)}) == 3
+    assert len(ours) == 16
+    assert json.loads((await cluster.http.get("/config")).text)["block_salt"] is False
+    assert GatewayConfig(block_salt="hidden").public()["block_salt"] is True
+    await post(cluster)
+    assert cluster.prefill[0].requests()[0].salt == block_salt(GatewayConfig(), None)
+
+
 async def test_blocks_are_found_over_the_wire(model_dir: Path, answer_ids: list[int]) -> None:
     """A worker that announces its cache is asked for a snapshot; requests then go to the one that holds the prompt."""
     async with run_cluster(model_dir, answer_ids, prefill=3, decode=1, block_namespace="ab" * 16) as cluster:
         feeds = [worker.feed for worker in cluster.service.registry.workers.values()]
         await cluster.until(lambda: all(feed.state is FeedState.LIVE for feed in feeds))
-        cluster.prefill[1].publish(BODY["prompt"])
+        cluster.prefill[1].publish(BODY["prompt"], cluster.service.salt)
         await cluster.until(lambda: len(cluster.service.index) >= 6)
         for _ in range(3):
             reply = await post(cluster, x_baton_debug="1")
