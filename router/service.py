@@ -249,6 +249,7 @@ class Service:
         now = self._now()
         self._retry_budget.requested()
         if not self._waiting and self._has_room(now):
+            self._queue.passed(now)
             self._place(stream)
             return
         ttft_s = min(self.config.max_wait_s if wishes.ttft_s is None else wishes.ttft_s, self.config.request_timeout_s)
