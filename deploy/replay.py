@@ -186,7 +186,7 @@ def _describe_bill(trace: Trace, bill: Bill, outcome: Outcome, best: StaticFleet
     if best is not None:
         lines.append(
             f"smallest fixed fleet: {best.prefill}P{best.decode}D, {best.slice_hours:.2f} slice-hours, objective met "
-            f"in {best.windows_met:.1%}; the planner needs {1 - bill.slice_hours / best.slice_hours:.1%} fewer slice-hours"
+            f"in {best.windows_met:.1%}; the planner needs {1 - bill.slice_hours / best.slice_hours:.1%} less"
         )
     return "\n".join(lines) + "\n"
 
