@@ -146,10 +146,14 @@ class JointPlacement:
             for worker in decode
         ):
             return False
+        return self.least_queue_s(prefill, decode, now) <= config.max_backlog_s
+
+    def least_queue_s(self, prefill: Sequence[Candidate], decode: Sequence[Candidate], now: float) -> float:
+        """Seconds of prompts before a new one, at the worker with the fewest."""
         readers = [worker for worker in prefill if worker.usable]
-        if not readers or config.local_prefill_tokens:
+        if not readers or self._config.local_prefill_tokens:
             readers += [worker for worker in decode if worker.usable]
-        return any(worker.queue_s(now) <= config.max_backlog_s for worker in readers)
+        return min((worker.queue_s(now) for worker in readers), default=0.0)
 
     def handed_over(self, placement: Placement, seconds: float) -> None:
         """The decode worker's first token came so long after the prefill worker's."""

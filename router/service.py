@@ -248,10 +248,15 @@ class Service:
         """Place a stream, at once or when its turn has come. Raises what `generate` does."""
         now = self._now()
         self._retry_budget.requested()
+        stream.due = None if wishes.ttft_s is None else stream.arrived_at + wishes.ttft_s
         if not self._waiting and self._has_room(now):
             self._queue.passed(now)
             self._place(stream)
             return
+        candidates = self.registry.candidates
+        least_s = self._placement.least_queue_s(candidates[Role.PREFILL], candidates[Role.DECODE], now)
+        if stream.due is not None and now + least_s > stream.due:
+            raise _too_late(least_s)
         ttft_s = min(self.config.max_wait_s if wishes.ttft_s is None else wishes.ttft_s, self.config.request_timeout_s)
         cost = self._placement.expected_tokens(stream.request)
         entry = Entry(wishes.tenant, wishes.priority, cost, stream.arrived_at + ttft_s)
@@ -295,7 +300,14 @@ class Service:
         return placement
 
     def _place(self, stream: Stream) -> None:
-        self._send(stream, self._choose(stream))
+        """First attempt. Raises Overloaded where even the best pair would be too late."""
+        placement = self._choose(stream)
+        ttft_s = placement.decision.chosen.terms.ttft_s
+        now = self._now()
+        if stream.due is not None and now + ttft_s > stream.due:
+            placement.release(now)
+            raise _too_late(ttft_s)
+        self._send(stream, placement)
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
@@ -442,6 +454,10 @@ class Service:
                     await self.registry.wait_for_change()
         except TimeoutError:
             raise NoWorkerAvailable("no decode worker is available; try again later") from None
+
+
+def _too_late(seconds: float) -> Overloaded:
+    return Overloaded(f"the first token would take about {seconds:.3f} s", "deadline", max(1.0, seconds))
 
 
 def _subclasses(kind: type[BatonError]) -> Iterator[type[BatonError]]:

@@ -31,6 +31,7 @@ class Stream:
         placement: None between two attempts and after the end; `prefill` and `decode` are its workers.
         avoid: workers that failed it, by their keys.
         session: what the client calls its session.
+        due: when the client wants the first token at the latest; None where it did not say.
         sent_at: when its current attempt began.
         last_at: when its latest token came; 0 before the first.
     """
@@ -40,6 +41,7 @@ class Stream:
         "avoid",
         "cached_tokens",
         "decode",
+        "due",
         "ended",
         "index",
         "journal",
@@ -59,6 +61,7 @@ class Stream:
         self.mailbox = mailbox
         self.journal = Journal()
         self.session = session
+        self.due: float | None = None
         self.placement: Placement | None = None
         self.prefill: WorkerState | None = None
         self.decode: WorkerState | None = None

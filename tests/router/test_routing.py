@@ -130,6 +130,20 @@ async def test_those_that_wait_too_long_are_told_when_to_come_back(model_dir: Pa
         assert not cluster.service._waiting
 
 
+async def test_a_deadline_that_no_worker_can_meet_is_refused_before_any_work(cluster: Cluster) -> None:
+    cluster.prefill[0].beat(Load(1, 0, 500_000, 100, False, 0))
+    await cluster.until(lambda: cluster.service.registry.prefill[0].load.queued_tokens == 500_000)
+    reply = await post(cluster, x_ttft_deadline_ms="200")
+    assert (reply.status_code, reply.headers["x-baton-refused"]) == (429, "deadline")
+    assert not cluster.prefill[0].received
+    cluster.prefill[0].beat(Load(1, 0, 10_000, 100, False, 0))  # room, and too late all the same
+    await cluster.until(lambda: cluster.service.registry.prefill[0].load.queued_tokens == 10_000)
+    assert (await post(cluster, x_ttft_deadline_ms="200")).headers["x-baton-refused"] == "deadline"
+    cluster.prefill[0].beat(Load(0, 0, 0, 100, False, 0))
+    await cluster.until(lambda: cluster.service.registry.prefill[0].load.queued_tokens == 0)
+    assert (await post(cluster, x_ttft_deadline_ms="60000")).status_code == 200
+
+
 async def test_a_queue_without_workers_ends_with_503(model_dir: Path, answer_ids: list[int]) -> None:
     async with run_cluster(model_dir, answer_ids, max_wait_s=0.4) as cluster:
         cluster.decode[0].beat(Load(8, 100, 0, 100, False, 0))
