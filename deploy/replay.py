@@ -14,8 +14,17 @@ from typing import Any
 from deploy.replay_page import draw
 from engine_core.errors import ConfigError
 from router.placement import PlacementConfig
+from router.simulator.autoscale import (
+    JUDGED_S,
+    Bill,
+    StaticFleet,
+    planner_config,
+    play,
+    smallest_static,
+)
 from router.simulator.cluster import Crash, Scenario
 from router.simulator.experiment import TERMS, Results, run_all
+from router.simulator.oracle import capacity
 from router.simulator.outcome import Outcome, Slo
 from router.simulator.policies import POLICIES
 from router.simulator.profile import PROFILES, WorkerProfile, read_profile
@@ -32,10 +41,13 @@ examples:
   baton replay --trace trace.jsonl --policy joint --policy round-robin --prefill 4 --decode 4 --load 0.8
   baton replay --trace trace.jsonl --all --load 0.4 --load 0.8 --load 1.2 --plot policies.html
   baton replay --trace trace.jsonl --ablate --load 0.8            joint placement with each cost term switched off
+  baton replay --trace trace.jsonl --planner --static --warp 0.7@3600
   baton replay --trace trace.jsonl --crash prefill-1@60+30 --lose-events 0.01
   baton replay --synthesize mine.jsonl --requests 5000 --rate-rps 4 --turns 3 --system-tokens 1024
   baton plan --model Qwen/Qwen3-32B --topology v6e-8 --json > plan.json
   baton replay --trace mine.jsonl --profile plan.json"""
+
+WINDOWS_MET = 0.95  # share of windows in which a fleet shall meet the objective
 
 COLUMNS = (
     ("goodput/s", "goodput_rps", "{:.2f}"),
@@ -65,6 +77,8 @@ def main(argv: Sequence[str]) -> int:
         if not arguments.trace:
             return 0
     trace = _trace(arguments)
+    if arguments.planner:
+        return _plan(arguments, trace)
     scenarios = _scenarios(arguments)
     results = run_all(trace, scenarios, tuple(arguments.load), arguments.jobs)
     if arguments.plot:
@@ -107,6 +121,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of all that is random (default 0)")
     add("--jobs", type=_count(1), default=os.cpu_count() or 1, metavar="N", help="processes (default: one per core)")
     add("--plot", type=Path, metavar="FILE", help="write an HTML page with plots")
+    add("--planner", action="store_true", help="let the planner scale the fleet, from --prefill and --decode on")
+    add("--advise", action="store_true", help="with --planner: print what it did, and why")
+    add("--static", action="store_true", help="with --planner: search the smallest fixed fleet that does as well")
+    add("--budget", type=_count(2), default=16, metavar="N", help="with --planner: slices in all (default 16)")
+    add(
+        "--flip-s",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="with --planner: a change of role takes so long (0: none)",
+    )
+    add("--start-s", type=_positive, metavar="S", help="until an ordered slice serves (default: the profile's)")
     add("--json", action="store_true", help="print one JSON object")
     add("--synthesize", type=Path, metavar="FILE", help="write a trace of the shape that these flags say:")
     for field in dataclasses.fields(Shape):
@@ -119,6 +145,50 @@ def build_parser() -> argparse.ArgumentParser:
 _LOAD_HELP = "offered load relative to what the fleet can do, by scaling time; repeatable (default: the trace's clock)"
 _PROFILE_HELP = f"how fast workers are: {', '.join(PROFILES)}, or a file (see docs/replay.md)"
 _WAIT_HELP = "requests whose first token would take longer are refused, as the gateway's max_wait_s (default 60)"
+
+
+def _plan(arguments: argparse.Namespace, trace: Trace) -> int:
+    """The planner's run, and the smallest fixed fleet that meets the objective in as many windows as it shall."""
+    scenario = _scenario(arguments, "joint", dict.fromkeys(arguments.without, 0))
+    if arguments.start_s:
+        profile = dataclasses.replace(scenario.profile, start_s=arguments.start_s)
+        scenario = dataclasses.replace(scenario, profile=profile)
+    if arguments.load:
+        can = capacity(trace, scenario.profile, scenario.num_prefill, scenario.num_decode)
+        trace = trace.scaled(len(trace.requests) / trace.duration_s / (arguments.load[-1] * can.rps))
+    config = planner_config(scenario, arguments.budget, arguments.flip_s)
+    bill, outcome = play(trace, scenario, config)
+    tried: list[StaticFleet] = []
+    if arguments.static:
+        tried = smallest_static(trace, scenario, config.attainment, WINDOWS_MET, arguments.budget, arguments.jobs)
+    best = max(tried, key=lambda fleet: (fleet.windows_met >= WINDOWS_MET, -fleet.slice_hours), default=None)
+    if arguments.json:
+        answer = {
+            "planner": dataclasses.asdict(bill),
+            "outcome": dataclasses.asdict(outcome),
+            "static": [dataclasses.asdict(fleet) for fleet in tried],
+        }
+        sys.stdout.write(json.dumps(answer) + "\n")
+        return 0
+    if arguments.advise:
+        sys.stdout.write("\n".join(bill.plans) + "\n\n")
+    sys.stdout.write(_describe_bill(trace, bill, outcome, best))
+    return 0
+
+
+def _describe_bill(trace: Trace, bill: Bill, outcome: Outcome, best: StaticFleet | None) -> str:
+    lines = [
+        _describe(trace),
+        f"planner: {bill.slice_hours:.2f} slice-hours, at most {bill.peak_slices} slices, {len(bill.plans)} changes; "
+        f"objective met in {bill.windows_met:.1%} of the windows of {JUDGED_S:.0f} s; "
+        f"{outcome.goodput_rps:.2f} good requests/s",
+    ]
+    if best is not None:
+        lines.append(
+            f"smallest fixed fleet: {best.prefill}P{best.decode}D, {best.slice_hours:.2f} slice-hours, objective met "
+            f"in {best.windows_met:.1%}; the planner needs {1 - bill.slice_hours / best.slice_hours:.1%} less"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def as_json(results: Results) -> dict[str, Any]:

@@ -113,6 +113,10 @@ class AdmissionQueue:
             del self._bands[priority]
         return None
 
+    def passed(self, now: float) -> None:
+        """A request was placed without waiting: it tells of the rate of service, too."""
+        self._count_served(now)
+
     def expire(self, now: float) -> list[Entry]:
         """Entries whose deadline has passed leave the queue; each has its `refusal`."""
         late: list[Entry] = []

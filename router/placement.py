@@ -150,7 +150,9 @@ class JointPlacement:
 
     def least_queue_s(self, prefill: Sequence[Candidate], decode: Sequence[Candidate], now: float) -> float:
         """Seconds of prompts before a new one, at the worker with the fewest."""
-        readers = [worker for worker in prefill if worker.usable] or [worker for worker in decode if worker.usable]
+        readers = [worker for worker in prefill if worker.usable]
+        if not readers or self._config.local_prefill_tokens:
+            readers += [worker for worker in decode if worker.usable]
         return min((worker.queue_s(now) for worker in readers), default=0.0)
 
     def handed_over(self, placement: Placement, seconds: float) -> None:

@@ -21,7 +21,8 @@ from router.pool_model import DecodeCosts, DecodeState, decode_state, ttft_attai
 MAX_SERVICES = 2000  # recent prompts that the model looks at
 _SMOOTHING = 0.1  # of means per request
 _MISSES = 2  # windows in a row before feedback acts
-_DEVIATIONS = 2.0
+_DEVIATIONS = 2.0  # of the number of rows
+_UP, _DOWN = 1.0, 2.5  # of the forecast's error, for growing and for shrinking
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,14 +213,14 @@ class Planner:
 
     # floors: what the forecast says
 
-    def _rate_ahead(self) -> float:
-        """Requests per second, nearly at most, until a slice that is ordered now would serve."""
+    def _rate_ahead(self, deviations: float) -> float:
+        """Requests per second, at most, until a slice that is ordered now would serve."""
         config = self._config
         windows = (config.start_s + config.window_s) / config.window_s
-        return self._rate.upper(windows, 1.0)
+        return self._rate.upper(windows, deviations)
 
     def _prefill_floor(self, decode: int, seen: Observation) -> int:
-        config, rate = self._config, self._rate_ahead()
+        config, rate = self._config, self._rate_ahead(_UP)
         for count in range(config.min_prefill, config.max_prefill + 1):
             if self._ttft_met(count, decode, rate, seen.decode) >= config.attainment:
                 break
@@ -240,27 +241,30 @@ class Planner:
         return ttft_attainment(self._services, rate, servers, config.ttft_s)
 
     def _decode_floor(self, seen: Observation) -> int:
-        config, rate = self._config, self._rate_ahead()
+        config, rate = self._config, self._rate_ahead(_UP)
         for count in range(config.min_decode, config.max_decode + 1):
             state = self._decode_state(count, rate, seen.decode)
-            link_share = rate * self._transfer_s / count
-            if self._is_enough(state) and link_share <= self._config.link_share:
+            if self._is_enough(state, rate, count):
                 break
         self._say(
             Role.DECODE,
             f"decode: {rate:.2f} requests/s of {self._output_tokens:.0f} tokens behind {self._context:.0f} are "
             f"expected; {count} slices would have up to {state.peak_rows:.0f} rows each, {1e3 * state.itl_s:.1f} ms "
-            f"between tokens, {state.kv_share:.0%} of the KV memory and {link_share:.0%} of the network in use",
+            f"between tokens, {state.kv_share:.0%} of the KV memory and {rate * self._transfer_s / count:.0%} of the "
+            f"network in use",
         )
         return count
 
     def _decode_state(self, slices: int, rate: float, costs: DecodeCosts) -> DecodeState:
         return decode_state(costs, rate, self._output_tokens, self._context, slices, _DEVIATIONS)
 
-    def _is_enough(self, state: DecodeState) -> bool:
+    def _is_enough(self, state: DecodeState, rate: float, slices: int) -> bool:
         config = self._config
         return (
-            state.itl_s <= config.itl_s and state.kv_share <= config.kv_share and state.slot_share <= config.slot_share
+            state.itl_s <= config.itl_s
+            and state.kv_share <= config.kv_share
+            and state.slot_share <= config.slot_share
+            and rate * self._transfer_s / slices <= config.link_share
         )
 
     # feedback: what was measured
@@ -302,14 +306,16 @@ class Planner:
         return f"a slice uses {share:.0%} of its KV memory" if share > config.kv_share else ""
 
     def _can_spare(self, role: Role, have: int, seen: Observation) -> bool:
-        """Whether one slice less could carry what was measured; only of slices that are warm."""
-        warm = self._warm(role, seen)
-        if have <= 1 or len(warm) < 1 or seen.starting.get(role, 0):
+        """Whether one slice less would do even if the forecast is well off; of what was measured, warm slices count."""
+        config = self._config
+        rate = self._rate_ahead(_DOWN)
+        if seen.starting.get(role, 0) or have <= 1:
             return False
-        if role is Role.DECODE:
-            used = sum(sample.kv_share for sample in warm) / (have - 1)
-            return used <= self._config.kv_share
-        return True  # prefill: the floor, which is about one slice less at the most, has said so
+        if role is Role.PREFILL:
+            return self._ttft_met(have - 1, _serving(seen, Role.DECODE), rate, seen.decode) >= config.attainment
+        used = sum(sample.kv_share for sample in self._warm(role, seen)) / (have - 1)
+        is_enough = self._is_enough(self._decode_state(have - 1, rate, seen.decode), rate, have - 1)
+        return is_enough and used <= config.kv_share
 
     def _warm(self, role: Role, seen: Observation) -> list[SliceSample]:
         return [one for one in seen.slices if one.role is role and one.age_s >= self._config.cold_s]

@@ -250,6 +250,7 @@ class Service:
         self._retry_budget.requested()
         stream.due = None if wishes.ttft_s is None else stream.arrived_at + wishes.ttft_s
         if not self._waiting and self._has_room(now):
+            self._queue.passed(now)
             self._place(stream)
             return
         candidates = self.registry.candidates

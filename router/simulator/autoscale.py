@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 from engine_core.types import Role
 from router.planner import Observation, Plan, Planner, PlannerConfig, SliceSample
 from router.pool_model import DecodeCosts
-from router.simulator.cluster import AnyWorker, Cluster
+from router.simulator.cluster import AnyWorker, Cluster, Scenario, hash_trace
 from router.simulator.job import Job
-from router.simulator.outcome import Slo, is_good
+from router.simulator.oracle import mean_service_rps
+from router.simulator.outcome import Outcome, Slo, is_good
+from router.simulator.trace import Trace
 
 JUDGED_S = 60.0  # windows in which the objective is judged
 
@@ -198,9 +202,8 @@ def windows_met(cluster: Cluster, slo: Slo, attainment: float) -> float:
     return sum(sum(good) >= attainment * len(good) for good in windows.values()) / len(windows)
 
 
-def planner_config(cluster: Cluster, budget: int) -> PlannerConfig:
+def planner_config(scenario: Scenario, budget: int, flip_s: float) -> PlannerConfig:
     """That fits a scenario: its objectives, and how long its slices take to start."""
-    scenario = cluster.scenario
     start_s = scenario.profile.start_s
     return PlannerConfig(
         ttft_s=scenario.slo.ttft_s,
@@ -210,11 +213,62 @@ def planner_config(cluster: Cluster, budget: int) -> PlannerConfig:
         max_prefill=budget - 1,
         max_decode=budget - 1,
         budget=budget,
+        flip_s=flip_s,
     )
 
 
-def play(cluster: Cluster, config: PlannerConfig) -> tuple[Bill, object]:
-    """Run a cluster under the planner."""
+def play(trace: Trace, scenario: Scenario, config: PlannerConfig) -> tuple[Bill, Outcome]:
+    """Run a scenario under the planner; its numbers of workers are those at the start."""
+    cluster = Cluster(trace, hash_trace(trace), scenario)
     scaler = Autoscaler(cluster, config)
     outcome = cluster.run()
-    return scaler.bill(cluster.scenario.slo), dataclasses.asdict(outcome)
+    return scaler.bill(scenario.slo), outcome
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StaticFleet:
+    """A fleet that stays as it is."""
+
+    prefill: int
+    decode: int
+    slice_hours: float
+    windows_met: float
+    goodput_rps: float
+
+
+def play_static(trace: Trace, scenario: Scenario, attainment: float) -> StaticFleet:
+    """Run a scenario as it is."""
+    cluster = Cluster(trace, hash_trace(trace), scenario)
+    outcome = cluster.run()
+    return StaticFleet(
+        prefill=scenario.num_prefill,
+        decode=scenario.num_decode,
+        slice_hours=paid_s(cluster) / 3600,
+        windows_met=windows_met(cluster, scenario.slo, attainment),
+        goodput_rps=outcome.goodput_rps,
+    )
+
+
+def smallest_static(
+    trace: Trace, scenario: Scenario, attainment: float, windows: float, budget: int, num_processes: int
+) -> list[StaticFleet]:
+    """Fleets tried, in the order of their size, up to the first that meets the objective in `windows` of the windows.
+
+    Fleets that could not even carry the mean load with infinite caches are left out.
+    """
+    tried: list[StaticFleet] = []
+    rate = len(trace.requests) / trace.duration_s
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
+        for total in range(2, budget + 1):
+            if total * mean_service_rps(trace, scenario.profile) < rate:
+                continue
+            fleets = [
+                dataclasses.replace(scenario, num_prefill=total - decode, num_decode=decode)
+                for decode in range(1, total)
+            ]
+            of_size = list(pool.map(play_static, *zip(*((trace, fleet, attainment) for fleet in fleets), strict=True)))
+            tried += of_size
+            if max(fleet.windows_met for fleet in of_size) >= windows:
+                break
+    return tried

@@ -89,6 +89,7 @@ class Gateway:
     def admit(self, job: Job, deadline: float, now: float) -> None:
         """Place a request now, or when its turn has come; or refuse it."""
         if not self._waiting and self._has_room(now):
+            self._queue.passed(now)
             self._place(job)
             return
         entry = Entry("", 0, float(job.num_prompt), deadline)

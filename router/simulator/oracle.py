@@ -59,20 +59,40 @@ def hit_ratio(trace: Trace, num_blocks: int) -> float:
     return sum(pooled_hits(trace, num_blocks)) / trace.input_tokens
 
 
-def capacity(trace: Trace, profile: WorkerProfile, num_prefill: int, num_decode: int) -> Capacity:
-    """Of a fleet with workers for both roles; of one without prefill workers, its decode workers do both in turn."""
-    readers = num_prefill or num_decode
-    hits = pooled_hits(trace, readers * (profile.kv_tokens // trace.block_tokens))
-    count = len(trace.requests)
-    prefill_s = (
-        sum(profile.prefill_s(r.input_tokens - hit, hit) for r, hit in zip(trace.requests, hits, strict=True)) / count
-    )
+def mean_service_rps(trace: Trace, profile: WorkerProfile) -> float:
+    """Requests per second that one worker could do of both prefill, with infinite caches, and decode at full batches.
+
+    No fleet does more per worker.
+    """
+    hits = pooled_hits(trace, INFINITE)
+    return _both(_prefill_s(trace, profile, hits), _decode_s(trace, profile))
+
+
+def _both(prefill_s: float, decode_s: float) -> float:
+    return 1 / (prefill_s + decode_s)
+
+
+def _prefill_s(trace: Trace, profile: WorkerProfile, hits: list[int]) -> float:
+    """Of a request, on average."""
+    seconds = (profile.prefill_s(r.input_tokens - hit, hit) for r, hit in zip(trace.requests, hits, strict=True))
+    return sum(seconds) / len(trace.requests)
+
+
+def _decode_s(trace: Trace, profile: WorkerProfile) -> float:
+    """Of a request, on average: its share of steps that are as full as slots and memory allow."""
     output = np.array([request.output_tokens for request in trace.requests], float)
     context = np.array([request.input_tokens for request in trace.requests]) + output / 2
     mean_context = float((context * output).sum() / output.sum())
     rows = max(1.0, min(profile.num_slots, profile.kv_tokens / mean_context))
-    decode_s = float(output.mean()) * profile.decode_s(rows, rows * mean_context) / rows
+    return float(output.mean()) * profile.decode_s(rows, rows * mean_context) / rows
+
+
+def capacity(trace: Trace, profile: WorkerProfile, num_prefill: int, num_decode: int) -> Capacity:
+    """Of a fleet with workers for both roles; of one without prefill workers, its decode workers do both in turn."""
+    readers = num_prefill or num_decode
+    hits = pooled_hits(trace, readers * (profile.kv_tokens // trace.block_tokens))
+    prefill_s, decode_s = _prefill_s(trace, profile, hits), _decode_s(trace, profile)
     if not num_prefill:
-        both = num_decode / (prefill_s + decode_s)
+        both = num_decode * _both(prefill_s, decode_s)
         return Capacity(prefill_rps=both, decode_rps=both)
     return Capacity(prefill_rps=num_prefill / prefill_s, decode_rps=num_decode / decode_s)

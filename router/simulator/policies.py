@@ -154,7 +154,8 @@ class Simple:
         source.reserve(self._number, Work(missing, round(1e6 * seconds), 0, 0), now)
         target.reserve(self._number, Work(0, 0, 1, num_tokens), now)
         source.turn = target.turn = self._number
-        self._index.predict([source.key, target.key], keys)
+        for worker in (source, target):
+            self._index.predict(worker.key, keys)
         return Reservation(self._number, source, target)
 
     def has_room(self, prefill: Sequence[Candidate], decode: Sequence[Candidate], now: float) -> bool:

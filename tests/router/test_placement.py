@@ -374,7 +374,15 @@ def test_has_room_until_slots_or_prompts_pile_up() -> None:
     assert not fleet.placement.has_room(*sides, fleet.now)
     fleet.workers["d0"].told(load(), fleet.now)
     fleet.workers["p0"].told(load(tokens=100_000), fleet.now)
+    assert fleet.placement.has_room(*sides, fleet.now)  # the decode worker may read it
+    fleet.workers["d0"].told(load(tokens=100_000), fleet.now)
     assert not fleet.placement.has_room(*sides, fleet.now)
+
+
+def test_without_local_prefill_only_prefill_workers_make_room() -> None:
+    fleet = Fleet(1, 1, **REMOTE)
+    fleet.workers["p0"].told(load(tokens=100_000), fleet.now)
+    assert not fleet.placement.has_room(fleet.of(Role.PREFILL), fleet.of(Role.DECODE), fleet.now)
 
 
 def test_options_come_in_order_of_their_cost() -> None:
