@@ -106,6 +106,7 @@ class _Plane:
                 tuple(options.transports),
                 options.num_connections,
                 options.arena_bytes,
+                options.encrypts,
             )
         )
         try:
@@ -193,6 +194,7 @@ class PlaneKvSender:
     async def start(self, host: str, port: int) -> int:
         """Start the plane, which listens; port 0 takes any free one. Returns the port."""
         check_bind(host, self._secret)
+        self._options.check_secret(self._secret)
         port = await self._plane.start(self._identity, self._secret, self._options, host, port)
         self._announce()
         return port
@@ -368,6 +370,7 @@ class PlaneKvReceiver:
 
     async def start(self) -> None:
         """Start the plane."""
+        self._options.check_secret(self._secret)
         await self._plane.start(self._identity, self._secret, self._options, "", 0)
 
     # KvReceiver

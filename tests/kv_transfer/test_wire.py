@@ -183,13 +183,15 @@ def hello(
     layout: tuple = LAYOUT.wire_fields,
 ) -> bytes:
     return encode(
-        KvHello(KV_PROTOCOL, worker_id, 1, fingerprint, proof, b"n" * 16, layout, transports, probe, 1 << 20, session)
+        KvHello(
+            KV_PROTOCOL, worker_id, 1, fingerprint, proof, b"n" * 16, layout, transports, probe, False, 1 << 20, session
+        )
     )
 
 
 def welcome(secret: bytes, nonce: bytes, transport: str) -> bytes:
     proof = make_proof(secret, Side.KV_LISTENER, b"p" * 16, nonce)
-    return encode(KvWelcome(KV_PROTOCOL, "evil", 1, "f", proof, transport, b"s" * 16))
+    return encode(KvWelcome(KV_PROTOCOL, "evil", 1, "f", proof, transport, False, b"s" * 16))
 
 
 UP = [
@@ -297,7 +299,7 @@ async def test_a_peer_that_falls_silent_is_given_up(monkeypatch):
         await until(lambda: pair.prefill.tickets)
         for link in pair.sender.links:
             pair.sender.loop.remove_reader(link.main._socket)
-            monkeypatch.setattr(link.main, "send", lambda pieces: None)
+            monkeypatch.setattr(link.main, "send", lambda message: None)
             link.main.heard_at += 100
         await until(lambda: pair.decode.failed)
         assert "said nothing" in str(pair.decode.failed["r", 0])
@@ -345,7 +347,7 @@ def test_a_closed_connection_takes_no_more():
             await hand_over(pair, "a")
             connection: KvConnection = next(iter(pair.sender.links)).main
             connection.close(ProtocolError("over"))
-            connection.send([b"x"])
+            connection.send(KvBeat())
             assert connection.queued_bytes == 0
             connection.close(ProtocolError("again"))
             await asyncio.sleep(0.01)
