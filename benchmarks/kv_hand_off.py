@@ -79,7 +79,9 @@ class HandOff:
         self._layers = list(rows.reshape(layout.num_layers, n, *layout.shape))
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        options = TransferOptions(transports=(transport,), num_connections=num_connections)
+        options = TransferOptions(
+            transports=(transport,), num_connections=num_connections, arena_bytes=256 << 20, encrypts=False
+        )
         self._sender = self._call(self._open(options))
         port = self._call(self._sender.start("127.0.0.1", 0))
         self._pipe, self._process = start_child(_decode, port, layout, options)

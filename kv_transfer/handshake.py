@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from engine_core.config import TransferConfig
 from engine_core.errors import BatonError, ConfigError, LayoutMismatch, ProtocolError, TransferTimeout
 from engine_core.messages import Challenge, Refused
 from kv_transfer.arena import Segment, SegmentRef
@@ -43,7 +44,6 @@ logger = logging.getLogger(__name__)
 HANDSHAKE_BYTES = 4096  # of a message before the handshake is over
 HANDSHAKE_TIMEOUT_S = 5.0
 PROBE_BYTES = 64
-MIN_ARENA_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,15 +57,20 @@ class TransferOptions:
         arena_bytes: prefill: shared memory for all decode workers together; decode: landing memory per prefill worker.
     """
 
-    transports: tuple[Transport, ...] = (Transport.SHARED_MEMORY, Transport.TCP)
-    num_connections: int = 2
-    arena_bytes: int = 256 << 20
-    encrypts: bool = False
+    transports: tuple[Transport, ...]
+    num_connections: int
+    arena_bytes: int
+    encrypts: bool
 
-    def __post_init__(self) -> None:
-        """Refuse what cannot work."""
-        if not self.transports or self.num_connections < 1 or self.arena_bytes < MIN_ARENA_BYTES:
-            raise ConfigError(f"at least a transport, a connection and {MIN_ARENA_BYTES} bytes are needed: {self}")
+    @classmethod
+    def of(cls, config: TransferConfig) -> TransferOptions:
+        """Everything this host can do, as configured."""
+        return cls(
+            transports=(Transport.SHARED_MEMORY, Transport.TCP),
+            num_connections=config.connections,
+            arena_bytes=config.arena_bytes,
+            encrypts=config.encrypt,
+        )
 
     def check_secret(self, secret: bytes | None) -> None:
         """Refuse to encrypt without a secret."""

@@ -54,7 +54,7 @@ class NetKvReceiver(ReceiverEndpoint):
         identity: KvIdentity,
         secret: bytes | None,
         events: ReceiverEvents,
-        options: TransferOptions = TransferOptions(),  # noqa: B008 - frozen
+        options: TransferOptions,
     ) -> None:
         super().__init__(identity, events)
         options.check_secret(secret)

@@ -20,7 +20,7 @@ from kv_transfer.auth import check_bind
 from kv_transfer.base import SenderEvents
 from kv_transfer.blocks import HostBlocks, block_header, checksums, copy_with_checksums, first_run, payload_rows
 from kv_transfer.connection import ROOM_BYTES, KvConnection
-from kv_transfer.endpoint import DEFAULT_INFLIGHT_BYTES, KvIdentity, SenderEndpoint
+from kv_transfer.endpoint import KvIdentity, SenderEndpoint
 from kv_transfer.handoff import Key
 from kv_transfer.handshake import ListenerHandshake, TransferOptions, choose
 from kv_transfer.layout import BlockLayout
@@ -43,8 +43,8 @@ class NetKvSender(SenderEndpoint):
         identity: KvIdentity,
         secret: bytes | None,
         events: SenderEvents,
-        max_inflight_bytes: int = DEFAULT_INFLIGHT_BYTES,
-        options: TransferOptions = TransferOptions(),  # noqa: B008 - frozen
+        max_inflight_bytes: int,
+        options: TransferOptions,
     ) -> None:
         super().__init__(identity, events, max_inflight_bytes)
         self.secret = secret

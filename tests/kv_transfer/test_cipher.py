@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 
 import numpy as np
@@ -13,11 +14,18 @@ from engine_core.errors import ConfigError, ProtocolError
 from engine_core.messages import PeerAddress
 from kv_transfer.auth import Side
 from kv_transfer.cipher import TAG_BYTES, FrameCipher
-from kv_transfer.handshake import TransferOptions
 from kv_transfer.receiver import NetKvReceiver
 from kv_transfer.sender import NetKvSender
 from kv_transfer.wire import Transport
-from tests.kv_transfer.test_transport import DecodeEars, Pair, PrefillEars, first_token, open_pair, until
+from tests.kv_transfer.test_transport import (
+    ALL_TRANSPORTS,
+    DecodeEars,
+    Pair,
+    PrefillEars,
+    first_token,
+    open_pair,
+    until,
+)
 
 
 def ciphers(secrets: tuple[bytes, bytes] = (b"s", b"s"), nonces: tuple[bytes, bytes] = (b"l", b"c")):
@@ -57,7 +65,7 @@ def test_what_was_not_sealed_next_is_refused(harm):
 async def sealed_pair(transport: Transport, encrypts: tuple[bool, bool]):
     """Prefill and decode, each wanting encryption or not."""
     async with open_pair("inproc") as pair:
-        options = [TransferOptions(transports=(transport,), encrypts=each) for each in encrypts]
+        options = [dataclasses.replace(ALL_TRANSPORTS, transports=(transport,), encrypts=each) for each in encrypts]
         pair.sender = NetKvSender(pair.identity("p", "f"), b"secret", pair.prefill, 1 << 30, options[0])
         pair.receiver = NetKvReceiver(pair.identity("d", "f"), b"secret", pair.decode, options[1])
         pair.address = PeerAddress("127.0.0.1", 0, await pair.sender.start("127.0.0.1", 0))
@@ -157,7 +165,7 @@ async def test_planes_can():
 
 async def test_without_a_secret_it_cannot_be():
     async with open_pair("inproc") as pair:
-        options = TransferOptions(encrypts=True)
+        options = dataclasses.replace(ALL_TRANSPORTS, encrypts=True)
         sender = NetKvSender(pair.identity("p", "f"), None, PrefillEars(), 1, options)
         with pytest.raises(ConfigError, match="secret"):
             await sender.start("127.0.0.1", 0)

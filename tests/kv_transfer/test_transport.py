@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import uvloop
 
+from engine_core.config import TransferConfig
 from engine_core.errors import (
     BatonError,
     ChecksumMismatch,
@@ -41,6 +42,7 @@ from kv_transfer.wire import Transport
 
 ARENA_BYTES = 16 << 20
 NUM_CONNECTIONS = 3
+ALL_TRANSPORTS = TransferOptions.of(TransferConfig())
 LAYOUT = BlockLayout(num_layers=3, page_size=4, num_kv_heads=2, head_dim=8, dtype="bfloat16")
 
 

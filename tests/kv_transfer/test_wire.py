@@ -44,7 +44,15 @@ from kv_transfer.wire import (
     from_decode,
     from_prefill,
 )
-from tests.kv_transfer.test_transport import ARENA_BYTES, LAYOUT, DecodeEars, first_token, open_pair, until
+from tests.kv_transfer.test_transport import (
+    ALL_TRANSPORTS,
+    ARENA_BYTES,
+    LAYOUT,
+    DecodeEars,
+    first_token,
+    open_pair,
+    until,
+)
 
 TICKET = Ticket("r", 0, 1, (Landing(0, 100), Landing(1, 101)), 30_000)
 
@@ -317,7 +325,7 @@ async def test_beats_keep_an_idle_connection(monkeypatch):
 
 async def test_a_secret_that_differs_is_refused():
     async with open_pair("tcp") as pair:
-        receiver = NetKvReceiver(pair.identity("d", "f"), b"guess", ears := DecodeEars())
+        receiver = NetKvReceiver(pair.identity("d", "f"), b"guess", ears := DecodeEars(), ALL_TRANSPORTS)
         receiver.request(pair.address, TICKET)
         await until(lambda: ears.failed)
         assert "secret" in str(ears.failed["r", 0])
@@ -484,7 +492,7 @@ def test_the_transport_is_the_best_of_decode_that_prefill_can_do(offered, probe,
 
 async def test_memory_that_cannot_be_mapped_after_all_ends_in_tcp(monkeypatch):
     async with open_pair(Transport.SHARED_MEMORY) as pair:
-        pair.receiver.options = pair.sender._options = handshake.TransferOptions()
+        pair.receiver.options = pair.sender._options = ALL_TRANSPORTS
         really_open = Segment.open
 
         def only_probes(ref):
