@@ -52,6 +52,7 @@ from kv_transfer.plane_wire import (
     to_worker,
 )
 from kv_transfer.returns import Returns
+from kv_transfer.sender import FRAME_BYTES
 from kv_transfer.ticket import Ticket
 from kv_transfer.wire import Place
 
@@ -82,6 +83,11 @@ class _Plane:
         self._channel: Channel
         self._process: subprocess.Popen[bytes]
         self._is_closing = False
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
 
     async def start(
         self, identity: KvIdentity, secret: bytes | None, options: TransferOptions, host: str, port: int
@@ -199,6 +205,11 @@ class PlaneKvSender:
         self._announce()
         return port
 
+    @property
+    def plane_pid(self) -> int:
+        """Of the other process."""
+        return self._plane.pid
+
     # KvSender
 
     @property
@@ -223,13 +234,17 @@ class PlaneKvSender:
         self._put(PlaneOffer(request_id, epoch, lease_s))
 
     def send_blocks(self, request_id: str, epoch: int, block_indices: Sequence[int], layers: Layers) -> None:
-        """See KvSender. Copies, so that the arrays are free at once."""
+        """See KvSender. Copies, a frame at a time, so that the plane begins with the first while the next is copied."""
         indices = tuple(int(index) for index in block_indices)
-        rows = as_rows(layers, len(indices), self._identity.layout)
-        blocks = _Unstaged((request_id, epoch), indices, rows)
-        with self._lock:
-            self._inflight_bytes += self._num_bytes(blocks)
-        self._put(blocks)
+        layout = self._identity.layout
+        rows = as_rows(layers, len(indices), layout)
+        each = max(1, FRAME_BYTES // layout.block_bytes)
+        for start in range(0, len(indices), each):
+            part = slice(start, start + each)
+            blocks = _Unstaged((request_id, epoch), indices[part], tuple(row[part] for row in rows))
+            with self._lock:
+                self._inflight_bytes += self._num_bytes(blocks)
+            self._put(blocks)
 
     def finish(self, request_id: str, epoch: int, first_token: TokenChunk) -> None:
         """See KvSender."""
@@ -372,6 +387,11 @@ class PlaneKvReceiver:
         """Start the plane."""
         self._options.check_secret(self._secret)
         await self._plane.start(self._identity, self._secret, self._options, "", 0)
+
+    @property
+    def plane_pid(self) -> int:
+        """Of the other process."""
+        return self._plane.pid
 
     # KvReceiver
 
