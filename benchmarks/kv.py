@@ -1,9 +1,9 @@
 """`baton bench kv`: how fast KV moves from a prefill to a decode worker, beside everything else that moves bytes here.
 
-Two processes and the endpoints that workers use, without the workers: from the moment the blocks are on the host until
-decode has verified the last of them. Every way moves the same bytes in turn, round after round, so that what else
-happens on the machine meets all alike; figures are medians, ratios are medians of each round's ratio. Other libraries
-take part where they are installed.
+Two processes, each with its data plane, and the endpoints that workers use, without the workers: from the moment the
+blocks are on the host until decode has verified the last of them. Every way moves the same bytes in turn, round after
+round, so that what else happens on the machine meets all alike; figures are medians, ratios are medians of each
+round's ratio. Other libraries take part where they are installed.
 """
 
 from __future__ import annotations
@@ -84,8 +84,10 @@ def _open_ways(max_bytes: int, num_connections: int, others: Sequence[str]) -> l
     source = np.random.default_rng(0).integers(0, 256, max_bytes, np.uint8)
     ways: list[Way] = [
         Memcpy(source),
-        HandOff("shared memory", Transport.SHARED_MEMORY, LAYOUT, source, 1),
-        HandOff("TCP", Transport.TCP, LAYOUT, source, num_connections),
+        HandOff("shared memory", Transport.SHARED_MEMORY, LAYOUT, source, 1, planes=True),
+        HandOff("TCP", Transport.TCP, LAYOUT, source, num_connections, planes=True),
+        HandOff("shared memory, no planes", Transport.SHARED_MEMORY, LAYOUT, source, 1, planes=False),
+        HandOff("TCP, no planes", Transport.TCP, LAYOUT, source, num_connections, planes=False),
         *(RawSockets(n, source) for n in (1, 2, MAX_CONNECTIONS)),
     ]
     for name in others:
@@ -118,7 +120,7 @@ def _fixed_cost(rounds: int) -> dict[str, float]:
     """Milliseconds of a whole hand-off, ticket and all, of a 512-token prompt whose blocks are small."""
     costs = {}
     for name, transport in (("shared memory", Transport.SHARED_MEMORY), ("TCP", Transport.TCP)):
-        way = HandOff(name, transport, SMALL, np.zeros(PROMPT_BLOCKS * SMALL.block_bytes, np.uint8), 1)
+        way = HandOff(name, transport, SMALL, np.zeros(PROMPT_BLOCKS * SMALL.block_bytes, np.uint8), 1, planes=True)
         way.whole_s(PROMPT_BLOCKS)
         costs[name] = statistics.median(way.whole_s(PROMPT_BLOCKS) for _ in range(5 * rounds)) * 1e3
         way.close()
@@ -142,9 +144,9 @@ def summary(moves: Sequence[Moves], fixed: dict[str, float]) -> dict[str, object
     at = next((each for each in moves if each.num_bytes == 256 << 20), moves[-1])
     raw = [name for name in at.seconds if name.startswith("raw")]
     best_raw = max(raw, key=at.rate)
-    ours, others = ("shared memory", "TCP", "memcpy", *raw), {}
+    others = {}
     for name in at.seconds:
-        if name not in ours:
+        if name not in ("memcpy", *raw) and not name.startswith(("shared memory", "TCP")):
             others[name] = round(at.ratio("TCP", name), 3)
     return {
         "shm_vs_memcpy": round(at.ratio("shared memory", "memcpy"), 3),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import threading
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -21,6 +23,7 @@ from kv_transfer.base import Layers
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
 from kv_transfer.layout import BlockLayout
+from kv_transfer.plane import PlaneKvReceiver, PlaneKvSender
 from kv_transfer.receiver import NetKvReceiver
 from kv_transfer.sender import NetKvSender
 from kv_transfer.ticket import Landing, Ticket
@@ -60,6 +63,7 @@ class HandOff:
     """A prefill worker's sender here, a decode worker's receiver in another process.
 
     Args:
+        planes: with a data-plane process beside each, as workers have; else the endpoints do all work themselves.
         name: in the table.
         transport: the only one both can do.
         layout: of a block.
@@ -68,7 +72,14 @@ class HandOff:
     """
 
     def __init__(
-        self, name: str, transport: Transport, layout: BlockLayout, source: np.ndarray, num_connections: int
+        self,
+        name: str,
+        transport: Transport,
+        layout: BlockLayout,
+        source: np.ndarray,
+        num_connections: int,
+        *,
+        planes: bool,
     ) -> None:
         self.name = name
         self._layout = layout
@@ -79,11 +90,16 @@ class HandOff:
         self._layers = list(rows.reshape(layout.num_layers, n, *layout.shape))
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        options = TransferOptions(transports=(transport,), num_connections=num_connections)
-        self._sender = self._call(self._open(options))
+        options = TransferOptions(
+            transports=(transport,), num_connections=num_connections, arena_bytes=256 << 20, encrypts=False
+        )
+        self._sender = self._call(self._open(options, planes=planes))
         port = self._call(self._sender.start("127.0.0.1", 0))
-        self._pipe, self._process = start_child(_decode, port, layout, options)
+        self._pipe, self._process = start_child(_decode, port, layout, options, planes)
         self._sending_cpu_s = 0.0
+        self._pids = [self._pipe.recv()]
+        if isinstance(self._sender, PlaneKvSender):
+            self._pids.append(self._sender.plane_pid)
 
     def move(self, num_bytes: int) -> float:
         """One hand-off: from the moment the blocks are on the host until decode has verified the last of them."""
@@ -115,9 +131,9 @@ class HandOff:
         return float(self._pipe.recv()) - start_s
 
     def cpu_s(self) -> float:
-        """Of both ends, while blocks were on the way."""
+        """Of this process while blocks were on the way, and of its plane and the other end altogether."""
         self._pipe.send(Order("", 0))
-        return self._sending_cpu_s + float(self._pipe.recv())
+        return self._sending_cpu_s + float(self._pipe.recv()) + sum(process_cpu_s(pid) for pid in self._pids if pid)
 
     def close(self) -> None:
         """End the other process."""
@@ -138,23 +154,35 @@ class HandOff:
     def _call(self, work: Coroutine[Any, Any, Result]) -> Result:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    async def _open(self, options: TransferOptions) -> NetKvSender:
-        return NetKvSender(_identity("prefill", self._layout), None, self, 4 << 30, options)
+    async def _open(self, options: TransferOptions, *, planes: bool) -> NetKvSender | PlaneKvSender:
+        identity = _identity("prefill", self._layout)
+        if planes:
+            return PlaneKvSender(identity, None, self, options)
+        return NetKvSender(identity, None, self, 4 << 30, options)
 
 
 class _Decode:
     """Orders in, times out; blocks are dropped as soon as they are verified."""
 
-    def __init__(self, pipe: Connection, port: int, layout: BlockLayout, options: TransferOptions) -> None:
+    def __init__(
+        self, pipe: Connection, port: int, layout: BlockLayout, options: TransferOptions, planes: bool
+    ) -> None:
         self._pipe = pipe
         self._address = PeerAddress("127.0.0.1", 0, port)
         self._serials = itertools.count(1)
-        self._receiver = NetKvReceiver(_identity("decode", layout), None, self, options)
+        kind = PlaneKvReceiver if planes else NetKvReceiver
+        self._receiver = kind(_identity("decode", layout), None, self, options)
         self._over = asyncio.Event()
-        self._idle_s = time.process_time()
-        asyncio.get_running_loop().add_reader(pipe, self._on_order)
+        self._idle_s = 0.0
 
     async def run(self) -> None:
+        pid = 0
+        if isinstance(self._receiver, PlaneKvReceiver):
+            await self._receiver.start()
+            pid = self._receiver.plane_pid
+        self._pipe.send(pid)
+        self._idle_s = time.process_time()
+        asyncio.get_running_loop().add_reader(self._pipe, self._on_order)
         await self._over.wait()
         await self._receiver.close()
 
@@ -187,11 +215,17 @@ class _Decode:
         self._pipe.send(f"{type(error).__name__}: {error}")
 
 
-def _decode(pipe: Connection, port: int, layout: BlockLayout, options: TransferOptions) -> None:
+def _decode(pipe: Connection, port: int, layout: BlockLayout, options: TransferOptions, planes: bool) -> None:
     async def run() -> None:
-        await _Decode(pipe, port, layout, options).run()
+        await _Decode(pipe, port, layout, options, planes).run()
 
     asyncio.run(run())
+
+
+def process_cpu_s(pid: int) -> float:
+    """CPU seconds of another process so far, to within a clock tick."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _identity(worker_id: str, layout: BlockLayout) -> KvIdentity:

@@ -53,6 +53,8 @@ class DecodeWorker:
         resolved = self._replica.resolved
         self._identity = KvIdentity.of(worker_id, incarnation, resolved.spec, self._replica.identity, resolved.layout)
         self._secret = secret
+        self._options = TransferOptions.of(config.transfer)
+        self._options.check_secret(secret)
         self._info = self._replica.worker_info(Role.DECODE, worker_id, incarnation, listen, self._identity.fingerprint)
         self._scheduler = DecodeScheduler(self._replica, self)
         self._host = WorkerHost(
@@ -67,7 +69,7 @@ class DecodeWorker:
 
     async def start(self) -> WorkerInfo:
         """Listen and begin to work."""
-        self._receiver = PlaneKvReceiver(self._identity, self._secret, self, TransferOptions())
+        self._receiver = PlaneKvReceiver(self._identity, self._secret, self, self._options)
         await self._receiver.start()
         self._info = await self._host.start(self._info.address.host, self._info)
         return self._info

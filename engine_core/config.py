@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from engine_core.errors import ConfigError
 from engine_core.types import Numerics
 
+MIN_ARENA_BYTES = 16 << 20  # room for a few frames
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
@@ -69,12 +71,31 @@ class Degrees:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TransferConfig:
+    """KV on its way from prefill to decode workers."""
+
+    connections: int = 2  # of each pair of workers on different hosts
+    arena_bytes: int = (
+        256 << 20
+    )  # memory for KV under way: of a prefill worker, and of a decode worker per prefill worker
+    encrypt: bool = False  # AES-GCM over all that leaves the host; either end of a pair can ask for it
+
+    def __post_init__(self) -> None:
+        """Refuse what can never work."""
+        if self.connections < 1:
+            raise ConfigError(f"transfer.connections must be at least 1, not {self.connections}")
+        if self.arena_bytes < MIN_ARENA_BYTES:
+            raise ConfigError(f"transfer.arena_bytes must be at least {MIN_ARENA_BYTES}, not {self.arena_bytes}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """Everything one model replica needs."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
     tp: int = 1  # tensor-parallel degree: heads, ffw columns, vocabulary
     ep: int = 1  # expert-parallel degree: experts, and sequences outside them
     dp: int = 1  # data-parallel degree: sequences; experts are shared by all of its ranks' sequences

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engine_core.errors import TransferTimeout
 from kv_transfer.connection import KvConnection
-from kv_transfer.wire import KvBeat, encode
+from kv_transfer.wire import KvBeat
 
 BEAT_S = 1.0
 SILENCE_S = 5.0  # a peer that said nothing for so long hangs, or is cut off
@@ -15,4 +15,4 @@ def look_after(connection: KvConnection, now: float) -> None:
     if now - connection.heard_at > SILENCE_S:
         connection.close(TransferTimeout(f"the peer said nothing for {SILENCE_S} s"))
     elif not connection.queued_bytes and now - connection.sent_at >= BEAT_S:
-        connection.send([encode(KvBeat())])
+        connection.send(KvBeat())

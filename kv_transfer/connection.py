@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
@@ -18,7 +18,8 @@ import numpy as np
 
 from engine_core.errors import ProtocolError, TransferError
 from kv_transfer.channel import MALFORMED, set_socket_options
-from kv_transfer.wire import LENGTH, MAX_HEADER_BYTES, KvBlocks
+from kv_transfer.cipher import TAG_BYTES, FrameCipher
+from kv_transfer.wire import LENGTH, MAX_HEADER_BYTES, KvBlocks, encode_body
 
 READ_BYTES = 64 << 10
 TURN_BYTES = 4 << 20  # moved per turn of the event loop at most, so that other connections get theirs
@@ -54,6 +55,7 @@ class KvConnection:
     """One end. Everything runs on the event-loop thread.
 
     Attributes:
+        cipher: seals what is sent and opens what is received from now on; None: everything travels in the clear.
         events: who hears of it; may be reassigned at any time, so a handshake can hand the connection over.
         queued_bytes: that have not left.
     """
@@ -64,6 +66,7 @@ class KvConnection:
         self.closed = False
         self.queued_bytes = 0
         self.max_header_bytes = MAX_HEADER_BYTES
+        self.cipher: FrameCipher | None = None
         self._loop = asyncio.get_running_loop()
         self.heard_at = self.sent_at = self._loop.time()
         self._socket = connected
@@ -80,15 +83,22 @@ class KvConnection:
         set_socket_options(connected)
         self._loop.add_reader(connected, self._on_readable)
 
-    def send(self, pieces: Iterable[bytes | memoryview]) -> None:
-        """Queue one frame; its buffers must not change until they have left."""
+    def send(self, message: msgspec.Struct, payload: Sequence[memoryview] = ()) -> None:
+        """Queue a message and what follows it; the payload must not change until it has left."""
         if self.closed:
             return
-        for piece in pieces:
+        for piece in self._sealed(message, payload):
             self._out.append(memoryview(piece))
             self.queued_bytes += len(piece)
         if not self._is_writing:
             self._write()
+
+    def _sealed(self, message: msgspec.Struct, payload: Sequence[memoryview]) -> Iterable[bytes | memoryview]:
+        body = encode_body(message)
+        if self.cipher is None:
+            return (LENGTH.pack(len(body)), body, *payload)
+        body = self.cipher.seal([body])
+        return (LENGTH.pack(len(body)), body, *([self.cipher.seal(payload)] if payload else []))
 
     def close(self, error: Exception) -> None:
         """Close at once."""
@@ -208,22 +218,35 @@ class KvConnection:
 
     def _on_frame(self, body: memoryview) -> None:
         try:
-            message = self._decode(body)
+            message = self._decode(self.cipher.open(body) if self.cipher else body)
         except MALFORMED as error:
             raise ProtocolError(f"malformed message: {error}") from error
         finally:
             body.release()
         if isinstance(message, KvBlocks) and message.place is None:
             self._target = self.events.on_header(self, message)
-            self._header, self._rest = message, message.num_bytes
-            self._payload = memoryview(b"") if self._target is None else self._target.data
+            self._expect_payload(message)
         else:
             self.events.on_message(self, message)
 
+    def _expect_payload(self, header: KvBlocks) -> None:
+        """What arrives next goes to the target, or is opened into it once it is whole, or is skipped."""
+        self._header, self._rest = header, header.num_bytes
+        if self.cipher is not None:
+            self._rest += TAG_BYTES
+            self._payload = memoryview(bytearray(self._rest))
+        else:
+            self._payload = memoryview(b"") if self._target is None else self._target.data
+
     def _advance(self, received: int) -> None:
         self._rest -= received
-        if received and not self._rest and self._target is not None:
-            assert self._header
-            header, target = self._header, self._target
-            self._header, self._target, self._payload = None, None, memoryview(b"")
+        if not received or self._rest or self._header is None:
+            return
+        header, target, payload = self._header, self._target, self._payload
+        self._header, self._target, self._payload = None, None, memoryview(b"")
+        if self.cipher is not None and target is not None:
+            self.cipher.open_into(payload, target)
+        elif self.cipher is not None:
+            self.cipher.open(payload)
+        if target is not None:
             self.events.on_payload(self, header, target)

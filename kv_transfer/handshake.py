@@ -20,10 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from engine_core.config import TransferConfig
 from engine_core.errors import BatonError, ConfigError, LayoutMismatch, ProtocolError, TransferTimeout
 from engine_core.messages import Challenge, Refused
 from kv_transfer.arena import Segment, SegmentRef
 from kv_transfer.auth import Side, make_proof, new_nonce, proves
+from kv_transfer.cipher import FrameCipher
 from kv_transfer.connection import KvConnection
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.wire import (
@@ -33,7 +35,6 @@ from kv_transfer.wire import (
     KvHello,
     KvWelcome,
     Transport,
-    encode,
     from_decode,
     from_prefill,
 )
@@ -43,7 +44,6 @@ logger = logging.getLogger(__name__)
 HANDSHAKE_BYTES = 4096  # of a message before the handshake is over
 HANDSHAKE_TIMEOUT_S = 5.0
 PROBE_BYTES = 64
-MIN_ARENA_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,17 +53,29 @@ class TransferOptions:
     Attributes:
         transports: best first.
         num_connections: of one pair over TCP.
+        encrypts: seal every frame that leaves the host's memory; needs a secret.
         arena_bytes: prefill: shared memory for all decode workers together; decode: landing memory per prefill worker.
     """
 
-    transports: tuple[Transport, ...] = (Transport.SHARED_MEMORY, Transport.TCP)
-    num_connections: int = 2
-    arena_bytes: int = 256 << 20
+    transports: tuple[Transport, ...]
+    num_connections: int
+    arena_bytes: int
+    encrypts: bool
 
-    def __post_init__(self) -> None:
-        """Refuse what cannot work."""
-        if not self.transports or self.num_connections < 1 or self.arena_bytes < MIN_ARENA_BYTES:
-            raise ConfigError(f"at least a transport, a connection and {MIN_ARENA_BYTES} bytes are needed: {self}")
+    @classmethod
+    def of(cls, config: TransferConfig) -> TransferOptions:
+        """Everything this host can do, as configured."""
+        return cls(
+            transports=(Transport.SHARED_MEMORY, Transport.TCP),
+            num_connections=config.connections,
+            arena_bytes=config.arena_bytes,
+            encrypts=config.encrypt,
+        )
+
+    def check_secret(self, secret: bytes | None) -> None:
+        """Refuse to encrypt without a secret."""
+        if self.encrypts and secret is None:
+            raise ConfigError("encryption between workers needs a shared secret")
 
 
 class ListenerHandshake:
@@ -73,6 +85,7 @@ class ListenerHandshake:
         accepted: the connected socket.
         identity: of this worker.
         secret: shared with decode workers, or None.
+        encrypts: seal frames even if the caller does not want it.
         admit: takes the connection over; gives the transport and the session of the answer.
         on_over: called once, however it ended.
 
@@ -84,18 +97,20 @@ class ListenerHandshake:
         accepted: socket.socket,
         identity: KvIdentity,
         secret: bytes | None,
+        encrypts: bool,
         admit: Callable[[KvConnection, KvHello], tuple[Transport, bytes]],
         on_over: Callable[[ListenerHandshake], None],
     ) -> None:
         self._identity = identity
         self._secret = secret
+        self._encrypts = encrypts
         self._admit = admit
         self._on_over = on_over
         self._nonce = new_nonce()
         self.connection = KvConnection(accepted, from_decode, self)
         self.connection.max_header_bytes = HANDSHAKE_BYTES
         self._timeout = asyncio.get_running_loop().call_later(HANDSHAKE_TIMEOUT_S, self._give_up)
-        self.connection.send([encode(Challenge(self._nonce))])
+        self.connection.send(Challenge(self._nonce))
 
     # ConnectionEvents
 
@@ -107,16 +122,28 @@ class ListenerHandshake:
             self._check(message)
             transport, session = self._admit(connection, message)
         except BatonError as error:
-            connection.send([encode(Refused(error.code, str(error)))])
+            connection.send(Refused(error.code, str(error)))
             raise ProtocolError(str(error)) from error
         self._timeout.cancel()
         connection.max_header_bytes = MAX_HEADER_BYTES
         identity = self._identity
         proof = make_proof(self._secret, Side.KV_LISTENER, self._nonce, message.nonce)
-        welcome = KvWelcome(
-            KV_PROTOCOL, identity.worker_id, identity.incarnation, identity.fingerprint, proof, transport, session
+        encrypts = self._encrypts or message.encrypts
+        connection.send(
+            KvWelcome(
+                KV_PROTOCOL,
+                identity.worker_id,
+                identity.incarnation,
+                identity.fingerprint,
+                proof,
+                transport,
+                encrypts,
+                session,
+            )
         )
-        connection.send([encode(welcome)])
+        if encrypts:
+            assert self._secret is not None
+            connection.cipher = FrameCipher(self._secret, Side.KV_LISTENER, self._nonce, message.nonce)
         self._on_over(self)
 
     def on_header(self, connection: KvConnection, header: KvBlocks) -> np.ndarray | None:
@@ -140,6 +167,8 @@ class ListenerHandshake:
             raise ProtocolError(f"protocol {hello.protocol}, this worker speaks {KV_PROTOCOL}")
         if not proves(hello.secret_proof, self._secret, Side.KV_CALLER, self._nonce, hello.nonce):
             raise ProtocolError("wrong secret")
+        if hello.encrypts and self._secret is None:
+            raise ProtocolError("frames cannot be sealed without a secret")
         if hello.fingerprint != self._identity.fingerprint:
             text = f"fingerprint {hello.fingerprint} of {hello.worker_id} is not this worker's"
             raise LayoutMismatch(f"{text} {self._identity.fingerprint}")
@@ -186,13 +215,15 @@ class CallerHandshake:
         match message:
             case Challenge(nonce):
                 self._nonces = (nonce, new_nonce())
-                connection.send([encode(self._hello())])
+                connection.send(self._hello())
             case Refused(code, text):
                 raise (LayoutMismatch if code == LayoutMismatch.code else ProtocolError)(text)
             case KvWelcome():
                 self._check(message)
                 self._timeout.cancel()
                 connection.max_header_bytes = MAX_HEADER_BYTES
+                if message.encrypts and self._secret is not None:
+                    connection.cipher = FrameCipher(self._secret, Side.KV_CALLER, *self._nonces)
                 self._on_welcome(connection, message)
             case _:
                 raise ProtocolError(f"{type(message).__name__} before KvWelcome")
@@ -224,6 +255,7 @@ class CallerHandshake:
             identity.layout.wire_fields,
             offer.transports,
             offer.probe,
+            offer.encrypts,
             offer.window_bytes,
             offer.session,
         )
@@ -235,6 +267,8 @@ class CallerHandshake:
             raise ProtocolError("the prefill worker does not know the secret")
         if welcome.fingerprint != self._identity.fingerprint:
             raise LayoutMismatch(f"fingerprint {welcome.fingerprint} of {welcome.worker_id} is not this worker's")
+        if welcome.encrypts != (self._offer.encrypts or (welcome.encrypts and self._secret is not None)):
+            raise ProtocolError("the prefill worker does not seal frames, or wants to without a secret")
         if welcome.transport not in self._offer.transports:
             raise ProtocolError(f"transport {welcome.transport!r} was not offered")
 
@@ -248,6 +282,7 @@ class Offer:
 
     transports: tuple[Transport, ...]
     probe: SegmentRef | None
+    encrypts: bool
     window_bytes: int
     session: bytes
 

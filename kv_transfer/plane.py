@@ -52,6 +52,7 @@ from kv_transfer.plane_wire import (
     to_worker,
 )
 from kv_transfer.returns import Returns
+from kv_transfer.sender import FRAME_BYTES
 from kv_transfer.ticket import Ticket
 from kv_transfer.wire import Place
 
@@ -83,6 +84,11 @@ class _Plane:
         self._process: subprocess.Popen[bytes]
         self._is_closing = False
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
     async def start(
         self, identity: KvIdentity, secret: bytes | None, options: TransferOptions, host: str, port: int
     ) -> int:
@@ -106,6 +112,7 @@ class _Plane:
                 tuple(options.transports),
                 options.num_connections,
                 options.arena_bytes,
+                options.encrypts,
             )
         )
         try:
@@ -193,9 +200,15 @@ class PlaneKvSender:
     async def start(self, host: str, port: int) -> int:
         """Start the plane, which listens; port 0 takes any free one. Returns the port."""
         check_bind(host, self._secret)
+        self._options.check_secret(self._secret)
         port = await self._plane.start(self._identity, self._secret, self._options, host, port)
         self._announce()
         return port
+
+    @property
+    def plane_pid(self) -> int:
+        """Of the other process."""
+        return self._plane.pid
 
     # KvSender
 
@@ -221,13 +234,17 @@ class PlaneKvSender:
         self._put(PlaneOffer(request_id, epoch, lease_s))
 
     def send_blocks(self, request_id: str, epoch: int, block_indices: Sequence[int], layers: Layers) -> None:
-        """See KvSender. Copies, so that the arrays are free at once."""
+        """See KvSender. Copies, a frame at a time, so that the plane begins with the first while the next is copied."""
         indices = tuple(int(index) for index in block_indices)
-        rows = as_rows(layers, len(indices), self._identity.layout)
-        blocks = _Unstaged((request_id, epoch), indices, rows)
-        with self._lock:
-            self._inflight_bytes += self._num_bytes(blocks)
-        self._put(blocks)
+        layout = self._identity.layout
+        rows = as_rows(layers, len(indices), layout)
+        each = max(1, FRAME_BYTES // layout.block_bytes)
+        for start in range(0, len(indices), each):
+            part = slice(start, start + each)
+            blocks = _Unstaged((request_id, epoch), indices[part], tuple(row[part] for row in rows))
+            with self._lock:
+                self._inflight_bytes += self._num_bytes(blocks)
+            self._put(blocks)
 
     def finish(self, request_id: str, epoch: int, first_token: TokenChunk) -> None:
         """See KvSender."""
@@ -368,7 +385,13 @@ class PlaneKvReceiver:
 
     async def start(self) -> None:
         """Start the plane."""
+        self._options.check_secret(self._secret)
         await self._plane.start(self._identity, self._secret, self._options, "", 0)
+
+    @property
+    def plane_pid(self) -> int:
+        """Of the other process."""
+        return self._plane.pid
 
     # KvReceiver
 

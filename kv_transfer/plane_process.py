@@ -236,6 +236,7 @@ def _options(start: PlaneStart) -> TransferOptions:
         transports=tuple(Transport(each) for each in start.transports),
         num_connections=start.num_connections,
         arena_bytes=start.arena_bytes,
+        encrypts=start.encrypts,
     )
 
 

@@ -24,7 +24,7 @@ class PlaneStart(Message, frozen=True):
     Attributes:
         layout: fields of the BlockLayout.
         host: where to listen for decode workers; empty: the worker is one and listens nowhere.
-        transports, num_connections, arena_bytes: see TransferOptions.
+        transports, num_connections, arena_bytes, encrypts: see TransferOptions.
     """
 
     worker_id: str
@@ -37,6 +37,7 @@ class PlaneStart(Message, frozen=True):
     transports: tuple[str, ...]
     num_connections: int
     arena_bytes: int
+    encrypts: bool
 
 
 class PlaneReady(Message, frozen=True):

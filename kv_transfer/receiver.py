@@ -36,7 +36,6 @@ from kv_transfer.wire import (
     KvWelcome,
     Transport,
     check_header,
-    encode,
 )
 
 logger = logging.getLogger(__name__)
@@ -55,9 +54,10 @@ class NetKvReceiver(ReceiverEndpoint):
         identity: KvIdentity,
         secret: bytes | None,
         events: ReceiverEvents,
-        options: TransferOptions = TransferOptions(),  # noqa: B008 - frozen
+        options: TransferOptions,
     ) -> None:
         super().__init__(identity, events)
+        options.check_secret(secret)
         self.secret = secret
         self.options = options
         self.probe = Segment.create(PROBE_BYTES)
@@ -127,7 +127,7 @@ class _ToPrefill:
     def send(self, message: Any) -> None:
         """Send, now or when the handshake is over."""
         if self.main:
-            self.main.send([encode(message)])
+            self.main.send(message)
         else:
             self._early.append(message)
 
@@ -156,7 +156,7 @@ class _ToPrefill:
             return
         owner = self._owner
         window = max(owner.options.arena_bytes, owner.identity.layout.block_bytes)
-        offer = Offer(owner.transports(self.spot), owner.probe.ref, window, self._session)
+        offer = Offer(owner.transports(self.spot), owner.probe.ref, owner.options.encrypts, window, self._session)
         handshake = CallerHandshake(connected, owner.identity, owner.secret, offer, self._on_welcome, self._fail)
         self._connections.append(handshake.connection)
 
@@ -166,7 +166,8 @@ class _ToPrefill:
             return
         self.main, self.transport, self._session = connection, Transport(welcome.transport), welcome.session
         logger.info("KV from prefill worker %s travels by %s", welcome.worker_id, welcome.transport)
-        connection.send([encode(message) for message in self._early])
+        for message in self._early:
+            connection.send(message)
         self._early.clear()
         if self.transport is Transport.TCP:
             self._arena = Arena(self._owner.options.arena_bytes)
@@ -279,7 +280,7 @@ class _ToPrefill:
 
     def _tell_released(self, frames: tuple[int, ...]) -> None:
         if self.main:
-            self.main.send([encode(KvRelease(frames))])
+            self.main.send(KvRelease(frames))
 
 
 async def _open_socket(host: str, port: int) -> socket.socket:

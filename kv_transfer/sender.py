@@ -20,12 +20,12 @@ from kv_transfer.auth import check_bind
 from kv_transfer.base import SenderEvents
 from kv_transfer.blocks import HostBlocks, block_header, checksums, copy_with_checksums, first_run, payload_rows
 from kv_transfer.connection import ROOM_BYTES, KvConnection
-from kv_transfer.endpoint import DEFAULT_INFLIGHT_BYTES, KvIdentity, SenderEndpoint
+from kv_transfer.endpoint import KvIdentity, SenderEndpoint
 from kv_transfer.handoff import Key
 from kv_transfer.handshake import ListenerHandshake, TransferOptions, choose
 from kv_transfer.layout import BlockLayout
 from kv_transfer.repaging import check_convertible
-from kv_transfer.wire import KvBeat, KvBlocks, KvHello, KvRelease, KvSegment, Place, Transport, encode
+from kv_transfer.wire import KvBeat, KvBlocks, KvHello, KvRelease, KvSegment, Place, Transport
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +43,8 @@ class NetKvSender(SenderEndpoint):
         identity: KvIdentity,
         secret: bytes | None,
         events: SenderEvents,
-        max_inflight_bytes: int = DEFAULT_INFLIGHT_BYTES,
-        options: TransferOptions = TransferOptions(),  # noqa: B008 - frozen
+        max_inflight_bytes: int,
+        options: TransferOptions,
     ) -> None:
         super().__init__(identity, events, max_inflight_bytes)
         self.secret = secret
@@ -58,6 +58,7 @@ class NetKvSender(SenderEndpoint):
     async def start(self, host: str, port: int) -> int:
         """Listen; port 0 takes any free one. Returns the port."""
         check_bind(host, self.secret)
+        self._options.check_secret(self.secret)
         try:
             found = await self.loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             self._listener = socket.create_server(found[0][4][:2], family=found[0][0], backlog=128)
@@ -70,8 +71,9 @@ class NetKvSender(SenderEndpoint):
     async def close(self) -> None:
         """See KvSender."""
         self.stop()
-        self.loop.remove_reader(self._listener)
-        self._listener.close()
+        if self._listener.fileno() >= 0:
+            self.loop.remove_reader(self._listener)
+            self._listener.close()
         for handshake in list(self._waiting):
             handshake.connection.close(TransferError("closing"))
         for link in list(self._sessions.values()):
@@ -113,7 +115,9 @@ class NetKvSender(SenderEndpoint):
         with contextlib.suppress(OSError):
             accepted, _ = self._listener.accept()
             self._waiting.add(
-                ListenerHandshake(accepted, self.identity, self.secret, self._admit, self._waiting.discard)
+                ListenerHandshake(
+                    accepted, self.identity, self.secret, self._options.encrypts, self._admit, self._waiting.discard
+                )
             )
 
     def _admit(self, connection: KvConnection, hello: KvHello) -> tuple[Transport, bytes]:
@@ -291,7 +295,7 @@ class _ToDecode:
                 item = self._outbox[0]
                 if isinstance(item, handoff.Send):
                     self._outbox.popleft()
-                    self.main.send([encode(item.message)])
+                    self.main.send(item.message)
                 elif not budget:
                     self._owner.loop.call_soon(self.fill)
                     return
@@ -328,7 +332,7 @@ class _ToDecode:
             return 0
         sums = checksums(source.rows, places, item.key, blocks)
         header = block_header(item.ticket, blocks, sums, layout, self._note(item, blocks, num_bytes, None), None)
-        connection.send([encode(header), *_pieces(source, places)])
+        connection.send(header, _pieces(source, places))
         return len(blocks)
 
     def _share(self, item: handoff.SendBlocks, n: int) -> int:
@@ -373,9 +377,9 @@ class _ToDecode:
         layout = self.layout
         if self._known_segment != place.segment:
             self._known_segment = place.segment
-            self.main.send([encode(KvSegment(place.segment, self._owner.segment_ref(place.segment)))])
+            self.main.send(KvSegment(place.segment, self._owner.segment_ref(place.segment)))
         number = self._note(item, blocks, len(blocks) * layout.block_bytes, memory)
-        self.main.send([encode(block_header(item.ticket, blocks, sums, layout, number, place))])
+        self.main.send(block_header(item.ticket, blocks, sums, layout, number, place))
 
     def _is_granted(self, num_bytes: int) -> bool:
         """Whether decode has room; a single frame larger than its window may go alone."""

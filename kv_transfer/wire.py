@@ -48,6 +48,7 @@ class KvHello(KvMessage, frozen=True):
         layout: of its blocks, in which it wants them: layers, page size, KV heads, head size, dtype.
         transports: what it can do, best first.
         probe: a segment that the prefill worker can open if both may share memory.
+        encrypts: whether it wants frames to be sealed after the handshake.
         window_bytes: payload that may be on the way to it at any time.
         session: empty, or of an earlier connection that this one shall join.
     """
@@ -61,6 +62,7 @@ class KvHello(KvMessage, frozen=True):
     layout: tuple[int, int, int, int, str]
     transports: tuple[str, ...]
     probe: SegmentRef | None
+    encrypts: bool
     window_bytes: int
     session: bytes
 
@@ -70,6 +72,7 @@ class KvWelcome(KvMessage, frozen=True):
 
     Attributes:
         transport: the one chosen.
+        encrypts: whether all that follows is sealed, on both ways; so if either end wants it.
         session: names this connection and those that join it; random.
     """
 
@@ -79,6 +82,7 @@ class KvWelcome(KvMessage, frozen=True):
     fingerprint: str
     secret_proof: bytes
     transport: str
+    encrypts: bool
     session: bytes
 
 
@@ -180,9 +184,14 @@ from_prefill: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromPrefill
 _ENCODER = msgspec.msgpack.Encoder()
 
 
+def encode_body(message: msgspec.Struct) -> bytes:
+    """The msgpack of a message."""
+    return _ENCODER.encode(message)
+
+
 def encode(message: msgspec.Struct) -> bytes:
-    """One frame, without payload."""
-    body = _ENCODER.encode(message)
+    """One frame in the clear, without payload."""
+    body = encode_body(message)
     return LENGTH.pack(len(body)) + body
 
 

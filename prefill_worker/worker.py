@@ -56,6 +56,8 @@ class PrefillWorker:
         resolved = self._replica.resolved
         self._identity = KvIdentity.of(worker_id, incarnation, resolved.spec, self._replica.identity, resolved.layout)
         self._secret = secret
+        self._options = TransferOptions.of(config.transfer)
+        self._options.check_secret(secret)
         self._info = self._replica.worker_info(Role.PREFILL, worker_id, incarnation, listen, self._identity.fingerprint)
         self._scheduler = PrefillScheduler(self._replica, self)
         self._host = WorkerHost(
@@ -73,7 +75,7 @@ class PrefillWorker:
         """Listen and begin to work."""
         self._loop = asyncio.get_running_loop()
         address = self._info.address
-        self._sender = PlaneKvSender(self._identity, self._secret, self, TransferOptions())
+        self._sender = PlaneKvSender(self._identity, self._secret, self, self._options)
         kv_port = await self._sender.start(address.host, address.kv_port)
         address = msgspec.structs.replace(address, kv_port=kv_port)
         self._info = await self._host.start(address.host, msgspec.structs.replace(self._info, address=address))

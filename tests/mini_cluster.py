@@ -142,10 +142,14 @@ class MiniCluster:
     colocated: ControlClient
 
     @classmethod
-    async def start(cls, config: EngineConfig) -> MiniCluster:
+    async def start(cls, config: EngineConfig, prefill_config: EngineConfig | None = None) -> MiniCluster:
         model = Path(config.model.path)
-        kinds = [("p", PrefillWorker), ("d", DecodeWorker), ("c", DecodeWorker)]
-        workers = [kind(config, model, name, 1, PeerAddress("127.0.0.1", 0, 0)) for name, kind in kinds]
+        kinds = [
+            ("p", PrefillWorker, prefill_config or config),
+            ("d", DecodeWorker, config),
+            ("c", DecodeWorker, config),
+        ]
+        workers = [kind(own, model, name, 1, PeerAddress("127.0.0.1", 0, 0)) for name, kind, own in kinds]
         client = Client()
         connections = [await client.connect(await worker.start()) for worker in workers]
         return cls(client, workers, *connections)

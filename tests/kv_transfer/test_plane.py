@@ -9,10 +9,9 @@ import signal
 import pytest
 
 from engine_core.errors import ConfigError, TransferError
-from kv_transfer.handshake import TransferOptions
 from kv_transfer.plane import PlaneKvSender
 from kv_transfer.wire import Transport
-from tests.kv_transfer.test_transport import Pair, PrefillEars, first_token, open_pair, until
+from tests.kv_transfer.test_transport import ALL_TRANSPORTS, Pair, PrefillEars, first_token, open_pair, until
 
 
 async def hand_over(pair: Pair, name: str, seed: int = 0) -> None:
@@ -80,7 +79,7 @@ async def test_what_a_lost_reader_may_still_read_is_never_written_again():
 
 async def test_a_port_that_is_taken_is_a_configuration_error():
     async with open_pair("plane tcp") as pair:
-        sender = PlaneKvSender(pair.identity("q", "f"), b"secret", PrefillEars(), TransferOptions())
+        sender = PlaneKvSender(pair.identity("q", "f"), b"secret", PrefillEars(), ALL_TRANSPORTS)
         with pytest.raises(ConfigError, match="cannot listen"):
             await sender.start("127.0.0.1", pair.address.kv_port)
 

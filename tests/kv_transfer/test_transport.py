@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import uvloop
 
+from engine_core.config import TransferConfig
 from engine_core.errors import (
     BatonError,
     ChecksumMismatch,
@@ -41,6 +42,7 @@ from kv_transfer.wire import Transport
 
 ARENA_BYTES = 16 << 20
 NUM_CONNECTIONS = 3
+ALL_TRANSPORTS = TransferOptions.of(TransferConfig())
 LAYOUT = BlockLayout(num_layers=3, page_size=4, num_kv_heads=2, head_dim=8, dtype="bfloat16")
 
 
@@ -89,11 +91,20 @@ class Pair:
 
     def __init__(self, kind: str, layout: BlockLayout, decode_layout: BlockLayout) -> None:
         self.kind, self.layout, self.decode_layout = kind, layout, decode_layout
+        self.encrypts = False
         self.network = InprocNetwork(Faults(random.Random(0)))
         self.prefill, self.decode = PrefillEars(), DecodeEars()
         self.sender: Any
         self.receiver: Any
         self.address = PeerAddress("127.0.0.1", 0, 0)
+
+    def options(self, transport: Transport) -> TransferOptions:
+        return TransferOptions(
+            transports=(transport,),
+            num_connections=NUM_CONNECTIONS,
+            arena_bytes=ARENA_BYTES,
+            encrypts=self.encrypts,
+        )
 
     @property
     def is_plane(self) -> bool:
@@ -105,17 +116,14 @@ class Pair:
 
     async def start(self, limit: int, fingerprints: tuple[str, str]) -> None:
         prefill, decode = self.identity("p", fingerprints[0]), self.identity("d", fingerprints[1])
-        if self.kind.startswith("plane"):
-            transport = Transport(self.kind.removeprefix("plane "))
-            options = TransferOptions(transports=(transport,), num_connections=NUM_CONNECTIONS, arena_bytes=ARENA_BYTES)
+        if self.is_plane:
+            options = self.options(Transport(self.kind.removeprefix("plane ")))
             self.sender = PlaneKvSender(prefill, b"secret", self.prefill, options)
             self.receiver = PlaneKvReceiver(decode, b"secret", self.decode, options)
             await self.receiver.start()
             port = await self.sender.start("127.0.0.1", 0)
         elif self.kind != "inproc":
-            options = TransferOptions(
-                transports=(Transport(self.kind),), num_connections=NUM_CONNECTIONS, arena_bytes=ARENA_BYTES
-            )
+            options = self.options(Transport(self.kind))
             self.sender = NetKvSender(prefill, b"secret", self.prefill, limit, options)
             self.receiver = NetKvReceiver(decode, b"secret", self.decode, options)
             port = await self.sender.start("127.0.0.1", 0)
@@ -205,8 +213,10 @@ async def open_pair(
     limit: int = 1 << 30,
     fingerprints: tuple[str, str] = ("f", "f"),
     decode_layout: BlockLayout | None = None,
+    encrypts: bool = False,
 ) -> AsyncIterator[Pair]:
     pair = Pair(kind, layout, decode_layout or layout)
+    pair.encrypts = encrypts
     await pair.start(limit, fingerprints)
     try:
         yield pair

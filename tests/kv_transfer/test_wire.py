@@ -44,7 +44,15 @@ from kv_transfer.wire import (
     from_decode,
     from_prefill,
 )
-from tests.kv_transfer.test_transport import ARENA_BYTES, LAYOUT, DecodeEars, first_token, open_pair, until
+from tests.kv_transfer.test_transport import (
+    ALL_TRANSPORTS,
+    ARENA_BYTES,
+    LAYOUT,
+    DecodeEars,
+    first_token,
+    open_pair,
+    until,
+)
 
 TICKET = Ticket("r", 0, 1, (Landing(0, 100), Landing(1, 101)), 30_000)
 
@@ -184,13 +192,15 @@ def hello(
     layout: tuple = LAYOUT.wire_fields,
 ) -> bytes:
     return encode(
-        KvHello(KV_PROTOCOL, worker_id, 1, fingerprint, proof, b"n" * 16, layout, transports, probe, 1 << 20, session)
+        KvHello(
+            KV_PROTOCOL, worker_id, 1, fingerprint, proof, b"n" * 16, layout, transports, probe, False, 1 << 20, session
+        )
     )
 
 
 def welcome(secret: bytes, nonce: bytes, transport: str) -> bytes:
     proof = make_proof(secret, Side.KV_LISTENER, b"p" * 16, nonce)
-    return encode(KvWelcome(KV_PROTOCOL, "evil", 1, "f", proof, transport, b"s" * 16))
+    return encode(KvWelcome(KV_PROTOCOL, "evil", 1, "f", proof, transport, False, b"s" * 16))
 
 
 UP = [
@@ -298,7 +308,7 @@ async def test_a_peer_that_falls_silent_is_given_up(monkeypatch):
         await until(lambda: pair.prefill.tickets)
         for link in pair.sender.links:
             pair.sender.loop.remove_reader(link.main._socket)
-            monkeypatch.setattr(link.main, "send", lambda pieces: None)
+            monkeypatch.setattr(link.main, "send", lambda message: None)
             link.main.heard_at += 100
         await until(lambda: pair.decode.failed)
         assert "said nothing" in str(pair.decode.failed["r", 0])
@@ -316,7 +326,7 @@ async def test_beats_keep_an_idle_connection(monkeypatch):
 
 async def test_a_secret_that_differs_is_refused():
     async with open_pair("tcp") as pair:
-        receiver = NetKvReceiver(pair.identity("d", "f"), b"guess", ears := DecodeEars())
+        receiver = NetKvReceiver(pair.identity("d", "f"), b"guess", ears := DecodeEars(), ALL_TRANSPORTS)
         receiver.request(pair.address, TICKET)
         await until(lambda: ears.failed)
         assert "secret" in str(ears.failed["r", 0])
@@ -346,7 +356,7 @@ def test_a_closed_connection_takes_no_more():
             await hand_over(pair, "a")
             connection: KvConnection = next(iter(pair.sender.links)).main
             connection.close(ProtocolError("over"))
-            connection.send([b"x"])
+            connection.send(KvBeat())
             assert connection.queued_bytes == 0
             connection.close(ProtocolError("again"))
             await asyncio.sleep(0.01)
@@ -483,7 +493,7 @@ def test_the_transport_is_the_best_of_decode_that_prefill_can_do(offered, probe,
 
 async def test_memory_that_cannot_be_mapped_after_all_ends_in_tcp(monkeypatch):
     async with open_pair(Transport.SHARED_MEMORY) as pair:
-        pair.receiver.options = pair.sender._options = handshake.TransferOptions()
+        pair.receiver.options = pair.sender._options = ALL_TRANSPORTS
         really_open = Segment.open
 
         def only_probes(ref):
