@@ -1,13 +1,12 @@
 """Compiling a jitted function with libtpu for a slice that is not there, and reading what came out.
 
-libtpu is a plain shared library: it compiles on any Linux machine, without a TPU. Call `environment` before the process
-imports jax (the CLI and the benchmarks start a child process with it): libtpu reads its flags once per process.
+libtpu is a plain shared library: it compiles on any Linux machine, without a TPU. It reads its environment once, so
+this belongs in a child process that was started with `environment.compiler_environment`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,21 +14,9 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from engine_core.aot.environment import require_libtpu
 from engine_core.aot.topology import Topology
 from engine_core.errors import ConfigError
-
-
-def require_libtpu() -> None:
-    """Refuse early, and say what to install.
-
-    Raises:
-        ConfigError: libtpu is not installed.
-    """
-    if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(
-            "compiling for a TPU needs libtpu, which is not installed: pip install 'baton[aot]' "
-            "(or pip install -e '.[aot]' in a checkout); no TPU is needed"
-        )
 
 
 def describe_devices(topology: Topology) -> list[Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
+
+from engine_core.errors import ConfigError
 
 _QUIET = {
     "JAX_PLATFORMS": "cpu",  # never look for a TPU to run on
@@ -12,6 +15,19 @@ _QUIET = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # else a lock file allows one process per machine
     "JAX_COMPILATION_CACHE_DIR": "",  # entries of a compile-only client cannot be read back, only warned about
 }
+
+
+def require_libtpu() -> None:
+    """Refuse early, and say what to install.
+
+    Raises:
+        ConfigError: libtpu is not installed.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(
+            "compiling for a TPU needs libtpu, which is not installed: "
+            "pip install 'baton[aot]' (in a checkout: pip install -e '.[aot]'); no TPU is needed"
+        )
 
 
 def compiler_environment(base: Mapping[str, str], flags: Sequence[str]) -> dict[str, str]:
