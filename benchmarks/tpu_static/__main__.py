@@ -17,6 +17,8 @@ from benchmarks.tpu_static.kernels import KERNELS
 from benchmarks.tpu_static.schedule import measure
 from engine_core.aot.generation import GENERATIONS
 
+_SHOWN_SHARE = 0.01
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print; the exit status is 1 where a kernel did not compile."""
@@ -48,11 +50,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def print_report(result: dict[str, Any]) -> None:
     """One kernel in full: each loop, then the estimate."""
-    for kernel in result["kernels"]:
-        print(
-            f"\n{kernel['name']}: {kernel['cycles']} bundles, VMEM {kernel['vmem_bytes'] / 2**20:.2f} MiB, "
-            f"SMEM {kernel['smem_bytes']} B"
-        )
+    cycles = sum(kernel["total_cycles"] for kernel in result["kernels"])
+    for kernel in sorted(result["kernels"], key=lambda kernel: -kernel["total_cycles"]):
+        if kernel["total_cycles"] < _SHOWN_SHARE * cycles:
+            continue
+        share = kernel["total_cycles"] / cycles
+        memory = f"VMEM {kernel['vmem_bytes'] / 2**20:.2f} MiB, SMEM {kernel['smem_bytes']} B"
+        print(f"\n{kernel['name']}: {share:.1%} of the time, {kernel['cycles']} bundles, {memory}")
         columns = ["loop", "passes", "cycles", "stalls", "vmatmul", "spill", "fill", "DMA", "wait", "check"]
         units = ["MATMUL", "MATPUSH", "XLU", "VALU", "EUP", "VLOAD", "VSTORE", "SALU"]
         table = Table(*columns, *units)

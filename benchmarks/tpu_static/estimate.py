@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.tpu_static.bundles import UNITS, Loop, Schedule, ScheduleError, Work
-from benchmarks.tpu_static.case import Case
+from benchmarks.tpu_static.case import Case, Run
 from engine_core.aot.generation import Generation
 
 
@@ -21,10 +21,16 @@ class Estimate:
         compute_over_hbm: below 1 the kernel can run at the speed of HBM.
         flops_share: of the peak, if it takes the larger of both times; 0 to 1.
         bandwidth_share: of the peak, likewise.
-        spills, fills: of the hot loop's body.
+        main_kernel: the one that takes most cycles; the figures of the hot loop and of memory are its own.
         hot_cycles: of the hot loop's body, without loops in it.
         hot_use: by unit, share of its slots that is taken in that body.
-        vmem_bytes, smem_bytes: of the largest kernel.
+        hot_dma_bytes: that one pass of that body starts to copy; None where a size is known only at run time.
+        spills: vector registers that it stores for want of room.
+        fills: and loads back.
+        checks: bounds checks in it.
+        vmatmuls: matrix products in it.
+        vmem_bytes: allocated.
+        smem_bytes: allocated.
         kernels: every kernel of the program, see `describe`.
     """
 
@@ -33,10 +39,14 @@ class Estimate:
     compute_over_hbm: float
     flops_share: float
     bandwidth_share: float
+    main_kernel: str
     hot_cycles: int
     hot_use: dict[str, float]
+    hot_dma_bytes: int | None
     spills: int
     fills: int
+    checks: int
+    vmatmuls: int
     vmem_bytes: int
     smem_bytes: int
     kernels: list[dict[str, Any]]
@@ -53,16 +63,16 @@ def estimate(case: Case, schedules: Sequence[Schedule], generation: Generation) 
     cycles = 0.0
     kernels = []
     for schedule in schedules:
-        passes = list(case.passes(schedule))
-        if len(passes) != len(schedule.loops):
-            raise ScheduleError(f"{schedule.name} has {len(schedule.loops)} loops, the case counts {len(passes)}")
-        own = sum(loop.own.cycles * count for loop, count in zip(schedule.loops, passes, strict=True))
-        cycles += own + schedule.outside.cycles
-        kernels.append(describe(schedule, passes))
+        runs = list(case.runs(schedule))
+        if len(runs) != len(schedule.loops):
+            raise ScheduleError(f"{schedule.name} has {len(schedule.loops)} loops, the case counts {len(runs)}")
+        total = sum(run.cycles * run.passes for run in runs) + schedule.outside.cycles
+        cycles += total
+        kernels.append(describe(schedule, runs) | {"total_cycles": total})
     compute = cycles / generation.clock_hz
     hbm = case.hbm_bytes / generation.hbm_bytes_per_s * generation.tensor_cores
     peak = generation.peak_flops(case.dtype) / generation.tensor_cores
-    main = max(schedules, key=lambda schedule: schedule.cycles)
+    main = max(zip(schedules, kernels, strict=True), key=lambda pair: float(pair[1]["total_cycles"]))[0]
     hot = main.hot_loop()
     work = main.outside if hot is None else hot.own
     return Estimate(
@@ -71,17 +81,21 @@ def estimate(case: Case, schedules: Sequence[Schedule], generation: Generation) 
         compute_over_hbm=compute / hbm,
         flops_share=case.flops / peak / max(compute, hbm),
         bandwidth_share=hbm / max(compute, hbm),
+        main_kernel=main.name,
         hot_cycles=work.cycles,
+        hot_dma_bytes=_dma_bytes(work),
+        checks=work.checks,
+        vmatmuls=work.vmatmuls,
         hot_use=main.occupancy(work),
         spills=work.spills,
         fills=work.fills,
-        vmem_bytes=max(schedule.vmem_bytes for schedule in schedules),
-        smem_bytes=max(schedule.smem_bytes for schedule in schedules),
+        vmem_bytes=main.vmem_bytes,
+        smem_bytes=main.smem_bytes,
         kernels=kernels,
     )
 
 
-def describe(schedule: Schedule, passes: Sequence[float]) -> dict[str, Any]:
+def describe(schedule: Schedule, runs: Sequence[Run]) -> dict[str, Any]:
     """A kernel as plain JSON: its memory, what runs once, and each loop."""
     return {
         "name": schedule.name,
@@ -89,14 +103,15 @@ def describe(schedule: Schedule, passes: Sequence[float]) -> dict[str, Any]:
         "vmem_bytes": schedule.vmem_bytes,
         "smem_bytes": schedule.smem_bytes,
         "once": _work(schedule, schedule.outside),
-        "loops": [_loop(schedule, loop, count) for loop, count in zip(schedule.loops, passes, strict=True)],
+        "loops": [_loop(schedule, loop, run) for loop, run in zip(schedule.loops, runs, strict=True)],
     }
 
 
-def _loop(schedule: Schedule, loop: Loop, passes: float) -> dict[str, Any]:
-    place = {"start": loop.start, "stop": loop.stop, "depth": loop.depth, "parent": loop.parent, "passes": passes}
+def _loop(schedule: Schedule, loop: Loop, run: Run) -> dict[str, Any]:
+    place = {"start": loop.start, "stop": loop.stop, "depth": loop.depth, "parent": loop.parent}
     regions = [{**asdict(region), "cycles": region.cycles} for region in loop.regions]
-    return {**place, **_work(schedule, loop.own), "regions": regions}
+    ran = {"passes": run.passes, "pass_cycles": run.cycles}
+    return {**place, **ran, **_work(schedule, loop.own), "regions": regions}
 
 
 def _work(schedule: Schedule, work: Work) -> dict[str, Any]:
@@ -112,3 +127,8 @@ def _work(schedule: Schedule, work: Work) -> dict[str, Any]:
         "waits": work.waits,
         "checks": work.checks,
     }
+
+
+def _dma_bytes(work: Work) -> int | None:
+    sizes = [dma.num_bytes for dma in work.dmas]
+    return None if None in sizes else sum(size or 0 for size in sizes)

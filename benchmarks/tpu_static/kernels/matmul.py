@@ -64,5 +64,5 @@ def build(generation: Generation, shape: str) -> Case:
         flops=2.0 * _SIZE**3,
         hbm_bytes=3.0 * _SIZE**2 * dtype.itemsize,
         dtype=dtype.name,
-        passes=only_loop(grid[0] * grid[1] * grid[2]),
+        runs=only_loop(grid[0] * grid[1] * grid[2]),
     )
