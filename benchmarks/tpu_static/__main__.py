@@ -67,7 +67,7 @@ def print_report(result: dict[str, Any]) -> None:
         for name, passes, work in rows:
             counts = [work[key] for key in ("cycles", "stalls", "vmatmuls", "spills", "fills")]
             counts += [len(work["dmas"]), work["waits"], work["checks"]]
-            table.add(name, f"{passes:g}", *counts, *(f"{work['use'][unit]:.0%}" for unit in units))
+            table.add(name, f"{passes:g}", *counts, *(f"{work['use'].get(unit, 0.0):.0%}" for unit in units))
         table.print()
         for loop in kernel["loops"]:
             skippable = ", ".join(f"{region['start']}-{region['stop']}" for region in loop["regions"])

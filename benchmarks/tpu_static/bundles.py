@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 UNITS = ("MATMUL", "MATPUSH", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL", "SALU")
+_SHORT = {"VLOAD:FILL": "FILL", "VSTORE:SPILL": "SPILL", "MXU": "MATMUL"}  # before 0.0.51 MXU counts MATPUSH as well
 _DELAY_SLOTS = 4
 _GRANULE_BYTES = 32
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s*[A-Z ]*:")
 _BRANCH = re.compile(r"sbr\.(?:rel|abs) (?:\((!?%p\w+)\) )?target bundleno = (\d+)")
-_DMA = re.compile(r"= (dma\.(?!done)[\w.]+) .*?/\*size_in_granules=\*/([%\w]+)")
+_DMA = re.compile(r"(?:\{|;;) *%\w+ = (dma\.(?!done)[\w.]+) .*?/\*size_in_granules=\*/([%\w]+)")
 _ALLOCATION = re.compile(r"#allocation\w+ \[.*?space=(vmem|smem), size = 0x([0-9a-f]+)")
 
 
@@ -50,7 +51,7 @@ class Work:
     Attributes:
         cycles: bundles, stalls included.
         stalls: empty ones.
-        use: by unit, slots taken. Divided by capacity and cycles, the occupancy.
+        use: slots taken, by unit: those of `UNITS` that the compiler tells apart.
         vmatmuls: matrix products issued.
         dmas: started.
         waits: for DMAs.
@@ -140,7 +141,7 @@ class Schedule:
 
     def occupancy(self, work: Work) -> dict[str, float]:
         """Share of each unit's slots that is taken, 0 to 1."""
-        return {unit: work.use[unit] / (self.capacity[unit] * max(work.cycles, 1)) for unit in UNITS}
+        return {unit: work.use[unit] / (slots * max(work.cycles, 1)) for unit, slots in self.capacity.items()}
 
     def hot_loop(self) -> Loop | None:
         """The innermost loop with most matrix products (most cycles where no loop has any)."""
@@ -185,7 +186,7 @@ def _read(listing: Path, stem: str, name: str) -> Schedule:
         raise ScheduleError(f"{listing}: {len(lines)} bundles but {len(use)} rows of unit use")
     bundles = [_Bundle(line.split(":", 1)[1], row) for line, row in zip(lines, use, strict=True)]
     memory = _read_memory(_only(listing.parent, f"{stem}-*-post-delay-converter.txt"))
-    loops, outside = _find_loops(bundles)
+    loops, outside = _find_loops(bundles, tuple(capacity))
     return Schedule(
         name=name,
         cycles=len(bundles),
@@ -213,10 +214,11 @@ def _match(pattern: re.Pattern[str], text: str) -> re.Match[str]:
 def _read_use(path: Path) -> tuple[dict[str, int], list[tuple[int, ...]]]:
     lines = path.read_text().splitlines()
     numbers = [tuple(int(field) for field in line.split()) for line in lines if re.fullmatch(r"[\d\s]*\d\s*", line)]
-    header = next((line for line in lines if line.startswith("MATMUL")), "")
-    if len(header.split(",")) != len(UNITS) or any(len(row) != len(UNITS) for row in numbers) or not numbers:
+    header = next((line for line in lines if "VALU," in line), "")
+    units = [_SHORT.get(name, name) for name in header.split(", ")]
+    if not {"MATMUL", "FILL", "SPILL"} <= set(units) <= set(UNITS) or {len(units)} != set(map(len, numbers)):
         raise ScheduleError(f"{path}: columns are {header!r}")
-    return dict(zip(UNITS, numbers[0], strict=True)), numbers[1:]
+    return dict(zip(units, numbers[0], strict=True)), numbers[1:]
 
 
 def _read_memory(path: Path) -> dict[str, int]:
@@ -227,7 +229,7 @@ def _read_memory(path: Path) -> dict[str, int]:
     return sizes
 
 
-def _find_loops(bundles: Sequence[_Bundle]) -> tuple[tuple[Loop, ...], Work]:
+def _find_loops(bundles: Sequence[_Bundle], units: Sequence[str]) -> tuple[tuple[Loop, ...], Work]:
     branches = [
         _Branch(address, int(found[2]), found[1] or "")
         for address, bundle in enumerate(bundles)
@@ -252,18 +254,18 @@ def _find_loops(bundles: Sequence[_Bundle]) -> tuple[tuple[Loop, ...], Work]:
             for branch in branches
             if owner[branch.address] == index and branch.target > branch.address + 1 + _DELAY_SLOTS
         )
-        own = _work([bundle for bundle, holder in zip(bundles, owner, strict=True) if holder == index])
+        own = _work([bundle for bundle, holder in zip(bundles, owner, strict=True) if holder == index], units)
         loops.append(Loop(start=start, stop=stop, depth=len(around), parent=parent, own=own, regions=regions))
-    outside = _work([bundle for bundle, holder in zip(bundles, owner, strict=True) if holder == -1])
+    outside = _work([bundle for bundle, holder in zip(bundles, owner, strict=True) if holder == -1], units)
     return tuple(loops), outside
 
 
-def _work(bundles: Sequence[_Bundle]) -> Work:
+def _work(bundles: Sequence[_Bundle], units: Sequence[str]) -> Work:
     use: Counter[str] = Counter()
     dmas = []
     stalls = vmatmuls = waits = checks = 0
     for bundle in bundles:
-        use.update(dict(zip(UNITS, bundle.use, strict=True)))
+        use.update(dict(zip(units, bundle.use, strict=True)))
         if not any(bundle.use) and re.fullmatch(r"[\s>]*\{\s*\}.*", bundle.text):
             stalls += 1
             continue
@@ -276,7 +278,7 @@ def _work(bundles: Sequence[_Bundle]) -> Work:
     return Work(
         cycles=len(bundles),
         stalls=stalls,
-        use={unit: use[unit] for unit in UNITS},
+        use={unit: use[unit] for unit in units},
         vmatmuls=vmatmuls,
         dmas=tuple(dmas),
         waits=waits,

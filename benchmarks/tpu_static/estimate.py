@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.tpu_static.bundles import UNITS, Loop, Schedule, ScheduleError, Work
+from benchmarks.tpu_static.bundles import Loop, Schedule, ScheduleError, Work
 from benchmarks.tpu_static.case import Case, Run
 from engine_core.aot.generation import Generation
 
@@ -119,7 +119,7 @@ def _work(schedule: Schedule, work: Work) -> dict[str, Any]:
     return {
         "cycles": work.cycles,
         "stalls": work.stalls,
-        "use": {unit: round(use[unit], 4) for unit in UNITS},
+        "use": {unit: round(share, 4) for unit, share in use.items()},
         "vmatmuls": work.vmatmuls,
         "spills": work.spills,
         "fills": work.fills,

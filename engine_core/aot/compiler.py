@@ -27,7 +27,9 @@ def describe_devices(topology: Topology) -> list[Any]:
     """
     require_libtpu()
     try:
-        devices = topologies.get_topology_desc(topology_name=topology.libtpu_name, platform="tpu").devices
+        devices = topologies.get_topology_desc(
+            topology_name=topology.libtpu_name, platform="tpu", chips_per_host_bounds=list(topology.host_grid)
+        ).devices
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"libtpu knows no topology {topology.name} ({topology.libtpu_name}): {error}") from error
     return list(devices)

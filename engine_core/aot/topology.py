@@ -38,6 +38,11 @@ class Topology:
         return self.num_chips * self.generation.devices_per_chip
 
     @property
+    def host_grid(self) -> tuple[int, int, int]:
+        """The chips of one host: four, or all where there are fewer."""
+        return (min(2, self.grid[0]), min(2, self.grid[1]), 1)
+
+    @property
     def libtpu_name(self) -> str:
         """The compiler's name of it: `v6e:2x4`."""
         return f"{self.generation.name}:{'x'.join(map(str, self.grid))}"
