@@ -19,9 +19,7 @@ compiles = [
 def run_cli(*argv: str) -> subprocess.CompletedProcess[str]:
     """`baton` with these arguments."""
     command = [sys.executable, "-m", "deploy.cli", *argv]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, **(environment or {})}
-    )
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def plan(model: Path, *flags: str) -> tuple[int, dict[str, Any]]:
