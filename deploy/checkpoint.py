@@ -18,11 +18,16 @@ from engine_core.models.spec import ModelSpec
 DEMO_DIR = Path(__file__).parent / "demo_model"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+SECOND_COPIES = ("consolidated*", "original/*", "onnx/*")  # of the weights, in other formats
 MAX_HEADER_BYTES = 100 << 20
 
 
 def resolve(name: str, revision: str, say: Callable[[str], None]) -> Path:
-    """The directory of a model: the embedded one, a directory, or a download from the Hugging Face hub."""
+    """The directory of a model: the embedded one, a directory, or a download from the Hugging Face hub.
+
+    Raises:
+        CheckpointError: it is none of these, or the hub cannot be reached or refuses.
+    """
     if name == DEMO:
         return DEMO_DIR
     path = Path(name).expanduser()
@@ -39,7 +44,10 @@ def _download(name: str, revision: str, say: Callable[[str], None]) -> Path:
     say(f"Looking up {name} on the Hugging Face hub ...")
     hub = importlib.import_module("huggingface_hub")
     with _hub_errors(name, revision):
-        return Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=list(HUB_FILES)))
+        directory = hub.snapshot_download(
+            name, revision=revision or None, allow_patterns=list(HUB_FILES), ignore_patterns=list(SECOND_COPIES)
+        )
+        return Path(directory)
 
 
 def fetch_config(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Checkpoints: finding one, and reading its safetensors straight into sharded device arrays.
+"""Checkpoints: reading safetensors straight into sharded device arrays.
 
 Each device's part of a weight is read once, cast on the host, and put on that device; no tensor is ever held whole on a
 device that keeps only a part of it.
@@ -12,11 +12,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import jax
 import ml_dtypes
 import numpy as np
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
@@ -28,46 +26,9 @@ from engine_core.models.registry import read_json
 
 Progress = Callable[[int, int], None]  # (bytes read, bytes in total)
 
-DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges.txt")
-NOT_DOWNLOADED = ("consolidated*", "original/*", "onnx/*")
 ITEM_SIZES = {"F32": 4, "BF16": 2, "F16": 2}
 # Written by old versions of transformers; computed here.
 DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-
-
-def resolve_checkpoint(path_or_id: str, revision: str) -> Path:
-    """The directory of a checkpoint: the path itself, or the hub's cache after a download.
-
-    Args:
-        path_or_id: directory or Hugging Face hub id.
-        revision: branch, tag or commit of a hub id; empty is the default branch.
-
-    Raises:
-        CheckpointError: it is neither, or the hub cannot be reached or refuses.
-    """
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{path_or_id} is a file; a checkpoint is a directory or a Hugging Face hub id")
-    if not HUB_ID.fullmatch(path_or_id):
-        raise CheckpointError(f"{path_or_id} does not exist")
-    try:
-        directory = huggingface_hub.snapshot_download(
-            path_or_id,
-            revision=revision or None,
-            allow_patterns=list(DOWNLOADED),
-            ignore_patterns=list(NOT_DOWNLOADED),
-        )
-    except LocalEntryNotFoundError:
-        raise CheckpointError(
-            f"{path_or_id} is no directory, not in the hub's cache, and the hub cannot be reached"
-        ) from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path_or_id} is no directory, and the hub answered: {reason}") from None
-    return Path(directory)
 
 
 def load_params(model_dir: Path, model: Decoder, mesh: Mesh, progress: Progress | None) -> Params[jax.Array]:

@@ -1,4 +1,4 @@
-"""Finding and reading checkpoints: values, and every way in which one can be broken."""
+"""Reading checkpoints: values, and every way in which one can be broken."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
-import huggingface_hub
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.numpy import load_file, save_file
 
 from engine_core import weights
@@ -20,7 +18,7 @@ from engine_core.layers.linear import choose_numbers
 from engine_core.mesh import make_mesh
 from engine_core.models.decoder import Decoder
 from engine_core.models.registry import load_spec
-from engine_core.weights import load_params, resolve_checkpoint
+from engine_core.weights import load_params
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -167,47 +165,3 @@ def test_an_index_may_not_name_what_no_file_holds(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no weight_map"):
         load(checkpoint)
-
-
-def test_a_directory_is_its_own_checkpoint(tmp_path: Path) -> None:
-    assert resolve_checkpoint(str(tmp_path), "") == tmp_path
-
-
-def test_a_path_that_is_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="is a file"):
-        resolve_checkpoint(str(tmp_path / "file"), "")
-    with pytest.raises(CheckpointError, match="does not exist"):
-        resolve_checkpoint(str(tmp_path / "nowhere"), "")
-
-
-def test_a_hub_id_is_downloaded_by_the_hub_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = {}
-
-    def download(repo_id: str, **options) -> str:
-        asked.update(options, repo_id=repo_id)
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert resolve_checkpoint("Qwen/Qwen3-0.6B", "") == tmp_path
-    assert (asked["repo_id"], asked["revision"]) == ("Qwen/Qwen3-0.6B", None)
-    assert "*.safetensors" in asked["allow_patterns"]
-    resolve_checkpoint("gpt2", "v1")
-    assert asked["revision"] == "v1"
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (LocalEntryNotFoundError("no network\nlong story"), "the hub cannot be reached"),
-        (OSError("disk full"), "disk full"),
-    ],
-)
-def test_a_hub_that_does_not_answer(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(repo_id: str, **options) -> str:
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(CheckpointError, match=message) as raised:
-        resolve_checkpoint("someone/something", "")
-    assert "\n" not in str(raised.value)
