@@ -37,6 +37,7 @@ class Case:
         flops: products and sums that the operation needs (2 M N K of a matmul), not those the kernel wastes.
         hbm_bytes: that the operation must move at the least.
         dtype: of the products' operands; the peak that utilisation is measured against.
+        pass_dma_bytes: that one pass of the hot body must copy, by its tiles' sizes; None where run-time sizes decide.
         runs: given one compiled kernel, a `Run` for each of its loops, in their order. Several kernels in one program
             are each asked for, and so are XLA's own fusions around them.
     """
@@ -47,6 +48,7 @@ class Case:
     flops: float
     hbm_bytes: float
     dtype: str
+    pass_dma_bytes: int | None
     runs: Runs
 
 

@@ -22,9 +22,10 @@ class Estimate:
         flops_share: of the peak, if it takes the larger of both times; 0 to 1.
         bandwidth_share: of the peak, likewise.
         main_kernel: the one that takes most cycles; the figures of the hot loop and of memory are its own.
-        hot_cycles: of the hot loop's body, without loops in it.
+        hot_cycles: of one pass of the hot loop's body as the case counts it, without loops in it.
         hot_use: by unit, share of its slots that is taken in that body.
         hot_dma_bytes: that one pass of that body starts to copy; None where a size is known only at run time.
+        expected_dma_bytes: what the case says of them.
         spills: vector registers that it stores for want of room.
         fills: and loads back.
         checks: bounds checks in it.
@@ -43,6 +44,7 @@ class Estimate:
     hot_cycles: int
     hot_use: dict[str, float]
     hot_dma_bytes: int | None
+    expected_dma_bytes: int | None
     spills: int
     fills: int
     checks: int
@@ -82,8 +84,9 @@ def estimate(case: Case, schedules: Sequence[Schedule], generation: Generation) 
         flops_share=case.flops / peak / max(compute, hbm),
         bandwidth_share=hbm / max(compute, hbm),
         main_kernel=main.name,
-        hot_cycles=work.cycles,
+        hot_cycles=work.cycles if hot is None else case.runs(main)[main.loops.index(hot)].cycles,
         hot_dma_bytes=_dma_bytes(work),
+        expected_dma_bytes=case.pass_dma_bytes,
         checks=work.checks,
         vmatmuls=work.vmatmuls,
         hot_use=main.occupancy(work),

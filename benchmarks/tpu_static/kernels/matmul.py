@@ -64,5 +64,6 @@ def build(generation: Generation, shape: str) -> Case:
         flops=2.0 * _SIZE**3,
         hbm_bytes=3.0 * _SIZE**2 * dtype.itemsize,
         dtype=dtype.name,
+        pass_dma_bytes=dtype.itemsize * (_TILE_M * _TILE_K + _TILE_K * _TILE_N + _TILE_M * _TILE_N),
         runs=only_loop(grid[0] * grid[1] * grid[2]),
     )

@@ -120,6 +120,7 @@ def _case(
         flops=sizes.flops,
         hbm_bytes=sizes.hbm_bytes,
         dtype="bfloat16",
+        pass_dma_bytes=None,
         runs=runs,
     )
 

@@ -117,5 +117,6 @@ def _case(sizes: GroupedShape, function: Callable[..., Any], runs: Runs) -> Case
         flops=sizes.flops,
         hbm_bytes=sizes.hbm_bytes,
         dtype="bfloat16",
+        pass_dma_bytes=None,
         runs=runs,
     )
