@@ -7,7 +7,7 @@ PIP    := $(if $(UV),uv pip install --quiet --python $(BIN)/python,$(BIN)/python
 # torch is only the oracle of the parity tests, and only Python 3.11 has a CPU build that pip finds without CUDA.
 TORCH  ?= torch==2.13.0
 
-.PHONY: help setup setup-dev serve check test clean
+.PHONY: help setup setup-dev serve check test test-tpu-aot clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -41,7 +41,10 @@ check: setup-dev  ## ruff, mypy --strict, import-linter
 	$(BIN)/lint-imports
 
 test: setup-dev  ## All tests (ARGS="-k name" narrows)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not aot_matrix" $(ARGS)
+
+test-tpu-aot: setup-dev  ## Compile every kernel and whole steps of real models for every TPU generation; needs no TPU
+	$(BIN)/python -m pytest -m "aot or aot_matrix" tests/benchmarks tests/engine_core tests/deploy $(ARGS)
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

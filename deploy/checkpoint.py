@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,35 @@ def resolve(name: str, revision: str, say: Callable[[str], None]) -> Path:
 
 
 def _download(name: str, revision: str, say: Callable[[str], None]) -> Path:
-    hub = importlib.import_module("huggingface_hub")
-    errors = importlib.import_module("huggingface_hub.errors")
-    httpx = importlib.import_module("httpx")
     say(f"Looking up {name} on the Hugging Face hub ...")
-    try:
+    hub = importlib.import_module("huggingface_hub")
+    with _hub_errors(name, revision):
         directory = hub.snapshot_download(
             name, revision=revision or None, allow_patterns=list(HUB_FILES), ignore_patterns=list(SECOND_COPIES)
         )
         return Path(directory)
+
+
+def fetch_config(name: str) -> Path:
+    """The config.json of a model of the hub, and nothing else of it.
+
+    Raises:
+        CheckpointError: no hub id, or the hub does not give it out.
+    """
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise CheckpointError(f"{name!r} is neither a directory nor a hub id such as Qwen/Qwen3-0.6B")
+    hub = importlib.import_module("huggingface_hub")
+    with _hub_errors(name, ""):
+        return Path(hub.hf_hub_download(name, "config.json"))
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str, revision: str) -> Iterator[None]:
+    """What the hub's client raises, as one line that says what to do."""
+    errors = importlib.import_module("huggingface_hub.errors")
+    httpx = importlib.import_module("httpx")
+    try:
+        yield
     except errors.GatedRepoError:
         raise CheckpointError(f"{name} is gated: accept its terms on the hub and log in with `hf auth login`") from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):

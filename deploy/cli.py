@@ -33,6 +33,7 @@ examples:
   baton status                                  which workers live
   baton scale --prefill 3                       more prefill workers, while it runs
   baton replay --trace FILE                     what placement policies would make of your traffic
+  baton plan --model Qwen/Qwen3-32B --topology v6e-8    does it fit there, and how fast is it; no TPU needed
   baton bench pd                                what disaggregation costs and gains on this machine
 
 `baton COMMAND --help` explains a command."""
@@ -83,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(_command(commands, "serve", "start gateway and workers, and serve until Ctrl-C", SERVE_EPILOG, _serve))
     _add_chat(_command(commands, "chat", "chat with a running Baton in this terminal", CHAT_EPILOG, _chat))
+    _add_plan(_command(commands, "plan", "tell whether a model fits on a TPU slice, and how fast", PLAN_EPILOG, _plan))
     bench = _command(commands, "bench", "measure Baton on this machine", BENCH_EPILOG, _bench_usage)
     bench.add_argument("name", choices=list(BENCHMARKS), metavar="NAME", help=", ".join(BENCHMARKS))
     _add_scale(_command(commands, "scale", "change the number of workers while Baton runs", SCALE_EPILOG, _scale))
@@ -106,6 +108,17 @@ examples:
 BENCH_EPILOG = "benchmarks (each has its own --help; --json prints one JSON object as the last line):\n" + "\n".join(
     f"  baton bench {name:<8} {text}" for name, text in BENCHMARKS.items()
 )
+
+PLAN_EPILOG = """\
+The model's real prefill and decode steps are compiled for that slice on this machine, without a TPU and without
+weights. Needs libtpu: pip install -e '.[aot]'.
+
+examples:
+  baton plan --model Qwen/Qwen3-32B --topology v6e-8
+  baton plan --model ./Qwen3-8B --topology v5e-4 --role decode --max-batch 64 --context 4096
+  baton plan --model Qwen/Qwen3-32B --topology tpu7x-8 --json | jq '{fits, kv_tokens, decode_itl_ms}'
+
+Exit status: 0 it fits, 2 it cannot be planned (the message names the flag), 3 it does not fit."""
 
 SCALE_EPILOG = """\
 New workers load the model and join; surplus ones finish what they run and leave.
@@ -176,6 +189,16 @@ def _add_explain(explain: argparse.ArgumentParser) -> None:
     explain.add_argument("--json", action="store_true", help="one JSON object instead of tables")
 
 
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="only its config.json is read")
+    plan.add_argument("--topology", required=True, metavar="NAME", help="such as v5e-4, v5p-8, v6e-8 or tpu7x-8")
+    plan.add_argument("--role", choices=["prefill", "decode"], help="plan for one kind of worker (default: both)")
+    plan.add_argument("--max-batch", type=int, default=128, metavar="N", help="sequences at once (default 128)")
+    plan.add_argument("--context", type=int, default=8192, metavar="N", help="prompt plus answer (default 8192)")
+    plan.add_argument("--prefill-tokens", type=int, metavar="N", help="of a chunk (default: that of the configuration)")
+    plan.add_argument("--json", action="store_true", help="one JSON object instead of text")
+
+
 def _add_scale(scale: argparse.ArgumentParser) -> None:
     scale.add_argument("--prefill", type=int, metavar="N", help="prefill workers")
     scale.add_argument("--decode", type=int, metavar="N", help="decode workers, at least 1")
@@ -226,6 +249,10 @@ def _chat(known: argparse.Namespace, unknown: list[str]) -> int:
 def _explain(known: argparse.Namespace, unknown: list[str]) -> int:
     explain = importlib.import_module("deploy.explain")
     return int(explain.run(known.url, known.request_id, known.api_key, known.json))
+
+
+def _plan(known: argparse.Namespace, unknown: list[str]) -> int:
+    return int(importlib.import_module("deploy.plan").run(known))
 
 
 def _scale(known: argparse.Namespace, unknown: list[str]) -> int:

@@ -85,18 +85,9 @@ def resolve(config: EngineConfig, spec: ModelSpec, identity: str, devices: list[
     max_model_len = config.batch.max_model_len or spec.max_position
     if max_model_len > spec.max_position:
         raise ConfigError(f"batch.max_model_len is {max_model_len}, the model's context is {spec.max_position}")
-    dtype = _compute_dtype(config.model.dtype, spec, platform)
-    page_size = config.cache.page_size or (128 if platform == "tpu" else 16)
-    layout = CacheLayout(
-        num_layers=spec.num_layers,
-        num_pages=1,
-        page_size=page_size,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        dtype=dtype,
-        head_align=128 if platform == "tpu" else 1,
-    )
-    pages_per_seq = -(-max_model_len // page_size)
+    dtype = compute_dtype(config.model.dtype, spec, platform)
+    layout = cache_layout(spec, dtype, config.cache.page_size, platform)
+    pages_per_seq = -(-max_model_len // layout.page_size)
     num_pages = _num_pages(config, spec, layout, devices, pages_per_seq)
     strict = config.numerics is Numerics.STRICT
     layout = replace(layout, num_pages=num_pages)
@@ -116,7 +107,28 @@ def resolve(config: EngineConfig, spec: ModelSpec, identity: str, devices: list[
     )
 
 
-def _compute_dtype(asked: str, spec: ModelSpec, platform: str) -> str:
+def cache_layout(spec: ModelSpec, dtype: str, page_size: int, platform: str) -> CacheLayout:
+    """The cache of a model on a platform, of one page.
+
+    Args:
+        spec: of the checkpoint.
+        dtype: of keys and values.
+        page_size: tokens per page; 0: the platform's.
+        platform: "cpu", "gpu" or "tpu".
+    """
+    return CacheLayout(
+        num_layers=spec.num_layers,
+        num_pages=1,
+        page_size=page_size or (128 if platform == "tpu" else 16),
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        dtype=dtype,
+        head_align=128 if platform == "tpu" else 1,
+    )
+
+
+def compute_dtype(asked: str, spec: ModelSpec, platform: str) -> str:
+    """The dtype of activations and cache: what was asked for, or what suits the checkpoint and the platform."""
     if asked != "auto":
         return asked
     if platform == "cpu":

@@ -1,0 +1,92 @@
+"""What a model's steps compute and move, counted from its declared weights and its attention shape. Host arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from engine_core.aot.roofline import StepLoad
+from engine_core.kv_cache import CacheLayout
+from engine_core.layers.params import WeightPlan
+from engine_core.mesh import EXPERT, TENSOR
+from engine_core.models.decoder import Decoder
+
+_EMBEDDING = "model.embed_tokens.weight"
+
+
+def weight_bytes(model: Decoder) -> int:
+    """Of all weights on one device, padding included."""
+    return sum(_bytes(leaf, model) for leaf in _leaves(model))
+
+
+def num_parameters(model: Decoder) -> int:
+    """Of the checkpoint."""
+    return sum(
+        source.rows * (leaf.shape[-2] if leaf.transposed else math.prod(leaf.shape[len(leaf.stack) + 1 :]))
+        for leaf in _leaves(model)
+        for part in leaf.parts
+        for source in part
+    )
+
+
+def decode_load(model: Decoder, layout: CacheLayout, num_seqs: int, context: int) -> StepLoad:
+    """A decode step of `num_seqs` sequences with `context` tokens each, on one device."""
+    return _load(model, layout, num_tokens=num_seqs, num_rows=num_seqs, pairs=num_seqs * context, kv=num_seqs * context)
+
+
+def prefill_load(model: Decoder, layout: CacheLayout, num_tokens: int, context: int) -> StepLoad:
+    """A prefill step of one chunk of a prompt of `context` tokens, the average over its chunks, on one device."""
+    chunk = min(num_tokens, context)
+    before = (context - chunk) / 2
+    pairs = chunk * (before + (chunk + 1) / 2)
+    return _load(model, layout, num_tokens=chunk, num_rows=1, pairs=pairs, kv=before + 2 * chunk)
+
+
+def _load(model: Decoder, layout: CacheLayout, *, num_tokens: int, num_rows: int, pairs: float, kv: float) -> StepLoad:
+    spec = model.spec
+    products = read = 0.0
+    for leaf in _leaves(model):
+        if math.prod(leaf.shape) == max(leaf.shape):
+            continue  # norms and biases
+        name = leaf.parts[0][0].name
+        looked_up = name == _EMBEDDING and not spec.tie_embeddings
+        if looked_up:
+            continue
+        tokens = num_rows if name in (_EMBEDDING, "lm_head.weight") else num_tokens
+        used, hit = _expert_shares(model, tokens) if ".experts." in name else (1.0, 1.0)
+        products += 2.0 * tokens * used * math.prod(leaf.shape) / _shards(leaf, model)
+        read += hit * _bytes(leaf, model)
+    tp = model.degrees.tp
+    token_bytes = layout.page_bytes / layout.page_size / tp
+    return StepLoad(
+        matmul_flops=products,
+        attention_flops=4.0 * pairs * spec.num_heads * spec.head_dim * spec.num_layers / tp,
+        weight_bytes=read,
+        kv_bytes=kv * token_bytes,
+    )
+
+
+def _leaves(model: Decoder) -> Iterator[WeightPlan]:
+    yield from jax.tree.leaves(model.plan())
+
+
+def _expert_shares(model: Decoder, tokens: int) -> tuple[float, float]:
+    """Of the experts: those that one token uses, and those that any of `tokens` is expected to, routed uniformly."""
+    moe = model.spec.moe
+    assert moe is not None
+    used = moe.experts_per_token / moe.num_experts
+    return used, 1.0 - (1.0 - used) ** tokens
+
+
+def _shards(leaf: WeightPlan, model: Decoder) -> int:
+    """In how many parts a weight is split."""
+    sizes = {TENSOR: model.degrees.tp, EXPERT: model.degrees.ep}
+    names = [name for axis in leaf.axes for name in (axis if isinstance(axis, tuple) else (axis,))]
+    return math.prod(sizes.get(name, 1) for name in names if name is not None)
+
+
+def _bytes(leaf: WeightPlan, model: Decoder) -> int:
+    return int(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize) // _shards(leaf, model)
