@@ -62,6 +62,11 @@ class Cluster(Baton):
         values = re.findall(rf"^baton_{counter}(?:{{.*}})? (\S+)$", self._metrics_text(), re.MULTILINE)
         return sum(map(float, values))
 
+    def num_placed(self, kind: str) -> float:
+        """Attempts whose prompt a prefill worker (`remote`) or the decode worker itself (`local`) read."""
+        values = re.findall(rf'^baton_placements_total{{kind="{kind}"}} (\S+)$', self._metrics_text(), re.MULTILINE)
+        return sum(map(float, values))
+
     def metrics(self) -> dict[str, dict[str, float]]:
         """Worker -> name of a gauge, without its prefix -> value."""
         found: dict[str, dict[str, float]] = defaultdict(dict)
