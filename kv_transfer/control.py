@@ -30,6 +30,7 @@ from engine_core.messages import (
     Refused,
     Tokens,
     WorkerInfo,
+    WorkerStats,
 )
 from kv_transfer.auth import Side, check_bind, make_proof, new_nonce, proves
 from kv_transfer.channel import MAX_FRAME_BYTES, Channel, from_gateway, from_worker
@@ -61,7 +62,7 @@ class GatewayLink:
         self.peer = peer
         self._channel = channel
 
-    def send(self, message: Tokens | Failed | Load) -> bool:
+    def send(self, message: Tokens | Failed | Load | WorkerStats) -> bool:
         """Queue a message; False when the gateway is slow or gone."""
         return self._channel.send(message)
 
@@ -111,6 +112,11 @@ class ControlServer:
         self._last_load = load
         for link in self.links:
             link.send(load)
+
+    def tell(self, stats: WorkerStats) -> None:
+        """Tell all gateways; one that comes later hears the next."""
+        for link in self.links:
+            link.send(stats)
 
     async def close(self) -> None:
         """Stop listening; send what is queued, then hang up. `on_gateway_lost` follows for each link."""
@@ -193,6 +199,10 @@ class WorkerEvents(Protocol):
 
     def on_load(self, client: ControlClient, message: Load) -> None:
         """The progress beat."""
+        ...
+
+    def on_stats(self, client: ControlClient, message: WorkerStats) -> None:
+        """What it has counted."""
         ...
 
     def on_lost(self, client: ControlClient, error: BatonError) -> None:
@@ -330,6 +340,8 @@ class ControlClient:
             self._events.on_load(self, message)
         elif kind is Failed:
             self._events.on_failed(self, message)
+        elif kind is WorkerStats:
+            self._events.on_stats(self, message)
         else:
             raise ProtocolError(f"unexpected {kind.__name__}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Protocol
@@ -17,6 +18,7 @@ from engine_core.engine_thread import EngineThread
 from engine_core.errors import BatonError, CapacityError, RequestError, RequestTooLong, TransferTimeout, WorkerDied
 from engine_core.messages import Cancel, Decode, Failed, Load, Prefill, TokenChunk, Tokens, WorkerInfo
 from engine_core.types import Request
+from engine_core.worker_stats import StatsRecorder
 from kv_transfer.control import ControlServer, GatewayLink
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,7 @@ Key = tuple[str, int]
 
 BEAT_S = 0.25
 STOP_TIMEOUT_S = 10.0
+STATS_S = 1.0
 
 
 class RoleScheduler(Protocol):
@@ -72,6 +75,10 @@ class ServedReplica(Protocol):
     def compiles_after_warmup(self) -> int:
         """Must stay 0."""
 
+    @property
+    def stats(self) -> StatsRecorder:
+        """What is counted for operators."""
+
 
 class WorkerHost:
     """Runs a scheduler on behalf of gateways.
@@ -99,7 +106,7 @@ class WorkerHost:
         self._on_cancel = on_cancel
         self._replica = replica
         self._server = ControlServer(secret, self)
-        self._engine_thread = EngineThread(scheduler.tick, self._on_crash)
+        self._engine_thread = EngineThread(self._tick, self._on_crash)
         self._owners: dict[Key, GatewayLink] = {}
         self._deadlines: dict[Key, asyncio.TimerHandle] = {}
         self._stopping = False
@@ -199,6 +206,13 @@ class WorkerHost:
         for key in [key for key, owner in self._owners.items() if owner is link]:
             self.give_up(key)
 
+    def _tick(self) -> bool:
+        began_at = time.monotonic()
+        busy = self._scheduler.tick()
+        if busy:
+            self._replica.stats.busy_s += time.monotonic() - began_at
+        return busy
+
     def _cancel(self, key: Key) -> None:
         """On the engine thread, so that the transfer layer hears of it behind whatever the scheduler asked of it."""
         self._scheduler.cancel(key)
@@ -264,9 +278,15 @@ class WorkerHost:
             self._send_failure(key, error)
 
     async def _beat(self) -> None:
-        """Load at most every 250 ms where it changed, and once a second regardless."""
+        """Load at most every 250 ms where it changed, and once a second regardless; with that, the statistics."""
         last, quiet = None, 0
+        stats = self._replica.stats
+        told_at = time.monotonic()
         while True:
+            began_at = time.monotonic()
+            if began_at - told_at >= STATS_S:
+                told_at = began_at
+                self._server.tell(stats.snapshot())
             load = self.load()
             if load != last or quiet >= round(1 / BEAT_S) - 1:
                 self._server.broadcast(load)
@@ -274,6 +294,7 @@ class WorkerHost:
             else:
                 quiet += 1
             await asyncio.sleep(BEAT_S)
+            stats.loop_lag_s = max(stats.loop_lag_s, time.monotonic() - began_at - BEAT_S)
 
 
 def _failure(key: Key, error: BatonError) -> Failed:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from engine_core.errors import BatonError, WorkerDied
-from engine_core.messages import Failed, Load, Tokens, WorkerInfo
+from engine_core.messages import Failed, Load, Tokens, WorkerInfo, WorkerStats
 from engine_core.types import Role
 from kv_transfer.control import ControlClient
 from router.clients import MakeClient
@@ -42,6 +42,7 @@ class WorkerState:
 
     Attributes:
         load: its last beat.
+        stats: what it said last of what it has counted.
         connected: whether it said that it is this very incarnation.
         leaving: no longer a member: it may finish what it has, and gets nothing new.
         suspect: silent for longer than it should be.
@@ -53,6 +54,7 @@ class WorkerState:
     def __init__(self, info: WorkerInfo, registry: Registry, make_client: MakeClient) -> None:
         self.info = info
         self.load: Load | None = None
+        self.stats: WorkerStats | None = None
         self.connected = False
         self.leaving = False
         self.suspect = False
@@ -107,6 +109,10 @@ class WorkerState:
         self.placed_tokens = 0
         if self.usable != before:
             self._registry.changed()
+
+    def on_stats(self, client: ControlClient, message: WorkerStats) -> None:
+        """What it has counted."""
+        self.stats = message
 
     def on_lost(self, client: ControlClient, error: BatonError) -> None:
         """The connection ended; the client reconnects by itself."""

@@ -9,7 +9,18 @@ from pathlib import Path
 
 from decode_worker.worker import DecodeWorker
 from engine_core.config import BatchConfig, CacheConfig, EngineConfig, ModelConfig
-from engine_core.messages import Cancel, Decode, Failed, Load, PeerAddress, Prefill, TokenChunk, Tokens, WorkerInfo
+from engine_core.messages import (
+    Cancel,
+    Decode,
+    Failed,
+    Load,
+    PeerAddress,
+    Prefill,
+    TokenChunk,
+    Tokens,
+    WorkerInfo,
+    WorkerStats,
+)
 from engine_core.types import Numerics, Request
 from kv_transfer.control import ControlClient
 from prefill_worker.worker import PrefillWorker
@@ -65,6 +76,7 @@ class Client:
     def __init__(self) -> None:
         self.answers: dict[tuple[str, int], Answer] = defaultdict(Answer)
         self.loads: dict[str, Load] = {}
+        self.stats: dict[str, WorkerStats] = {}
         self._clients: list[ControlClient] = []
 
     async def connect(self, info: WorkerInfo) -> ControlClient:
@@ -107,6 +119,9 @@ class Client:
 
     def on_load(self, client, message: Load) -> None:
         self.loads[client.info.worker_id] = message
+
+    def on_stats(self, client, message: WorkerStats) -> None:
+        self.stats[client.info.worker_id] = message
 
     def on_lost(self, client, error) -> None:
         pass
