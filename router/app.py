@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import time
 from typing import Any
@@ -20,6 +19,7 @@ from router.http import HttpError, KeyCheck, encode_json, error_json
 from router.metrics import CONTENT_TYPE
 from router.openai_types import ChatBody, CompletionBody
 from router.service import Service
+from router.version import version
 
 logger = logging.getLogger(__name__)
 
@@ -70,14 +70,6 @@ def build_app(service: Service) -> FastAPI:
     _add_operator_routes(app, service, check_key)
     _add_error_handlers(app)
     return app
-
-
-def version() -> str:
-    """Of the installed package."""
-    try:
-        return importlib.metadata.version("baton")
-    except importlib.metadata.PackageNotFoundError:
-        return "0.0.0"
 
 
 def _add_model_routes(app: FastAPI, service: Service, check_key: KeyCheck) -> None:

@@ -28,6 +28,9 @@ class GatewayConfig:
     lost_after_s: float = 10.0  # a worker silent for so long loses its requests to others
     inline_tokenize_chars: int = 8192  # longer texts are tokenized on a thread
     special_tokens_in_prompt: bool = True  # /v1/completions parses special-token strings; chat never does
+    slo_ttft_s: float = 1.0  # objective for the time to first token; goodput counts choices that meet both
+    slo_itl_s: float = 0.1  # objective for the mean time between tokens of a choice
+    metric_aliases: bool = True  # expose vllm:* names, too: what the Gateway API inference extension looks for
     keep_alive_s: int = 75  # idle HTTP connections are closed after this
 
     def __post_init__(self) -> None:
@@ -35,7 +38,14 @@ class GatewayConfig:
         for name in ("max_body_bytes", "max_choices", "max_concurrent_choices", "max_attempts", "keep_alive_s"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("request_timeout_s", "worker_wait_s", "suspect_after_s", "lost_after_s"):
+        for name in (
+            "request_timeout_s",
+            "worker_wait_s",
+            "suspect_after_s",
+            "lost_after_s",
+            "slo_ttft_s",
+            "slo_itl_s",
+        ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
         if not 0 <= self.port < 65536:

@@ -5,28 +5,36 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
+from router.config import GatewayConfig
+from router.metric_catalogue import BY_NAME, MetricSpec
 from router.registry import WorkerState
+from router.stream import Stream
+from router.worker_metrics import aggregate_families, simple_family, worker_families
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-TTFT_BOUNDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-ITL_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5)
-E2E_BOUNDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
+LOCAL = "local"  # in place of a prefill worker's name
 
 
 class Histogram:
-    """Counts per bucket."""
+    """Counts per bucket of a metric of the catalogue.
 
-    __slots__ = ("_bounds", "_counts", "_sum")
+    Args:
+        name: of the metric.
+    """
 
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
+    __slots__ = ("_bounds", "_counts", "_spec", "_sum")
+
+    def __init__(self, name: str) -> None:
+        self._spec = BY_NAME[name]
+        self._bounds = self._spec.bounds
+        self._counts = [0] * (len(self._bounds) + 1)
         self._sum = 0.0
 
     def observe(self, value: float) -> None:
@@ -34,37 +42,76 @@ class Histogram:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
-    def family(self, name: str, documentation: str) -> HistogramMetricFamily:
-        """For exposition."""
-        total, buckets = 0, []
-        for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts, strict=True):
-            total += count
-            buckets.append((bound, float(total)))
-        return HistogramMetricFamily(name, documentation, buckets=buckets, sum_value=self._sum)
+    @property
+    def counts(self) -> list[int]:
+        """Values per bucket so far; the last bucket has no bound."""
+        return list(self._counts)
+
+    def families(self, extra: dict[str, str]) -> Iterator[HistogramMetricFamily]:
+        """For exposition: under its name and, with the labels `extra`, under its alias where `extra` is not empty."""
+        labels = (*map(str, self._bounds), "+Inf")
+        buckets = list(zip(labels, map(float, accumulate(self._counts)), strict=True))
+        yield HistogramMetricFamily(self._spec.name, self._spec.help, buckets=buckets, sum_value=self._sum)
+        if extra and self._spec.alias:
+            family = HistogramMetricFamily(self._spec.alias, self._spec.help, labels=list(extra))
+            family.add_metric(list(extra.values()), buckets, self._sum)
+            yield family
 
 
 class Metrics(Collector):
     """All metrics of one gateway.
 
+    Args:
+        config: names the model, the objectives, and whether other tools' names are wanted.
+        version: of the software.
+
     Attributes:
         requests: HTTP requests by (endpoint, status).
         retries: attempts of streams beyond the first, by error code.
+        choices: by finish reason.
+        placements: attempts by (prefill worker or LOCAL, decode worker).
     """
 
-    def __init__(self) -> None:
-        self.ttft = Histogram(TTFT_BOUNDS)
-        self.itl = Histogram(ITL_BOUNDS)
-        self.e2e = Histogram(E2E_BOUNDS)
+    def __init__(self, config: GatewayConfig, version: str) -> None:
+        self.ttft = Histogram("baton_time_to_first_token_seconds")
+        self.itl = Histogram("baton_inter_token_latency_seconds")
+        self.e2e = Histogram("baton_e2e_request_latency_seconds")
+        self.loop_lag = Histogram("baton_event_loop_lag_seconds")
+        self._prompt_lengths = Histogram("baton_request_prompt_tokens")
+        self._answer_lengths = Histogram("baton_request_generation_tokens")
         self.requests: Counter[tuple[str, int]] = Counter()
         self.retries: Counter[str] = Counter()
+        self.choices: Counter[str] = Counter({"stop": 0, "length": 0, "cancelled": 0, "error": 0})
+        self.placements: Counter[tuple[str, str]] = Counter()
+        self.within_slo = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.generated_tokens = 0
         self.disconnects = 0
         self.running_streams = 0
         self.workers: Iterable[WorkerState] = ()
+        self._config = config
+        self._version = version
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+
+    def accepted(self, num_prompt_tokens: int) -> None:
+        """A choice was placed for the first time."""
+        self.prompt_tokens += num_prompt_tokens
+        self._prompt_lengths.observe(num_prompt_tokens)
+
+    def placed(self, prefill: str | None, decode: str) -> None:
+        """An attempt begins there."""
+        self.placements[prefill or LOCAL, decode] += 1
+
+    def ended(self, stream: Stream, reason: str) -> None:
+        """A choice is over. `reason`: stop, length, cancelled or error."""
+        self.choices[reason] += 1
+        if stream.last_at:
+            self.e2e.observe(stream.last_at - stream.arrived_at)
+        self._answer_lengths.observe(len(stream.journal.token_ids))
+        self.within_slo += reason in ("stop", "length") and self._is_within_slo(stream)
 
     def expose(self) -> bytes:
         """Text for the scraper."""
@@ -72,45 +119,57 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Called by the library."""
-        yield self.ttft.family("baton_time_to_first_token_seconds", "From arrival to the first token of a choice")
-        yield self.itl.family("baton_inter_token_latency_seconds", "Between two chunks of one choice")
-        yield self.e2e.family("baton_e2e_request_latency_seconds", "From arrival to the end of a choice")
-        requests = CounterMetricFamily("baton_requests", "HTTP requests", labels=["endpoint", "status"])
-        for (endpoint, status), count in self.requests.items():
-            requests.add_metric([endpoint, str(status)], count)
-        yield requests
-        retries = CounterMetricFamily("baton_retries", "Attempts beyond a stream's first", labels=["reason"])
-        for reason, count in self.retries.items():
-            retries.add_metric([reason], count)
-        yield retries
-        for name, documentation, value in (
-            ("baton_prompt_tokens", "Prompt tokens of accepted choices", self.prompt_tokens),
-            ("baton_cached_prompt_tokens", "Of these, found in a worker's prefix cache", self.cached_tokens),
-            ("baton_generation_tokens", "Generated tokens", self.generated_tokens),
-            ("baton_client_disconnects", "Requests whose client went away", self.disconnects),
-        ):
-            yield CounterMetricFamily(name, documentation, value=value)
-        yield GaugeMetricFamily("baton_streams_running", "Choices in progress here", value=self.running_streams)
-        yield from self._worker_gauges()
+        model = {"model_name": self._config.model_name} if self._config.metric_aliases else {}
+        lengths = (self._prompt_lengths, self._answer_lengths)
+        for histogram in (self.ttft, self.itl, self.e2e, *lengths, self.loop_lag):
+            yield from histogram.families(model)
+        yield from self._counters(model)
+        yield from self._gauges()
+        yield from worker_families(self.workers)
+        if model:
+            yield from aggregate_families(self.workers, self._config.model_name)
 
-    def _worker_gauges(self) -> Iterator[Metric]:
-        fields = {
-            "running": ("baton_num_requests_running", "Sequences running on a worker"),
-            "waiting": ("baton_num_requests_waiting", "Sequences waiting on a worker"),
-            "queued_tokens": ("baton_queued_tokens", "Prompt tokens waiting on a worker"),
-            "free_pages": ("baton_free_pages", "Free KV pages of a worker"),
-            "preemptions": ("baton_preemptions", "Sequences of a worker that had to give their pages to others"),
-            "compiles_after_warmup": ("baton_compiles_after_warmup", "Compiles after warm-up: a bug unless 0"),
+    def _is_within_slo(self, stream: Stream) -> bool:
+        if not stream.first_at:
+            return False
+        intervals = max(len(stream.journal.token_ids) - 1, 1)
+        mean_itl_s = (stream.last_at - stream.first_at) / intervals
+        is_soon = stream.first_at - stream.arrived_at <= self._config.slo_ttft_s
+        return is_soon and mean_itl_s <= self._config.slo_itl_s
+
+    def _counters(self, model: dict[str, str]) -> Iterator[Metric]:
+        labelled: dict[str, dict[tuple[str, ...], int]] = {
+            "baton_requests": {(endpoint, str(status)): count for (endpoint, status), count in self.requests.items()},
+            "baton_retries": {(reason,): count for reason, count in self.retries.items()},
+            "baton_choices": {(reason,): count for reason, count in self.choices.items()},
+            "baton_placements": {(prefill, decode): count for (prefill, decode), count in self.placements.items()},
+            "baton_choices_within_slo": {(): self.within_slo},
+            "baton_prompt_tokens": {(): self.prompt_tokens},
+            "baton_cached_prompt_tokens": {(): self.cached_tokens},
+            "baton_generation_tokens": {(): self.generated_tokens},
+            "baton_client_disconnects": {(): self.disconnects},
         }
-        labels = ["worker", "role"]
-        workers = list(self.workers)
-        connected = GaugeMetricFamily("baton_worker_connected", "1 while connected", labels=labels)
-        for worker in workers:
-            connected.add_metric([worker.info.worker_id, worker.info.role], float(worker.connected))
-        yield connected
-        for field, (name, documentation) in fields.items():
-            gauge = GaugeMetricFamily(name, documentation, labels=labels)
-            for worker in workers:
-                if worker.load is not None:
-                    gauge.add_metric([worker.info.worker_id, worker.info.role], getattr(worker.load, field))
-            yield gauge
+        for name, samples in labelled.items():
+            spec = BY_NAME[name]
+            yield _counter(name, spec, {}, samples)
+            if model and spec.alias:
+                yield _counter(spec.alias, spec, model, samples)
+
+    def _gauges(self) -> Iterator[Metric]:
+        slo = simple_family("baton_slo_seconds")
+        slo.add_metric(["ttft"], self._config.slo_ttft_s)
+        slo.add_metric(["itl"], self._config.slo_itl_s)
+        running = simple_family("baton_streams_running")
+        running.add_metric([], self.running_streams)
+        build: GaugeMetricFamily | CounterMetricFamily = simple_family("baton_build_info")
+        build.add_metric([self._version, self._config.model_name], 1)
+        yield from (slo, running, build)
+
+
+def _counter(
+    name: str, spec: MetricSpec, extra: dict[str, str], samples: dict[tuple[str, ...], int]
+) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, spec.help, labels=[*spec.labels, *extra])
+    for labels, count in samples.items():
+        family.add_metric([*labels, *extra.values()], count)
+    return family

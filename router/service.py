@@ -14,12 +14,14 @@ from engine_core.messages import Cancel, Decode, Failed, Prefill, TokenChunk, To
 from engine_core.types import Request
 from router.clients import MakeClient
 from router.config import GatewayConfig
+from router.loop_lag import watch_loop
 from router.mailbox import Item, Mailbox
 from router.metrics import Metrics
 from router.placement import LeastLoad, Placement
 from router.registry import Registry, WorkerState
 from router.stream import Stage, Stream
 from router.tokenizer import TextCodec
+from router.version import version
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ class Generation:
 
     def stop(self, index: int) -> None:
         """Enough of choice `index`: a stop string was found."""
-        self._service.cancel(self._streams[index])
+        self._service.cancel(self._streams[index], "stop")
 
     def cached_tokens(self, n: int) -> int:
         """Prompt tokens that were found in a prefix cache, counted for one of the `n` choices of each prompt."""
@@ -54,7 +56,7 @@ class Generation:
     def close(self) -> None:
         """Cancel what has not ended."""
         for stream in self._streams:
-            self._service.cancel(stream)
+            self._service.cancel(stream, "cancelled")
 
 
 class Service:
@@ -63,7 +65,7 @@ class Service:
     def __init__(self, config: GatewayConfig, codec: TextCodec, make_client: MakeClient) -> None:
         self.config = config
         self.codec = codec
-        self.metrics = Metrics()
+        self.metrics = Metrics(config, version())
         self.draining = False
         self.registry = Registry(
             self,
@@ -76,7 +78,7 @@ class Service:
         self._placement = LeastLoad(self.registry, config.local_prefill_tokens)
         self._streams: dict[str, Stream] = {}
         self._retries: set[asyncio.Task[None]] = set()
-        self._watch_task: asyncio.Task[None] | None = None
+        self._watch_tasks: list[asyncio.Task[None]] = []
         self._deadline_ms = int(config.request_timeout_s * 1000)
 
     @property
@@ -87,7 +89,8 @@ class Service:
     def start(self) -> None:
         """Begin to watch the workers and the time."""
         self.registry.start()
-        self._watch_task = asyncio.get_running_loop().create_task(self._watch_deadlines())
+        watches = (self._watch_deadlines(), watch_loop(self.metrics.loop_lag.observe))
+        self._watch_tasks = [asyncio.get_running_loop().create_task(watch) for watch in watches]
 
     def follow(self, workers: Sequence[WorkerInfo]) -> None:
         """These workers serve, and no others."""
@@ -98,7 +101,7 @@ class Service:
         self.draining = True
         for stream in list(self._streams.values()):
             self._fail(stream, CapacityError("the gateway is shutting down"))
-        tasks = [*self._retries, *([self._watch_task] if self._watch_task else [])]
+        tasks = [*self._retries, *self._watch_tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -134,14 +137,15 @@ class Service:
         except BaseException:
             generation.close()
             raise
-        self.metrics.prompt_tokens += sum(request.num_prompt_tokens for request in requests)
+        for request in requests:
+            self.metrics.accepted(request.num_prompt_tokens)
         return generation
 
-    def cancel(self, stream: Stream) -> None:
+    def cancel(self, stream: Stream, reason: str) -> None:
         """Free everything that the stream holds, here and on the workers; ended streams hold nothing."""
         if not stream.ended:
             self._abandon_attempt(stream)
-            self._end(stream)
+            self._end(stream, reason)
 
     # FleetListener
 
@@ -177,6 +181,7 @@ class Service:
             if stream.last_at:
                 metrics.itl.observe(now - stream.last_at)
             else:
+                stream.first_at = now
                 metrics.ttft.observe(now - stream.arrived_at)
                 stream.cached_tokens = min(chunk.cached_tokens, stream.request.num_prompt_tokens)
                 metrics.cached_tokens += stream.cached_tokens
@@ -185,7 +190,7 @@ class Service:
             stream.mailbox.put(stream.index, chunk)
             if chunk.finish_reason is not None:
                 stream.detach()
-                self._end(stream)
+                self._end(stream, chunk.finish_reason)
                 return
             following = journal.next_early()
             if following is not None and not journal.accept(following):
@@ -195,6 +200,7 @@ class Service:
         """Start an attempt: both workers hear of it at the same time."""
         stream.attach(placement)
         request, prefill = stream.request, placement.prefill
+        self.metrics.placed(prefill.info.worker_id if prefill else None, placement.decode.info.worker_id)
         try:
             if prefill is not None:
                 prefill.client.send(Prefill(request, self._deadline_ms))
@@ -247,15 +253,14 @@ class Service:
                 worker.client.send(message)
 
     def _fail(self, stream: Stream, error: BatonError) -> None:
-        self._end(stream)
+        self._end(stream, "error")
         stream.mailbox.fail(error)
 
-    def _end(self, stream: Stream) -> None:
+    def _end(self, stream: Stream, reason: str) -> None:
         stream.ended = True
         self._streams.pop(stream.request.request_id, None)
         self.metrics.running_streams = len(self._streams)
-        if stream.last_at:
-            self.metrics.e2e.observe(stream.last_at - stream.arrived_at)
+        self.metrics.ended(stream, reason)
         self.registry.forget_idle()
 
     async def _watch_deadlines(self) -> None:

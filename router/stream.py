@@ -30,7 +30,7 @@ class Stream:
         index: which choice of the HTTP request.
         placement: None between two attempts and after the end.
         avoid: workers that failed it.
-        last_at: when its latest token came; 0 before the first.
+        first_at, last_at: when its first and its latest token came; 0 before that.
     """
 
     __slots__ = (
@@ -38,6 +38,7 @@ class Stream:
         "avoid",
         "cached_tokens",
         "ended",
+        "first_at",
         "index",
         "journal",
         "last_at",
@@ -57,6 +58,7 @@ class Stream:
         self.avoid: list[WorkerState] = []
         self.cached_tokens = 0
         self.arrived_at = arrived_at
+        self.first_at = 0.0
         self.last_at = 0.0
         self.ended = False
 

@@ -39,7 +39,7 @@ def ask(cluster: Cluster, bodies: list[dict[str, Any]], concurrency: int, **opti
 
 
 def preemptions(cluster: Cluster) -> float:
-    return sum(values["preemptions"] for values in cluster.metrics().values())
+    return sum(values["preemptions_total"] for values in cluster.metrics().values())
 
 
 def bytes_received(port: int) -> int:

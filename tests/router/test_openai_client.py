@@ -237,7 +237,7 @@ async def test_metrics(cluster: Cluster) -> None:
         'baton_num_requests_running{role="decode",worker="decode-0"} 0.0',
         'baton_num_requests_waiting{role="prefill",worker="prefill-0"} 0.0',
         'baton_compiles_after_warmup{role="decode",worker="decode-0"} 0.0',
-        'baton_preemptions{role="decode",worker="decode-0"} 0.0',
+        'baton_preemptions_total{role="decode",worker="decode-0"} 0.0',
         'baton_worker_connected{role="prefill",worker="prefill-0"} 1.0',
     ):
         assert line in lines, "\n".join(lines)
