@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
+from engine_core.errors import BatonError
 from router.config import GatewayConfig
 from router.metric_catalogue import BY_NAME, MetricSpec
 from router.registry import WorkerState
@@ -80,7 +81,7 @@ class Metrics(Collector):
         self._prompt_lengths = Histogram("baton_request_prompt_tokens")
         self._answer_lengths = Histogram("baton_request_generation_tokens")
         self.requests: Counter[tuple[str, int]] = Counter()
-        self.retries: Counter[str] = Counter()
+        self.retries: Counter[str] = Counter(dict.fromkeys(_retryable_codes(BatonError), 0))
         self.choices: Counter[str] = Counter({"stop": 0, "length": 0, "cancelled": 0, "error": 0})
         self.placements: Counter[tuple[str, str]] = Counter()
         self.within_slo = 0
@@ -164,6 +165,12 @@ class Metrics(Collector):
         build: GaugeMetricFamily | CounterMetricFamily = simple_family("baton_build_info")
         build.add_metric([self._version, self._config.model_name], 1)
         yield from (slo, running, build)
+
+
+def _retryable_codes(kind: type[BatonError]) -> set[str]:
+    """Of this error and its subclasses: a series that appears only with the first error hides that error's rate."""
+    codes = {kind.code} if kind.retryable else set()
+    return codes.union(*(_retryable_codes(child) for child in kind.__subclasses__()))
 
 
 def _counter(

@@ -254,7 +254,7 @@ _OPTIONS: dict[Shape, dict[str, Any]] = {
         "cellGap": 1,
         "color": {"mode": "scheme", "scheme": "Oranges", "steps": 64, "reverse": False},
         "legend": {"show": True},
-        "tooltip": {"mode": "single", "showColorScale": True, "yHistogram": False},
+        "tooltip": {"show": True, "yHistogram": False},
         "yAxis": {"unit": "s", "reverse": False},
     },
 }
