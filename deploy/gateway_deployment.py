@@ -17,9 +17,10 @@ from typing import Protocol
 from ray import serve
 
 from deploy.fleet import FleetClient
-from deploy.fleet_types import GatewayPlan, Membership, WorkerLost
+from deploy.fleet_types import FleetStatus, GatewayPlan, Membership, WorkerLost
 from deploy.log import log_to_file
 from engine_core.messages import WorkerInfo
+from router.fleet_view import FleetView, MemberView
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,9 @@ class Gateway(Protocol):
     def follow(self, workers: Sequence[WorkerInfo]) -> None:
         """These workers serve, and no others."""
 
+    def describe_fleet(self, fleet: FleetView) -> None:
+        """What people want to see of the fleet."""
+
     def check_health(self) -> None:
         """Raise when it no longer listens."""
 
@@ -48,6 +52,9 @@ class FleetFollower(Protocol):
     """The part of the fleet that a gateway uses."""
 
     async def wait_for_change(self, version: int, timeout_s: float) -> Membership:
+        """See FleetCore."""
+
+    async def watch(self, version: int, timeout_s: float) -> FleetStatus:
         """See FleetCore."""
 
 
@@ -67,6 +74,27 @@ async def follow_fleet(fleet: FleetFollower, gateway: Gateway, retry_s: float) -
             gateway.follow(membership.workers)
 
 
+async def follow_status(fleet: FleetFollower, gateway: Gateway, retry_s: float) -> None:
+    """Keep what the gateway's dashboard shows equal to what the fleet says, for ever."""
+    version = 0
+    while True:
+        try:
+            status = await fleet.watch(version, POLL_S)
+        except WorkerLost:  # `follow_fleet` tells
+            await asyncio.sleep(retry_s)
+            continue
+        version = status.version
+        gateway.describe_fleet(view(status))
+
+
+def view(status: FleetStatus) -> FleetView:
+    """What of it people want to see."""
+    members = tuple(
+        MemberView(m.worker_id, str(m.role), m.incarnation, m.state.value, m.progress, m.pid) for m in status.members
+    )
+    return FleetView(status.wanted, members, status.events)
+
+
 class GatewayReplica:
     """What Serve runs."""
 
@@ -77,7 +105,9 @@ class GatewayReplica:
         gateway_class = getattr(importlib.import_module(module), name)
         self._gateway: Gateway = gateway_class(plan.config.gateway, Path(plan.model_dir), plan.secret)
         await self._gateway.start()
-        self._following = asyncio.create_task(follow_fleet(FleetClient.find(), self._gateway, RETRY_S))
+        fleet = FleetClient.find()
+        self._following = asyncio.create_task(follow_fleet(fleet, self._gateway, RETRY_S))
+        self._describing = asyncio.create_task(follow_status(fleet, self._gateway, RETRY_S))
         logger.info("listening; event loop %s", type(asyncio.get_running_loop()))
 
     def check_health(self) -> None:
@@ -89,9 +119,10 @@ class GatewayReplica:
     async def __del__(self) -> None:
         """Called by Serve when the replica shall go."""
         await self._gateway.drain(self._plan.drain_timeout_s)
-        self._following.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._following
+        for task in (self._following, self._describing):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
 
 
 def start_gateways(plan: GatewayPlan, replicas: int) -> None:

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine_core.errors import BatonError
+from router.dashboard import add_dashboard_routes
 from router.dialects import ChatDialect, CompletionDialect, model_not_found
 from router.endpoint import GenerateEndpoint
 from router.http import HttpError, KeyCheck, encode_json, error_json
@@ -68,6 +69,7 @@ def build_app(service: Service) -> FastAPI:
     }
     _add_model_routes(app, service, check_key)
     _add_operator_routes(app, service, check_key)
+    add_dashboard_routes(app, service, check_key)
     _add_error_handlers(app)
     return app
 

@@ -44,6 +44,11 @@ class Histogram:
         self._sum += value
 
     @property
+    def bounds(self) -> tuple[float, ...]:
+        """Upper ends of all buckets but the last."""
+        return self._bounds
+
+    @property
     def counts(self) -> list[int]:
         """Values per bucket so far; the last bucket has no bound."""
         return list(self._counts)

@@ -16,11 +16,15 @@ class Placement:
 
     Attributes:
         prefill: None where the decode worker reads the prompt itself.
+        terms: what was compared, for people: by name, of the pair that was chosen.
     """
 
-    __slots__ = ("_holds_prefill", "_released", "_tokens", "decode", "prefill")
+    __slots__ = ("_holds_prefill", "_released", "_tokens", "decode", "prefill", "terms")
 
-    def __init__(self, prefill: WorkerState | None, decode: WorkerState, num_tokens: int) -> None:
+    def __init__(
+        self, prefill: WorkerState | None, decode: WorkerState, num_tokens: int, terms: dict[str, float]
+    ) -> None:
+        self.terms = terms
         self.prefill = prefill
         self.decode = decode
         self._tokens = num_tokens
@@ -95,7 +99,10 @@ class LeastLoad:
         decode.turn = self._turn
         if prefill is not None:
             prefill.turn = self._turn
-        return Placement(prefill, decode, len(request.token_ids))
+        terms = {"decode_requests_per_slot": _decode_load(decode)}
+        if prefill is not None:
+            terms["prefill_tokens_ahead"] = _prefill_load(prefill)
+        return Placement(prefill, decode, len(request.token_ids), terms)
 
 
 def _prefill_load(worker: WorkerState) -> float:

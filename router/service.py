@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -14,11 +15,14 @@ from engine_core.messages import Cancel, Decode, Failed, Prefill, TokenChunk, To
 from engine_core.types import Request
 from router.clients import MakeClient
 from router.config import GatewayConfig
+from router.fleet_view import FleetView
+from router.history import History
 from router.loop_lag import watch_loop
 from router.mailbox import Item, Mailbox
 from router.metrics import Metrics
 from router.placement import LeastLoad, Placement
 from router.registry import Registry, WorkerState
+from router.slow_requests import SlowRequests
 from router.stream import Stage, Stream
 from router.tokenizer import TextCodec
 from router.version import version
@@ -66,6 +70,9 @@ class Service:
         self.config = config
         self.codec = codec
         self.metrics = Metrics(config, version())
+        self.history = History(self.metrics, time.time)
+        self.slow_requests = SlowRequests(time.time)
+        self.fleet: FleetView | None = None
         self.draining = False
         self.registry = Registry(
             self,
@@ -89,7 +96,7 @@ class Service:
     def start(self) -> None:
         """Begin to watch the workers and the time."""
         self.registry.start()
-        watches = (self._watch_deadlines(), watch_loop(self.metrics.loop_lag.observe))
+        watches = (self._watch_deadlines(), watch_loop(self.metrics.loop_lag.observe), self.history.watch())
         self._watch_tasks = [asyncio.get_running_loop().create_task(watch) for watch in watches]
 
     def follow(self, workers: Sequence[WorkerInfo]) -> None:
@@ -200,7 +207,8 @@ class Service:
         """Start an attempt: both workers hear of it at the same time."""
         stream.attach(placement)
         request, prefill = stream.request, placement.prefill
-        self.metrics.placed(prefill.info.worker_id if prefill else None, placement.decode.info.worker_id)
+        if stream.route is not None:
+            self.metrics.placed(stream.route.prefill, stream.route.decode)
         try:
             if prefill is not None:
                 prefill.client.send(Prefill(request, self._deadline_ms))
@@ -261,6 +269,7 @@ class Service:
         self._streams.pop(stream.request.request_id, None)
         self.metrics.running_streams = len(self._streams)
         self.metrics.ended(stream, reason)
+        self.slow_requests.record(stream, reason, asyncio.get_running_loop().time())
         self.registry.forget_idle()
 
     async def _watch_deadlines(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from engine_core.types import Request
 from router.journal import Journal
@@ -22,6 +22,14 @@ class Stage(IntEnum):
     DECODING = 2  # the prefill worker is no longer needed
 
 
+class Route(NamedTuple):
+    """Where an attempt went, by worker id, and what placement compared when it chose; for people."""
+
+    prefill: str | None
+    decode: str
+    terms: dict[str, float]
+
+
 class Stream:
     """Mutable progress of one `Request`.
 
@@ -29,6 +37,7 @@ class Stream:
         request: of the current attempt.
         index: which choice of the HTTP request.
         placement: None between two attempts and after the end.
+        route: of the latest attempt, also after the end.
         avoid: workers that failed it.
         first_at, last_at: when its first and its latest token came; 0 before that.
     """
@@ -45,6 +54,7 @@ class Stream:
         "mailbox",
         "placement",
         "request",
+        "route",
         "stage",
     )
 
@@ -54,6 +64,7 @@ class Stream:
         self.mailbox = mailbox
         self.journal = Journal()
         self.placement: Placement | None = None
+        self.route: Route | None = None
         self.stage = Stage.READING
         self.avoid: list[WorkerState] = []
         self.cached_tokens = 0
@@ -65,6 +76,8 @@ class Stream:
     def attach(self, placement: Placement) -> None:
         """The attempt runs there."""
         self.placement = placement
+        prefill = placement.prefill.info.worker_id if placement.prefill is not None else None
+        self.route = Route(prefill, placement.decode.info.worker_id, placement.terms)
         self.stage = Stage.READING
         placement.decode.streams.add(self)
         if placement.prefill is not None:
