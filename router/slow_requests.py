@@ -10,7 +10,7 @@ import msgspec
 from router.stream import Stream
 
 KEPT = 2000  # choices that ended last, among which the slowest are looked for
-SHOWN = 20
+SHOWN = 10
 
 
 class EndedChoice(msgspec.Struct, frozen=True):

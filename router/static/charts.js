@@ -1,7 +1,7 @@
 // Line charts as SVG: one or two series over time, an axis, the objective where there is one.
 
 const SVG = "http://www.w3.org/2000/svg";
-const WIDTH = 360, HEIGHT = 150, LEFT = 48, RIGHT = 8, TOP = 8, BOTTOM = 20;
+const HEIGHT = 150, LEFT = 48, RIGHT = 8, TOP = 8, BOTTOM = 20;
 
 function node(name, attributes, text) {
   const made = document.createElementNS(SVG, name);
@@ -32,33 +32,34 @@ function paths(points, x, y) {
 
 // chart: {title, series: [{name, points: [[seconds, value or null]]}], objective, format}
 export function draw(figure, chart) {
+  const width = Math.max(figure.clientWidth - 30, 240);  // in pixels, so that text is not stretched
   const all = chart.series.flatMap((series) => series.points);
   const values = all.map(([, value]) => value).filter((value) => value !== null);
   const top = roundUp(Math.max(...values, chart.objective ?? 0, 0));
   const times = all.map(([at]) => at);
   const end = Math.max(...times, 1), begin = Math.min(...times, end - 60);
-  const x = (at) => LEFT + ((at - begin) / (end - begin)) * (WIDTH - LEFT - RIGHT);
+  const x = (at) => LEFT + ((at - begin) / (end - begin)) * (width - LEFT - RIGHT);
   const y = (value) => HEIGHT - BOTTOM - (value / top) * (HEIGHT - TOP - BOTTOM);
   const latest = chart.series.map(({ name, points }) => {
     const value = points.length ? points[points.length - 1][1] : null;
     return `${name} ${value === null ? "no data" : chart.format(value)}`;
   });
   const svg = node("svg", {
-    viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img",
+    viewBox: `0 0 ${width} ${HEIGHT}`, role: "img",
     "aria-label": `${chart.title}: ${latest.join(", ")}`,
   });
   for (const part of [0, 0.5, 1]) {
     const level = y(top * part);
-    svg.append(node("line", { class: "axis", x1: LEFT, x2: WIDTH - RIGHT, y1: level, y2: level }));
+    svg.append(node("line", { class: "axis", x1: LEFT, x2: width - RIGHT, y1: level, y2: level }));
     svg.append(node("text", { x: LEFT - 6, y: level + 4, "text-anchor": "end" }, chart.format(top * part)));
   }
   if (chart.objective !== undefined) {
     const level = y(chart.objective);
-    svg.append(node("line", { class: "slo", x1: LEFT, x2: WIDTH - RIGHT, y1: level, y2: level }));
+    svg.append(node("line", { class: "slo", x1: LEFT, x2: width - RIGHT, y1: level, y2: level }));
   }
   const minutes = Math.max(1, Math.round((end - begin) / 60));
   svg.append(node("text", { x: LEFT, y: HEIGHT - 4 }, `${minutes} min ago`));
-  svg.append(node("text", { x: WIDTH - RIGHT, y: HEIGHT - 4, "text-anchor": "end" }, "now"));
+  svg.append(node("text", { x: width - RIGHT, y: HEIGHT - 4, "text-anchor": "end" }, "now"));
   chart.series.forEach(({ points }, index) => {
     for (const d of paths(points, x, y)) svg.append(node("path", { class: index ? "line-b" : "line-a", d }));
   });

@@ -55,6 +55,7 @@ function fillTable(table, columns, rows, empty) {
       const cell = element(index ? "td" : "th", undefined, column.className?.(row) ?? (column.text ? "text" : ""));
       if (!index) cell.scope = "row";
       cell.append(value instanceof Node ? value : document.createTextNode(value));
+      if (column.hint) cell.title = value;
       if (column.share) cell.style.setProperty("--share", column.share(row));
       line.append(cell);
     }
@@ -193,7 +194,7 @@ function showLinks(state) {
 const number = (value) => (Number.isInteger(value) ? count(value) : value.toPrecision(3));
 
 const SLOW_COLUMNS = [
-  { title: "Request", text: true, cell: (s) => s.request_id },
+  { title: "Request", text: true, hint: true, cell: (s) => s.request_id },
   { title: "Ended", cell: (s) => new Date(1000 * s.at).toLocaleTimeString() },
   { title: "TTFT", cell: (s) => (s.ttft_s === null ? "never" : seconds(s.ttft_s)) },
   { title: "End to end", cell: (s) => seconds(s.e2e_s) },
@@ -219,13 +220,13 @@ function show(state) {
   byId("model").textContent = `${state.model}, version ${state.version}`;
   byId("status").textContent = state.status;
   byId("status").className = `pill ${state.status === "ready" ? "good" : "warn"}`;
+  byId("main").hidden = false;
   showTiles(state);
   showCharts(state);
   showWorkers(state);
   showLinks(state);
   fillTable(byId("slow"), SLOW_COLUMNS, state.slowest, "No request has ended yet.");
   showEvents(state);
-  byId("main").hidden = false;
 }
 
 // --- asking
