@@ -48,18 +48,22 @@ class Chromium:
         ]
         with (directory / "log").open("w") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
-        port_file = directory / "DevToolsActivePort"
+        self._open = contextlib.ExitStack()
+        self._numbers = itertools.count(1)
+        self.problems: list[str] = []  # exceptions, console errors, refused requests
+        try:
+            self._socket = self._connect(directory / "DevToolsActivePort")
+            for domain in ("Page", "Runtime", "Log"):
+                self.call(f"{domain}.enable")
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self, port_file: Path) -> ClientConnection:
         until(lambda: port_file.is_file() and port_file.read_text().count("\n"), START_S)
         port = port_file.read_text().split()[0]
         tabs = until(lambda: [t for t in httpx.get(f"http://127.0.0.1:{port}/json").json() if t["type"] == "page"])
-        self._open = contextlib.ExitStack()
-        self._socket: ClientConnection = self._open.enter_context(
-            connect(tabs[0]["webSocketDebuggerUrl"], max_size=1 << 26)
-        )
-        self._numbers = itertools.count(1)
-        self.problems: list[str] = []  # exceptions, console errors, refused requests
-        for domain in ("Page", "Runtime", "Log"):
-            self.call(f"{domain}.enable")
+        return self._open.enter_context(connect(tabs[0]["webSocketDebuggerUrl"], max_size=1 << 26))
 
     def close(self) -> None:
         self._open.close()

@@ -21,6 +21,8 @@ def main(port: str, directory: str, *flags: str) -> int:
         worker_classes={Role.PREFILL: f"{fakes}:FakePrefillWorker", Role.DECODE: f"{fakes}:FakeDecodeWorker"},
         gateway_class="tests.deploy.fake_gateway:FakeGateway",
         timeline=True,
+        secret=None,
+        ray_address=None,
     )
 
 
