@@ -7,7 +7,7 @@ PIP    := $(if $(UV),uv pip install --quiet --python $(BIN)/python,$(BIN)/python
 # torch is only the oracle of the parity tests, and only Python 3.11 has a CPU build that pip finds without CUDA.
 TORCH  ?= torch==2.13.0
 
-.PHONY: help setup setup-dev system-packages serve check test monitoring clean
+.PHONY: help setup setup-dev system-packages serve check test monitoring wheel clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -53,6 +53,9 @@ system-packages:  ## Debian packages of the tests: Prometheus with promtool, and
 
 monitoring: setup-dev  ## Write boards, rules, alerts and docs/metrics.md anew from the metric catalogue
 	$(BIN)/python -m deploy.monitoring
+
+wheel: setup  ## Build dist/baton-*.whl, which cluster files and Dockerfiles install
+	rm -rf dist build && $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -108,6 +108,11 @@ def _add_operator_routes(app: FastAPI, service: Service, check_key: KeyCheck) ->
         """Whether the process lives."""
         return _json({"status": "ok"})
 
+    @app.get("/-/healthz", include_in_schema=False)
+    async def serve_health() -> Response:
+        """Where KubeRay asks Serve's own proxies, whose place the gateway takes on its port."""
+        return Response("success", 503 if service.draining else 200, media_type="text/plain")
+
     @app.get("/readiness")
     async def readiness() -> Response:
         """Whether requests can be served: 503 until every role is there, and while draining."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -98,8 +98,6 @@ def test_what_is_found(facts: dict, flags: list[str], expected: dict[str, Level]
 
 
 def test_a_port_in_use_and_a_secret_that_is_given() -> None:
-    import socket  # noqa: PLC0415
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         findings = examine(FakeMachine(), config("--port", str(taken.getsockname()[1])), None)
     assert [f.check for f in findings if f.level is Level.FAIL] == ["port"] and exit_status(findings) == 1
@@ -136,4 +134,3 @@ def test_text() -> None:
     findings = examine(FakeMachine(files=10), config(), None)
     text = describe(findings)
     assert "warn  open files" in text and "fix: ulimit -n 65536" in text
-    assert dataclasses.is_dataclass(ServeConfig)
