@@ -7,6 +7,7 @@ starts both; a gateway waits until the fleet is there.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from deploy.fleet_types import GatewayPlan
 from deploy.gateway_deployment import QUIET, gateway_app
 from deploy.secret_files import read_keys, read_secret
 from engine_core.errors import ConfigError
+from engine_core.types import Role
 
 DRAIN_MARGIN_S = 10.0
 
@@ -71,11 +73,17 @@ def build(args: dict[str, Any]) -> Application:
         config = launch.with_keys(config, read_keys(Path(paths.api_keys_file)))
     secret = read_secret(Path(paths.secret_file))
     launch.check_secret(config, secret)
-    return application(config, secret)
+    return application(config, secret, launch.WORKER_CLASSES, launch.GATEWAY_CLASS)
 
 
-def application(config: ServeConfig, secret: bytes) -> Application:
-    """The application of a configuration that was read. The model's directory is looked up on each machine."""
+def application(
+    config: ServeConfig, secret: bytes, worker_classes: Mapping[Role, str], gateway_class: str
+) -> Application:
+    """The application of a configuration that was read. The model's directory is looked up on each machine.
+
+    Args:
+        worker_classes, gateway_class: `module:class`, imported where they run.
+    """
     model = config.engine.model
     model_dir = str(checkpoint.DEMO_DIR) if model.path == "demo" else model.path
     log_dir = str(Path(config.log_dir or "/tmp/baton-logs").expanduser())
@@ -85,9 +93,9 @@ def application(config: ServeConfig, secret: bytes) -> Application:
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=config.fleet.drain_timeout_s + DRAIN_MARGIN_S,
         logging_config=QUIET,
-    )(FleetKeeper).bind(FleetPlan(config, model_dir, log_dir, dict(launch.WORKER_CLASSES), secret))
+    )(FleetKeeper).bind(FleetPlan(config, model_dir, log_dir, dict(worker_classes), secret))
     plan = GatewayPlan(
-        gateway_class=launch.GATEWAY_CLASS,
+        gateway_class=gateway_class,
         config=config,
         model_dir=model_dir,
         log_dir=log_dir,

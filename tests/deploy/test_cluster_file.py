@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from deploy import cli
 from deploy.cluster_file import ClusterFile, describe
@@ -145,3 +147,20 @@ def test_every_option_in_the_files_exists() -> None:
         assert len(commands) == 1
         flags = [word for word in commands[0].split("baton serve")[1].split() if word.startswith("--")]
         assert flags and set(flags) <= known
+
+
+def test_the_skypilot_file(home: Path) -> None:
+    """Its command is one that Baton takes, and fits the machine it asks for."""
+    task = yaml.safe_load((ROOT / "deploy/sky/v6e-1p1d.yaml").read_text())
+    assert task.keys() == {"name", "resources", "file_mounts", "setup", "run"}
+    words = shlex.split(task["run"].splitlines()[-1].split("baton serve")[1])
+    known, unknown = cli.build_parser().parse_known_args(["serve", *words])
+    flags = [
+        word for name in ("prefill", "decode", "tp", "host", "port") for word in (f"--{name}", getattr(known, name))
+    ]
+    config = read_config([*flags, *unknown], None)
+    chips = int(task["resources"]["accelerators"].rpartition("-")[2])
+    assert config.fleet.tpus_per_worker * (config.fleet.prefill + config.fleet.decode) == chips
+    assert config.engine.tp == config.fleet.tpus_per_worker
+    assert task["resources"]["ports"] == config.gateway.port
+    assert {str(known.secret_file), str(known.api_keys_file)} <= task["file_mounts"].keys()

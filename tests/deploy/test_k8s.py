@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import re
@@ -90,14 +91,19 @@ def test_kubernetes_own_schemas(objects: list[dict[str, Any]]) -> None:
 def test_kuberays_schema(objects: list[dict[str, Any]]) -> None:
     if not CRDS.is_dir():
         pytest.skip(f"KubeRay's CRDs are not at {CRDS}")
-    crd = yaml.load((CRDS / "ray.io_rayservices.yaml").read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    version = next(v for v in crd["spec"]["versions"] if v["name"] == "v1")
-    schema = strict(version["schema"]["openAPIV3Schema"])
+    schema = ray_service_schema()
     service = next(o for o in objects if o["kind"] == "RayService")
     jsonschema.validate(service, schema)
     service["spec"]["rayClusterConfig"]["headGroupSpec"]["nonsense"] = 1
     with pytest.raises(jsonschema.ValidationError, match="nonsense"):
         jsonschema.validate(service, schema)
+
+
+@functools.cache
+def ray_service_schema() -> Any:
+    crd = yaml.load((CRDS / "ray.io_rayservices.yaml").read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    version = next(v for v in crd["spec"]["versions"] if v["name"] == "v1")
+    return strict(version["schema"]["openAPIV3Schema"])
 
 
 def strict(schema: Any) -> Any:
