@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 EXIT_FAILED, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
 STOP_GRACE_S = 10.0  # on top of the drain timeout
 READINESS_S = 60.0
+CONNECT_S = 5.0
 SAME_SIGNAL_S = 0.3  # `timeout` and some shells deliver one Ctrl-C twice
 PRESTARTED = 5  # fleet, a worker of each role, Serve's controller, the gateway
 WATCH_S = 30.0
@@ -177,9 +179,12 @@ def start_ray(run_dir: Path) -> str:
 
 def join_ray(address: str) -> str:
     """Connect to a cluster that runs; its security settings are those of this process's environment."""
+    host, _, port = address.rpartition(":")
     try:
+        if host:  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), CONNECT_S).close()
         context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace=NAMESPACE)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"no Ray cluster answers at {address}: {error}") from None
     return str(context.address_info["gcs_address"])
 
