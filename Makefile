@@ -7,7 +7,7 @@ PIP    := $(if $(UV),uv pip install --quiet --python $(BIN)/python,$(BIN)/python
 # torch is only the oracle of the parity tests, and only Python 3.11 has a CPU build that pip finds without CUDA.
 TORCH  ?= torch==2.13.0
 
-.PHONY: help setup setup-dev serve check test test-tpu-aot clean
+.PHONY: help setup setup-dev system-packages serve check test test-tpu-aot monitoring wheel clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -45,6 +45,20 @@ test: setup-dev  ## All tests (ARGS="-k name" narrows)
 
 test-tpu-aot: setup-dev  ## Compile every kernel and whole steps of real models for every TPU generation; needs no TPU
 	$(BIN)/python -m pytest -m "aot or aot_matrix" tests/benchmarks tests/engine_core tests/deploy $(ARGS)
+
+# Tests that need one of these skip, and say so, where it can not be had.
+system-packages:  ## Debian packages of the tests: Prometheus with promtool, and Chromium (needs root, does nothing elsewhere)
+	@if command -v prometheus >/dev/null && command -v chromium >/dev/null; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ]; then \
+	    echo "apt-get or root is missing: tests with Prometheus or Chromium will be skipped"; exit 0; fi; \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus chromium \
+	    >/dev/null || echo "not installed: tests with Prometheus or Chromium will be skipped"
+
+monitoring: setup-dev  ## Write boards, rules, alerts and docs/metrics.md anew from the metric catalogue
+	$(BIN)/python -m deploy.monitoring
+
+wheel: setup  ## Build dist/baton-*.whl, which cluster files and Dockerfiles install
+	rm -rf dist build && $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -235,6 +235,7 @@ class DecodeScheduler:
                 return
             self._waiting.popleft()
             self._landing[sequence.key] = entry
+            self._replica.stats.admitted(sequence)
             first = sequence.num_cached // memory.page_size
             generation = memory.cache.pool.generation
             wanted = [(i, generation(sequence.pages[i])) for i in range(first, len(sequence.pages))]
@@ -246,6 +247,7 @@ class DecodeScheduler:
             sequence = self._ready.popleft()
             memory.take_slot(sequence)
             self._replica.prepare_slot(sequence)
+            self._replica.stats.decoding(sequence)
             self._running.append(sequence)
 
     def _dispatch_prefill(self) -> None:
@@ -254,6 +256,7 @@ class DecodeScheduler:
             return
         for chunk in chunks:
             if chunk.start == chunk.sequence.num_cached:
+                self._replica.stats.admitted(chunk.sequence)
                 self._replica.prepare_slot(chunk.sequence)
         flight = _Flight(self._dispatch_chunks(chunks))
         for row, chunk in zip(self._replica.output_rows(chunks), chunks, strict=True):
@@ -306,6 +309,7 @@ class DecodeScheduler:
         victim = self._running.pop()
         self._replica.memory.store(victim, victim.num_valid)
         self._replica.memory.release(victim)
+        self._replica.stats.preempted(victim)
         self._queue.add(victim, first=True)
         self.num_preemptions += 1
 
@@ -320,10 +324,13 @@ class DecodeScheduler:
                 continue
             num_top = sequence.request.sampling.logprobs
             logprobs = flight.step.logprobs(row, num_top) if num_top is not None else None
+            if not sequence.decoding_at:
+                self._replica.stats.prefilled(sequence)
             cached = 0 if sequence.cached_told else sequence.num_cached
             sequence.cached_told = True
             chunks.append(sequence.accept(tokens[row], self._eos, logprobs, cached))
             if sequence.finished:
+                self._replica.stats.finished(sequence)
                 self._running.remove(sequence)
                 self._drop(sequence)
 

@@ -101,6 +101,7 @@ class DecodeWorker:
     def reserved(self, key: Key, prefill: PeerAddress, wanted: list[tuple[int, int]]) -> None:
         """Ask the prefill worker for what is lacking."""
         landing = tuple(Landing(index, generation) for index, generation in wanted)
+        self._replica.stats.hand_over_begins(key, f"{prefill.host}:{prefill.kv_port}")
         self._receiver.request(prefill, Ticket(*key, next(self._serials), landing, TICKET_LEASE_MS))
 
     def tokens(self, chunks: list[TokenChunk]) -> None:
@@ -117,16 +118,20 @@ class DecodeWorker:
         self, request_id: str, epoch: int, block_indices: Sequence[int], layers: Layers, generations: Sequence[int]
     ) -> None:
         """Verified blocks: written between steps."""
+        num_bytes = len(block_indices) * self._identity.layout.block_bytes
+        self._replica.stats.hand_over_received((request_id, epoch), num_bytes)
         self._host.post(lambda: self._scheduler.land((request_id, epoch), block_indices, layers, generations))
 
     def on_done(self, request_id: str, epoch: int, first_token: TokenChunk, finish_reason: FinishReason | None) -> None:
         """The prompt is here; a first token that ended the answer ends the request."""
+        self._replica.stats.hand_over_ended((request_id, epoch), failed=False)
         self._host.post(lambda: self._scheduler.landed((request_id, epoch), first_token))
         if finish_reason is not None:
             self._host.end((request_id, epoch))
 
     def on_failed(self, request_id: str, epoch: int, error: BatonError) -> None:
         """The hand-over failed."""
+        self._replica.stats.hand_over_ended((request_id, epoch), failed=True)
         self._host.post(lambda: self._scheduler.fail((request_id, epoch), error))
 
     def _accept(self, message: Prefill | Decode) -> None:
@@ -138,3 +143,4 @@ class DecodeWorker:
 
     def _on_cancel(self, key: Key) -> None:
         self._receiver.cancel(*key)
+        self._replica.stats.hand_over_cancelled(key)

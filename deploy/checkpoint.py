@@ -40,6 +40,12 @@ def resolve(name: str, revision: str, say: Callable[[str], None]) -> Path:
     return _download(name, revision, say)
 
 
+def on_node(model_dir: str, name: str, revision: str, say: Callable[[str], None]) -> Path:
+    """The model's directory on this machine: the one that was resolved where Baton started, or looked up again here."""
+    path = Path(model_dir)
+    return path if path.is_dir() else resolve(name, revision, say)
+
+
 def _download(name: str, revision: str, say: Callable[[str], None]) -> Path:
     say(f"Looking up {name} on the Hugging Face hub ...")
     hub = importlib.import_module("huggingface_hub")

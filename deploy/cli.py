@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploy import cluster_commands
 from engine_core.errors import ConfigError
 
 EXIT_CONFIG, EXIT_INTERRUPTED = 2, 130
@@ -34,6 +36,8 @@ examples:
   baton scale --prefill 3                       more prefill workers, while it runs
   baton replay --trace FILE                     what placement policies would make of your traffic
   baton plan --model Qwen/Qwen3-32B --topology v6e-8    does it fit there, and how fast is it; no TPU needed
+  baton doctor                                  whether this machine is fit for it
+  baton up deploy/ray/v6e-1p1d.yaml             a cluster of TPU slices
   baton bench pd                                what disaggregation costs and gains on this machine
 
 `baton COMMAND --help` explains a command."""
@@ -93,6 +97,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_port(status)
     commands.add_parser("replay", help="replay a trace against a simulated fleet, under several placement policies")
     _add_explain(_command(commands, "explain", "show why a request went where it did", EXPLAIN_EPILOG, _explain))
+    status.add_argument("--cluster", type=Path, metavar="FILE", help="on the head of this cluster (see `baton up`)")
+    cluster_commands.add_commands(functools.partial(_command, commands))
     _command(commands, "version", "print the version", "", _version)
     return parser
 
@@ -170,6 +176,9 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--colocated", action="store_true", help="no prefill workers: decode workers do both")
     serve.add_argument("--numerics", choices=["fast", "strict"], help="strict: token ids independent of placement")
     serve.add_argument("--config", type=Path, metavar="FILE", help="configuration in TOML")
+    serve.add_argument("--secret-file", type=Path, metavar="FILE", help="secret that gateways and workers share")
+    serve.add_argument("--api-keys-file", type=Path, metavar="FILE", help="API keys that clients may use, one per line")
+    serve.add_argument("--ray-address", metavar="ADDRESS", help="join this Ray cluster (auto: the one of this machine)")
     serve.add_argument("--verbose", action="store_true", help="a timeline of the start-up")
     serve.add_argument("--help-config", action="store_true", help="list every configuration field, and exit")
 
@@ -224,6 +233,9 @@ def _serve(known: argparse.Namespace, unknown: list[str]) -> int:
     if known.colocated:
         flags.append("--colocated")
     config = launch.read_config(flags, known.config)
+    secrets = importlib.import_module("deploy.secret_files")
+    if known.api_keys_file:
+        config = launch.with_keys(config, secrets.read_keys(known.api_keys_file))
     launch.check_port(config.gateway.host, config.gateway.port)
     model = config.engine.model
     model_dir = checkpoint.resolve(model.path, model.revision, lambda text: sys.stderr.write(f"{text}\n"))
@@ -236,6 +248,8 @@ def _serve(known: argparse.Namespace, unknown: list[str]) -> int:
             worker_classes=launch.WORKER_CLASSES,
             gateway_class=launch.GATEWAY_CLASS,
             timeline=known.verbose,
+            secret=secrets.read_secret(known.secret_file) if known.secret_file else None,
+            ray_address=known.ray_address,
         )
     )
 
@@ -266,6 +280,8 @@ def _scale(known: argparse.Namespace, unknown: list[str]) -> int:
 
 
 def _status(known: argparse.Namespace, unknown: list[str]) -> int:
+    if known.cluster is not None:
+        return cluster_commands.remote_status(known.cluster, known.json)
     admin, run = _connect(known.port)
     return int(admin.status(run, known.json))
 
@@ -274,7 +290,8 @@ def _connect(port: int | None) -> tuple[Any, Any]:
     """The admin module, and which Baton it shall talk to."""
     run_file = importlib.import_module("deploy.run_file")
     run = run_file.find(run_file.DIRECTORY.expanduser(), port)
-    importlib.import_module("deploy.ray_local").prepare(Path(run.token_path))
+    if run.token_path:
+        importlib.import_module("deploy.ray_local").prepare(Path(run.token_path))
     return importlib.import_module("deploy.admin"), run
 
 

@@ -9,6 +9,7 @@ from engine_core.errors import ConfigError
 from engine_core.types import Role
 from router.config import GatewayConfig
 
+NODE = "node"  # `fleet.host`: the address of the machine a worker runs on
 DEMO = "demo"  # name of the embedded model
 
 
@@ -19,7 +20,9 @@ class FleetConfig:
     prefill: int = 1  # prefill workers
     decode: int = 1  # decode workers
     colocated: bool = False  # no prefill workers: decode workers read the prompts themselves
-    host: str = "127.0.0.1"  # address on which workers listen for gateways and for each other
+    gateways: int = 1  # HTTP servers; those of one machine share its port
+    host: str = "127.0.0.1"  # where workers listen for gateways and each other; "node": at their machine's address
+    pool_resources: bool = False  # each process takes one Ray resource baton-gateway, baton-prefill or baton-decode
     pin_cores: bool = False  # give each worker its own CPU cores, prefill workers first (for benchmarks)
     gpus_per_worker: float = 0.0  # GPUs that Ray reserves for each worker
     tpus_per_worker: float = 0.0  # TPU chips that Ray reserves for each worker
@@ -34,9 +37,9 @@ class FleetConfig:
         """Refuse what can never work."""
         if self.prefill < 0:
             raise ConfigError(f"fleet.prefill must not be negative, not {self.prefill}")
-        for name, count in (("decode", self.decode), ("start_attempts", self.start_attempts)):
-            if count < 1:
-                raise ConfigError(f"fleet.{name} must be at least 1, not {count}")
+        for name in ("decode", "gateways", "start_attempts"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"fleet.{name} must be at least 1, not {getattr(self, name)}")
         for name, seconds in (
             ("health_interval_s", self.health_interval_s),
             ("health_timeout_s", self.health_timeout_s),

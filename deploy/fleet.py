@@ -12,7 +12,7 @@ import msgspec
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from deploy.config import ServeConfig
+from deploy.config import FleetConfig, ServeConfig
 from deploy.fleet_core import FleetCore
 from deploy.fleet_types import FleetStatus, Membership, StartFailed, WorkerLost, WorkerReport, WorkerSpec
 from deploy.log import log_to_file
@@ -40,12 +40,12 @@ class FleetPlan(msgspec.Struct, frozen=True):
 class RayWorkerHandle:
     """One life of a worker as a Ray actor; see `WorkerHandle`."""
 
-    def __init__(self, plan: WorkerPlan, gpus: float, tpus: float) -> None:
+    def __init__(self, plan: WorkerPlan, gpus: float, resources: dict[str, float]) -> None:
         options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0}
         if gpus:
             options["num_gpus"] = gpus
-        if tpus:
-            options["resources"] = {"TPU": tpus}
+        if resources:
+            options["resources"] = resources
         self._worker_id = plan.worker_id
         self._actor = ray.remote(WorkerActor).options(**options).remote(plan)
 
@@ -77,6 +77,14 @@ class RayWorkerHandle:
         ray.kill(self._actor)
 
 
+def worker_resources(config: FleetConfig, role: Role) -> dict[str, float]:
+    """What a worker takes of Ray's custom resources."""
+    resources = {"TPU": config.tpus_per_worker} if config.tpus_per_worker else {}
+    if config.pool_resources:
+        resources[f"baton-{role}"] = 1
+    return resources
+
+
 class FleetActor:
     """Thin: every method is FleetCore's."""
 
@@ -100,7 +108,7 @@ class FleetActor:
             place=spec.place,
             num_places=num_places,
         )
-        return RayWorkerHandle(plan, config.fleet.gpus_per_worker, config.fleet.tpus_per_worker)
+        return RayWorkerHandle(plan, config.fleet.gpus_per_worker, worker_resources(config.fleet, spec.role))
 
     async def start(self) -> int:
         """Start every worker in the background; returns this process's id."""

@@ -10,22 +10,28 @@ import asyncio
 import contextlib
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
 
+from deploy.checkpoint import on_node
 from deploy.fleet import FleetClient
-from deploy.fleet_types import GatewayPlan, Membership, WorkerLost
+from deploy.fleet_types import FleetStatus, GatewayPlan, Membership, WorkerLost
 from deploy.log import log_to_file
 from engine_core.messages import WorkerInfo
+from router.fleet_view import FleetView, MemberView
 
 logger = logging.getLogger(__name__)
 
 APP = "baton"
 POLL_S = 30.0
 RETRY_S = 1.0
+ANY = -1  # no fleet's version: the next answer comes at once
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
 class Gateway(Protocol):
@@ -36,6 +42,9 @@ class Gateway(Protocol):
 
     def follow(self, workers: Sequence[WorkerInfo]) -> None:
         """These workers serve, and no others."""
+
+    def describe_fleet(self, fleet: FleetView) -> None:
+        """What people want to see of the fleet."""
 
     def check_health(self) -> None:
         """Raise when it no longer listens."""
@@ -50,6 +59,9 @@ class FleetFollower(Protocol):
     async def wait_for_change(self, version: int, timeout_s: float) -> Membership:
         """See FleetCore."""
 
+    async def watch(self, version: int, timeout_s: float) -> FleetStatus:
+        """See FleetCore."""
+
 
 async def follow_fleet(fleet: FleetFollower, gateway: Gateway, retry_s: float) -> None:
     """Keep the gateway's view equal to the fleet's, for ever. Without a fleet the last view stands."""
@@ -59,6 +71,7 @@ async def follow_fleet(fleet: FleetFollower, gateway: Gateway, retry_s: float) -
             membership = await fleet.wait_for_change(version, POLL_S)
         except WorkerLost as error:
             logger.warning("the fleet does not answer: %s", error)
+            version = ANY  # it may be another fleet that answers next, which counts anew
             await asyncio.sleep(retry_s)
             continue
         if membership.version != version:
@@ -67,17 +80,82 @@ async def follow_fleet(fleet: FleetFollower, gateway: Gateway, retry_s: float) -
             gateway.follow(membership.workers)
 
 
-class GatewayReplica:
-    """What Serve runs."""
+async def follow_status(fleet: FleetFollower, gateway: Gateway, retry_s: float) -> None:
+    """Keep what the gateway's dashboard shows equal to what the fleet says, for ever."""
+    version = 0
+    while True:
+        try:
+            status = await fleet.watch(version, POLL_S)
+        except WorkerLost:  # `follow_fleet` tells
+            version = ANY
+            await asyncio.sleep(retry_s)
+            continue
+        version = status.version
+        gateway.describe_fleet(view(status))
 
-    async def __init__(self, plan: GatewayPlan) -> None:  # type: ignore[misc]  # Serve awaits it
+
+def view(status: FleetStatus) -> FleetView:
+    """What of it people want to see."""
+    members = tuple(
+        MemberView(m.worker_id, str(m.role), m.incarnation, m.state.value, m.progress, m.pid) for m in status.members
+    )
+    return FleetView(status.wanted, members, status.events)
+
+
+class NamedFleet:
+    """The cluster's fleet, whichever has its name: it is looked up again after a loss. See FleetFollower."""
+
+    def __init__(self) -> None:
+        self._client: FleetClient | None = None
+
+    async def wait_for_change(self, version: int, timeout_s: float) -> Membership:
+        """See FleetCore."""
+        client = await self._find()
+        with self._forgetting_the_lost():
+            return await client.wait_for_change(version, timeout_s)
+
+    async def watch(self, version: int, timeout_s: float) -> FleetStatus:
+        """See FleetCore."""
+        client = await self._find()
+        with self._forgetting_the_lost():
+            return await client.watch(version, timeout_s)
+
+    async def _find(self) -> FleetClient:
+        if self._client is None:
+            try:
+                self._client = await asyncio.to_thread(FleetClient.find)
+            except ValueError:
+                raise WorkerLost("there is none yet") from None
+        return self._client
+
+    @contextlib.contextmanager
+    def _forgetting_the_lost(self) -> Iterator[None]:
+        try:
+            yield
+        except WorkerLost:
+            self._client = None
+            raise
+
+
+class GatewayReplica:
+    """What Serve runs.
+
+    Args:
+        keeper: of the fleet, where it belongs to the same application; it is only kept alive by being named.
+    """
+
+    async def __init__(self, plan: GatewayPlan, keeper: DeploymentHandle[Any] | None) -> None:  # type: ignore[misc]  # Serve awaits it
         log_to_file(Path(plan.log_dir), "gateway")
         module, _, name = plan.gateway_class.partition(":")
         self._plan = plan
         gateway_class = getattr(importlib.import_module(module), name)
-        self._gateway: Gateway = gateway_class(plan.config.gateway, Path(plan.model_dir), plan.secret)
+        model = plan.config.engine.model
+        model_dir = on_node(plan.model_dir, model.path, model.revision, lambda text: logger.info("%s", text))
+        self._gateway: Gateway = gateway_class(plan.config.gateway, model_dir, plan.secret)
         await self._gateway.start()
-        self._following = asyncio.create_task(follow_fleet(FleetClient.find(), self._gateway, RETRY_S))
+        fleet = NamedFleet()
+        self._following = asyncio.create_task(follow_fleet(fleet, self._gateway, RETRY_S))
+        self._describing = asyncio.create_task(follow_status(fleet, self._gateway, RETRY_S))
         logger.info("listening; event loop %s", type(asyncio.get_running_loop()))
 
     def check_health(self) -> None:
@@ -89,29 +167,36 @@ class GatewayReplica:
     async def __del__(self) -> None:
         """Called by Serve when the replica shall go."""
         await self._gateway.drain(self._plan.drain_timeout_s)
-        self._following.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._following
+        for task in (self._following, self._describing):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
 
 
-def start_gateways(plan: GatewayPlan, replicas: int) -> None:
-    """Start Serve and the gateways; returns when they listen."""
-    quiet = {"log_level": "WARNING", "enable_access_log": False}
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(proxy_location="Disabled", logging_config=quiet)
+def gateway_app(plan: GatewayPlan, keeper: Application | None) -> Application:
+    """The gateways as a Serve application, and `keeper` as a part of it."""
+    fleet = plan.config.fleet
+    resources = {"resources": {"baton-gateway": 1}} if fleet.pool_resources else {}
     deployment = serve.deployment(
         name="gateway",
-        num_replicas=replicas,
-        ray_actor_options={"num_cpus": 0},
+        num_replicas=fleet.gateways,
+        ray_actor_options={"num_cpus": 0, **resources},
         graceful_shutdown_timeout_s=plan.drain_timeout_s + 5,
         graceful_shutdown_wait_loop_s=0.1,
         max_constructor_retry_count=1,
         health_check_period_s=2,
         health_check_timeout_s=10,
-        logging_config=quiet,
+        logging_config=QUIET,
     )(GatewayReplica)
+    return deployment.bind(plan, keeper)
+
+
+def start_gateways(plan: GatewayPlan) -> None:
+    """Start Serve and the gateways; returns when they listen."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(proxy_location="Disabled", logging_config=QUIET)
     try:
-        serve.run(deployment.bind(plan), name=APP, route_prefix=None)
+        serve.run(gateway_app(plan, None), name=APP, route_prefix=None)
     except RuntimeError as error:  # it says that, not why
         deployed = serve.status().applications[APP].deployments
         raise RuntimeError("\n".join([str(error), *(state.message for state in deployed.values())])) from None

@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from deploy import ray_local, run_file
-from deploy.config import DEMO, ServeConfig
+from deploy.config import DEMO, NODE, ServeConfig
 from deploy.log import log_to_file
 from deploy.progress import Progress
 from engine_core import config_loader
 from engine_core.errors import ConfigError
 from engine_core.types import Role
+from kv_transfer.auth import check_bind
 
 GATEWAY_CLASS = "router.server:Gateway"
 WORKER_CLASSES = {
@@ -51,6 +52,13 @@ def complete(config: ServeConfig) -> ServeConfig:
     return replace(config, gateway=replace(gateway, model_name=name, colocated=colocated, block_salt=salt))
 
 
+def with_keys(config: ServeConfig, keys: tuple[str, ...]) -> ServeConfig:
+    """The configuration with API keys from a file; ConfigError where it names some itself."""
+    if config.gateway.api_keys:
+        raise ConfigError("gateway.api_keys and --api-keys-file exclude each other")
+    return replace(config, gateway=replace(config.gateway, api_keys=keys))
+
+
 def model_name(path: str) -> str:
     """What clients call a model: its hub id, or its directory's name."""
     directory = Path(path).expanduser()
@@ -75,17 +83,26 @@ def launch(
     worker_classes: Mapping[Role, str],
     gateway_class: str,
     timeline: bool,
+    secret: bytes | None,
+    ray_address: str | None,
 ) -> int:
-    """Serve until a signal comes; returns the exit status."""
+    """Serve until a signal comes; returns the exit status.
+
+    Args:
+        secret: shared by gateways and workers; needed where workers listen beyond this machine.
+        ray_address: of the Ray cluster to join; None starts a private Ray on this machine.
+    """
+    check_secret(config, secret)
     progress = Progress(timeline=timeline, started=time.monotonic())
     check_port(config.gateway.host, config.gateway.port)
     run_dir = Path(tempfile.mkdtemp(prefix="baton-"))
     log_dir = Path(config.log_dir).expanduser() if config.log_dir else run_dir / "logs"
     log_to_file(log_dir, "serve")
-    token_path = run_dir / ray_local.TOKEN
-    ray_local.create_token(token_path)
-    ray_local.prepare(token_path)
-    progress.say("Starting Ray ...")
+    if ray_address is None:
+        token_path = run_dir / ray_local.TOKEN
+        ray_local.create_token(token_path)
+        ray_local.prepare(token_path)
+        progress.say("Starting Ray ...")
     serve = importlib.import_module("deploy.serve")
     plan = serve.ServePlan(
         config=config,
@@ -95,8 +112,19 @@ def launch(
         run_files=run_files,
         worker_classes=dict(worker_classes),
         gateway_class=gateway_class,
+        secret=secret,
+        ray_address=ray_address,
     )
     return int(serve.run(plan, progress))
+
+
+def check_secret(config: ServeConfig, secret: bytes | None) -> None:
+    """ConfigError where a worker would refuse to listen: before anything starts."""
+    host = config.fleet.host
+    if host == NODE and secret is None:
+        raise ConfigError("fleet.host is node: workers listen beyond this machine, which needs --secret-file")
+    if host != NODE:
+        check_bind(host, secret)
 
 
 def check_port(host: str, port: int) -> None:

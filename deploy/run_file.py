@@ -13,13 +13,19 @@ DIRECTORY = Path("~/.cache/baton/run")
 
 
 class RunFile(msgspec.Struct, frozen=True):
-    """What another process of the same user needs in order to reach a running Baton."""
+    """What another process of the same user needs in order to reach a running Baton.
+
+    Attributes:
+        token_path: of the private Ray's token; empty where Baton joined a Ray cluster, whose settings are the user's.
+        log_dir: where its processes on this machine write.
+    """
 
     server: Process
     url: str
     model: str
     ray_address: str
     token_path: str
+    log_dir: str
 
 
 def path(directory: Path, port: int) -> Path:

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -25,7 +26,7 @@ from ray._private import services
 
 from deploy import ray_local, run_file
 from deploy.config import ServeConfig
-from deploy.fleet import FleetClient, FleetPlan
+from deploy.fleet import NAMESPACE, FleetClient, FleetPlan
 from deploy.fleet_types import FleetStatus, GatewayPlan, WorkerLost
 from deploy.progress import Progress
 from engine_core.errors import ConfigError
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 EXIT_FAILED, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
 STOP_GRACE_S = 10.0  # on top of the drain timeout
 READINESS_S = 60.0
+CONNECT_S = 5.0
 SAME_SIGNAL_S = 0.3  # `timeout` and some shells deliver one Ctrl-C twice
 PRESTARTED = 5  # fleet, a worker of each role, Serve's controller, the gateway
 WATCH_S = 30.0
@@ -48,6 +50,7 @@ class ServePlan(msgspec.Struct, frozen=True):
         run_dir: short path (Unix sockets live below it), removed at the end.
         log_dir: kept where the run failed.
         worker_classes: `module:class` per role.
+        ray_address: of the cluster to join; None: a private Ray is started and ended.
     """
 
     config: ServeConfig
@@ -57,7 +60,8 @@ class ServePlan(msgspec.Struct, frozen=True):
     run_files: Path
     worker_classes: dict[Role, str]
     gateway_class: str
-    secret: bytes | None = None
+    secret: bytes | None
+    ray_address: str | None
 
     @property
     def url(self) -> str:
@@ -135,7 +139,7 @@ def _remove(plan: ServePlan) -> None:
 
 def _run(plan: ServePlan, progress: Progress, interrupts: Interrupts) -> int:
     try:
-        address = start_ray(plan.run_dir)
+        address = start_ray(plan.run_dir) if plan.ray_address is None else join_ray(plan.ray_address)
         progress.say("Ray is up", detail=True)
         interrupts.install()
         asyncio.run(Serving(plan, progress, address).run(interrupts.bind))
@@ -150,7 +154,10 @@ def _run(plan: ServePlan, progress: Progress, interrupts: Interrupts) -> int:
         return EXIT_FAILED
     finally:
         interrupts.unbind()
-        stop_ray()
+        if plan.ray_address is None:
+            stop_ray()
+        else:
+            ray.shutdown()
     progress.say("Stopped.")
     return 0
 
@@ -164,10 +171,22 @@ def start_ray(run_dir: Path) -> str:
             log_to_driver=False,
             logging_level=logging.ERROR,
             object_store_memory=ray_local.OBJECT_STORE_BYTES,
-            namespace="baton",
+            namespace=NAMESPACE,
             _temp_dir=str(run_dir / "ray"),
         )
     return str(context.address_info["address"])
+
+
+def join_ray(address: str) -> str:
+    """Connect to a cluster that runs; its security settings are those of this process's environment."""
+    host, _, port = address.rpartition(":")
+    try:
+        if host:  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), CONNECT_S).close()
+        context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace=NAMESPACE)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"no Ray cluster answers at {address}: {error}") from None
+    return str(context.address_info["gcs_address"])
 
 
 @contextlib.contextmanager
@@ -243,7 +262,7 @@ class Serving:
 
     def _start_gateways(self) -> None:
         try:
-            _gateways().start_gateways(self._gateway_plan(), 1)
+            _gateways().start_gateways(self._gateway_plan())
         except RuntimeError as error:  # Serve's, with the replica's traceback in its text
             logger.error("the gateway failed to start: %s", error)
             raise gateway_failure(str(error)) from None
@@ -277,7 +296,8 @@ class Serving:
             url=self._plan.url,
             model=self._plan.config.gateway.model_name,
             ray_address=self._ray_address,
-            token_path=str(self._plan.run_dir / ray_local.TOKEN),
+            token_path="" if self._plan.ray_address else str(self._plan.run_dir / ray_local.TOKEN),
+            log_dir=str(self._plan.log_dir),
         )
         return run_file.write(self._plan.run_files, self._plan.config.gateway.port, run_file_)
 

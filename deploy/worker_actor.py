@@ -13,6 +13,7 @@ from typing import Protocol
 
 import msgspec
 
+from deploy.config import NODE
 from deploy.fleet_types import WorkerReport
 from deploy.log import log_to_file
 from engine_core.config import EngineConfig
@@ -104,12 +105,16 @@ def build_worker(plan: WorkerPlan, progress: Callable[[str], None]) -> Worker:
         importlib.import_module("jax").config.update("jax_num_cpu_devices", plan.engine.tp)
     module, _, name = plan.worker_class.partition(":")
     worker_class = getattr(importlib.import_module(module), name)
+    host = plan.host
+    if host == NODE:
+        host = str(importlib.import_module("ray.util").get_node_ip_address())
+    model = plan.engine.model
     worker: Worker = worker_class(
         plan.engine,
-        Path(plan.model_dir),
+        importlib.import_module("deploy.checkpoint").on_node(plan.model_dir, model.path, model.revision, progress),
         plan.worker_id,
         plan.incarnation,
-        PeerAddress(plan.host, 0, 0),
+        PeerAddress(host, 0, 0),
         secret=plan.secret,
         progress=progress,
     )

@@ -226,5 +226,58 @@ class BlockSnapshot(Message, frozen=True):
     stored: bytes
 
 
+class Distribution(msgspec.Struct, frozen=True, array_like=True):
+    """A histogram of seconds over `worker_stats.STAGE_BOUNDS`: values per bucket, the last one unbounded."""
+
+    counts: list[int]
+    total_s: float
+
+
+class LinkStats(msgspec.Struct, frozen=True, array_like=True):
+    """Hand-overs from one prefill worker: complete ones, failed ones, bytes received, seconds of the complete ones."""
+
+    transfers: int
+    failures: int
+    num_bytes: int
+    seconds: float
+
+
+class WorkerStats(Message, frozen=True):
+    """Worker -> gateways, once a second: what it has counted since its start (`engine_core.worker_stats`).
+
+    Attributes:
+        queue: from arrival at this worker to admission (all pages reserved).
+        prefill: from admission to the first token, where the prompt was computed here.
+        transfer: from the ticket to the last verified block, where it was computed elsewhere.
+        decode: from the first token (or the slot, after a hand-over) to the last.
+        prefill_padding, decode_padding: token rows and sequence rows that padded steps to their buckets.
+        query_tokens, hit_tokens: looked up in the prefix cache, and found there.
+        busy_s: engine thread at work.
+        loop_lag_s: longest delay of the event loop since the last of these messages.
+        memory_used_bytes, memory_limit_bytes: of the devices together; where they are CPUs, of the process and machine.
+        links: by the prefill worker's KV address, "host:port".
+    """
+
+    queue: Distribution
+    prefill: Distribution
+    transfer: Distribution
+    decode: Distribution
+    prefill_steps: int
+    prefill_tokens: int
+    prefill_padding: int
+    decode_steps: int
+    decode_rows: int
+    decode_padding: int
+    query_tokens: int
+    hit_tokens: int
+    busy_s: float
+    loop_lag_s: float
+    memory_used_bytes: int
+    memory_limit_bytes: int
+    links: dict[str, LinkStats]
+
+
 GatewayToWorker = Hello | Prefill | Decode | Cancel | SnapshotRequest
-WorkerToGateway = Challenge | Hello | Refused | Tokens | Failed | Load | Measured | BlockEvents | BlockSnapshot
+WorkerToGateway = (
+    Challenge | Hello | Refused | Tokens | Failed | Load | Measured | WorkerStats | BlockEvents | BlockSnapshot
+)

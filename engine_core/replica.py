@@ -14,6 +14,7 @@ from engine_core.resolve import ResolvedEngine
 from engine_core.sequence import Sequence as Seq
 from engine_core.step_io import StepInputs
 from engine_core.types import Numerics, Role
+from engine_core.worker_stats import StatsRecorder
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class Replica:
     memory: SequenceMemory
     builder: BatchBuilder
     identity: str
+    stats: StatsRecorder
 
     @property
     def resolved(self) -> ResolvedEngine:
@@ -72,7 +74,9 @@ class Replica:
 
     def dispatch_prefill(self, chunks: Sequence[Chunk]) -> PendingStep:
         """Queue one prefill step. Row i of its output belongs to `output_rows(chunks)[i]`."""
-        return self.engine.dispatch(self._prefill_inputs(chunks))
+        inputs = self._prefill_inputs(chunks)
+        self.stats.prefill_step(sum(chunk.count for chunk in chunks), len(inputs.tokens))
+        return self.engine.dispatch(inputs)
 
     def output_rows(self, chunks: Sequence[Chunk]) -> list[int]:
         """Row of the step's output that holds each chunk's sampled token."""
@@ -86,7 +90,9 @@ class Replica:
 
     def dispatch_decode(self, sequences: Sequence[Seq]) -> PendingStep:
         """Queue one decode step; row i is `sequences[i]`."""
-        return self.engine.dispatch(self.builder.decode(sequences, self.resolved.decode_bucket(len(sequences))))
+        bucket = self.resolved.decode_bucket(len(sequences))
+        self.stats.decode_step(len(sequences), bucket)
+        return self.engine.dispatch(self.builder.decode(sequences, bucket))
 
     def prepare_slot(self, sequence: Seq) -> None:
         """Set token counts on the device where the request uses penalties. The sequence has a slot."""

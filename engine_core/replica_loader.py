@@ -11,6 +11,7 @@ import jax
 from engine_core.batch import BatchBuilder
 from engine_core.chunking import SequenceMemory
 from engine_core.config import EngineConfig
+from engine_core.device_memory import device_memory
 from engine_core.engine import Engine
 from engine_core.models.registry import load_spec
 from engine_core.page_pool import PagePool
@@ -21,6 +22,7 @@ from engine_core.slot_table import SlotTable
 from engine_core.step_io import StepInputs
 from engine_core.strict import prove
 from engine_core.types import Numerics
+from engine_core.worker_stats import StatsRecorder
 
 
 def open_replica(config: EngineConfig, model_dir: Path, progress: Callable[[str], None], *, decodes: bool) -> Replica:
@@ -43,7 +45,13 @@ def open_replica(config: EngineConfig, model_dir: Path, progress: Callable[[str]
     cache = PrefixCache(PagePool(resolved.layout.num_pages), resolved.layout.page_size)
     namespace = bytes.fromhex(resolved.fingerprint)
     memory = SequenceMemory(cache, table, resolved.layout.page_size, namespace, reuse=config.prefix_cache)
-    replica = Replica(engine=engine, memory=memory, builder=BatchBuilder(table), identity=resolved.fingerprint)
+    replica = Replica(
+        engine=engine,
+        memory=memory,
+        builder=BatchBuilder(table),
+        identity=resolved.fingerprint,
+        stats=StatsRecorder(lambda: device_memory(jax.local_devices()[: config.tp])),
+    )
     engine.warm_up(_buckets(replica, decodes=decodes), progress)
     if resolved.numerics is not Numerics.STRICT:
         return replica

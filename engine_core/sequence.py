@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 from engine_core.messages import TokenChunk
@@ -26,6 +27,7 @@ class Sequence:
         cached_told: its owner has been told `num_cached`.
         token_on_host: the next step's input is the last of `token_ids`; else it is on the device, in the slot.
         finished: no more tokens are wanted; rows of it still in flight are ignored.
+        created_at, admitted_at, decoding_at: `time.monotonic()` when it came, had its pages, had its first token.
     """
 
     request: Request
@@ -40,6 +42,9 @@ class Sequence:
     cached_told: bool = False
     token_on_host: bool = False
     finished: bool = False
+    created_at: float = field(default_factory=time.monotonic)
+    admitted_at: float = 0.0
+    decoding_at: float = 0.0
 
     @classmethod
     def of(cls, request: Request) -> Sequence:

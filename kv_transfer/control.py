@@ -34,6 +34,7 @@ from engine_core.messages import (
     SnapshotRequest,
     Tokens,
     WorkerInfo,
+    WorkerStats,
 )
 from kv_transfer.auth import Side, check_bind, make_proof, new_nonce, proves
 from kv_transfer.channel import MAX_FRAME_BYTES, Channel, from_gateway, from_worker
@@ -65,7 +66,7 @@ class GatewayLink:
         self.peer = peer
         self._channel = channel
 
-    def send(self, message: Tokens | Failed | Load | Measured | BlockEvents | BlockSnapshot) -> bool:
+    def send(self, message: Tokens | Failed | Load | Measured | WorkerStats | BlockEvents | BlockSnapshot) -> bool:
         """Queue a message; False when the gateway is slow or gone."""
         return self._channel.send(message)
 
@@ -115,6 +116,11 @@ class ControlServer:
         self._last_load = load
         for link in self.links:
             link.send(load)
+
+    def tell(self, stats: WorkerStats) -> None:
+        """Tell all gateways; one that comes later hears the next."""
+        for link in self.links:
+            link.send(stats)
 
     async def close(self) -> None:
         """Stop listening; send what is queued, then hang up. `on_gateway_lost` follows for each link."""
@@ -205,6 +211,10 @@ class WorkerEvents(Protocol):
 
     def on_blocks(self, client: ControlClient, message: BlockEvents | BlockSnapshot) -> None:
         """What its prefix cache holds."""
+        ...
+
+    def on_stats(self, client: ControlClient, message: WorkerStats) -> None:
+        """What it has counted."""
         ...
 
     def on_lost(self, client: ControlClient, error: BatonError) -> None:
@@ -346,6 +356,8 @@ class ControlClient:
             self._events.on_blocks(self, message)
         elif kind is Measured:
             self._events.on_measured(self, message)
+        elif kind is WorkerStats:
+            self._events.on_stats(self, message)
         else:
             raise ProtocolError(f"unexpected {kind.__name__}")
 

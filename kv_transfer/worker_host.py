@@ -33,6 +33,7 @@ from engine_core.messages import (
 )
 from engine_core.prefix_cache import BlockEvent
 from engine_core.types import Request, Tier
+from engine_core.worker_stats import StatsRecorder
 from kv_transfer.block_publisher import BlockPublisher
 from kv_transfer.control import ControlServer, GatewayLink
 
@@ -43,6 +44,7 @@ Key = tuple[str, int]
 BEAT_S = 0.25
 STOP_TIMEOUT_S = 10.0
 PUBLISH_S = 0.02  # block events of a busy worker are sent this often
+STATS_S = 1.0
 
 
 class RoleScheduler(Protocol):
@@ -98,6 +100,10 @@ class ServedReplica(Protocol):
 
     def block_hashes(self) -> list[bytes]:
         """What the prefix cache holds."""
+
+    @property
+    def stats(self) -> StatsRecorder:
+        """What is counted for operators."""
 
 
 class WorkerHost:
@@ -236,8 +242,11 @@ class WorkerHost:
             self.give_up(key)
 
     def _tick(self) -> bool:
+        began_at = time.monotonic()
         busy = self._scheduler.tick()
         now = time.monotonic()
+        if busy:
+            self._replica.stats.busy_s += now - began_at
         if not busy or now - self._published_at >= PUBLISH_S:
             self._published_at = now
             self._publish_changes()
@@ -338,9 +347,15 @@ class WorkerHost:
             self._send_failure(key, error)
 
     async def _beat(self) -> None:
-        """Load at most every 250 ms where it changed, and once a second regardless."""
+        """Load at most every 250 ms where it changed, and once a second regardless; with that, the statistics."""
         last, quiet = None, 0
+        stats = self._replica.stats
+        told_at = time.monotonic()
         while True:
+            began_at = time.monotonic()
+            if began_at - told_at >= STATS_S:
+                told_at = began_at
+                self._server.tell(stats.snapshot())
             load = self.load()
             if load != last or quiet >= round(1 / BEAT_S) - 1:
                 self._server.broadcast(load)
@@ -348,6 +363,7 @@ class WorkerHost:
             else:
                 quiet += 1
             await asyncio.sleep(BEAT_S)
+            stats.loop_lag_s = max(stats.loop_lag_s, time.monotonic() - began_at - BEAT_S)
 
 
 def _failure(key: Key, error: BatonError) -> Failed:

@@ -145,6 +145,7 @@ class PrefillScheduler:
             return False
         for chunk in chunks:
             if chunk.start == chunk.sequence.num_cached:
+                self._replica.stats.admitted(chunk.sequence)
                 self._replica.prepare_slot(chunk.sequence)
         step = self._replica.dispatch_prefill(chunks)
         step.start_copy()
@@ -167,6 +168,7 @@ class PrefillScheduler:
             num_top = sequence.request.sampling.logprobs
             logprobs = step.logprobs(row, num_top) if num_top is not None else None
             task = self._tasks[sequence.key]
+            self._replica.stats.prefilled(sequence)
             task.first_token = sequence.accept(tokens[row], self._eos, logprobs, cached_tokens=sequence.num_cached)
             self._events.tokens(task.first_token)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import time
 from typing import Any
@@ -14,12 +13,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine_core.errors import BatonError
+from router.dashboard import add_dashboard_routes
 from router.dialects import ChatDialect, CompletionDialect, model_not_found
 from router.endpoint import GenerateEndpoint
 from router.http import HttpError, KeyCheck, encode_json, error_json
 from router.metrics import CONTENT_TYPE
 from router.openai_types import ChatBody, CompletionBody
 from router.service import Service
+from router.version import version
 
 logger = logging.getLogger(__name__)
 
@@ -69,16 +70,9 @@ def build_app(service: Service) -> FastAPI:
     _add_model_routes(app, service, check_key)
     _add_operator_routes(app, service, check_key)
     _add_explanation_route(app, service, check_key)
+    add_dashboard_routes(app, service, check_key)
     _add_error_handlers(app)
     return app
-
-
-def version() -> str:
-    """Of the installed package."""
-    try:
-        return importlib.metadata.version("baton")
-    except importlib.metadata.PackageNotFoundError:
-        return "0.0.0"
 
 
 def _add_model_routes(app: FastAPI, service: Service, check_key: KeyCheck) -> None:
@@ -114,6 +108,11 @@ def _add_operator_routes(app: FastAPI, service: Service, check_key: KeyCheck) ->
     async def health() -> Response:
         """Whether the process lives."""
         return _json({"status": "ok"})
+
+    @app.get("/-/healthz", include_in_schema=False)
+    async def serve_health() -> Response:
+        """Where KubeRay asks Serve's own proxies, whose place the gateway takes on its port."""
+        return Response("success", 503 if service.draining else 200, media_type="text/plain")
 
     @app.get("/readiness")
     async def readiness() -> Response:

@@ -33,6 +33,9 @@ class GatewayConfig:
     inline_tokenize_chars: int = 8192  # longer texts are tokenized on a thread
     special_tokens_in_prompt: bool = True  # /v1/completions parses special-token strings; chat never does
     block_salt: str = ""  # secret; keys the names of cached blocks. `baton serve` draws one per run
+    slo_ttft_s: float = 1.0  # objective for the time to first token; goodput counts choices that meet both
+    slo_itl_s: float = 0.1  # objective for the mean time between tokens of a choice
+    metric_aliases: bool = True  # expose vllm:* names, too: what the Gateway API inference extension looks for
     keep_alive_s: int = 75  # idle HTTP connections are closed after this
 
     def __post_init__(self) -> None:
@@ -54,6 +57,8 @@ class GatewayConfig:
             "lost_after_s",
             "max_wait_s",
             "max_backlog_s",
+            "slo_ttft_s",
+            "slo_itl_s",
         ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")

@@ -5,34 +5,40 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
+from engine_core.errors import BatonError
 from router.block_feed import FeedState
 from router.block_index import BlockIndex
 from router.breaker import BreakerState
+from router.config import GatewayConfig
+from router.metric_catalogue import BY_NAME, MetricSpec
 from router.registry import WorkerState
+from router.stream import Stream
+from router.worker_metrics import aggregate_families, latest_lives, simple_family, worker_families
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-TTFT_BOUNDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-ITL_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5)
-QUEUE_BOUNDS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-DECISION_BOUNDS = (0.00005, 0.0001, 0.0002, 0.0003, 0.0005, 0.00075, 0.001, 0.002, 0.005, 0.01, 0.1)
-ERROR_BOUNDS = (-1.0, -0.3, -0.1, -0.03, -0.01, -0.003, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-E2E_BOUNDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
+LOCAL = "local"  # in place of a prefill worker's name
 
 
 class Histogram:
-    """Counts per bucket."""
+    """Counts per bucket of a metric of the catalogue.
 
-    __slots__ = ("_bounds", "_counts", "_sum")
+    Args:
+        name: of the metric.
+    """
 
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
+    __slots__ = ("_bounds", "_counts", "_spec", "_sum")
+
+    def __init__(self, name: str) -> None:
+        self._spec = BY_NAME[name]
+        self._bounds = self._spec.bounds
+        self._counts = [0] * (len(self._bounds) + 1)
         self._sum = 0.0
 
     def observe(self, value: float) -> None:
@@ -40,47 +46,89 @@ class Histogram:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
-    def family(self, name: str, documentation: str) -> HistogramMetricFamily:
-        """For exposition."""
-        total, buckets = 0, []
-        for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts, strict=True):
-            total += count
-            buckets.append((bound, float(total)))
-        return HistogramMetricFamily(name, documentation, buckets=buckets, sum_value=self._sum)
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        """Upper ends of all buckets but the last."""
+        return self._bounds
+
+    @property
+    def counts(self) -> list[int]:
+        """Values per bucket so far; the last bucket has no bound."""
+        return list(self._counts)
+
+    def families(self, extra: dict[str, str]) -> Iterator[HistogramMetricFamily]:
+        """For exposition: under its name and, with the labels `extra`, under its alias where `extra` is not empty."""
+        labels = (*map(str, self._bounds), "+Inf")
+        buckets = list(zip(labels, map(float, accumulate(self._counts)), strict=True))
+        yield HistogramMetricFamily(self._spec.name, self._spec.help, buckets=buckets, sum_value=self._sum)
+        if extra and self._spec.alias:
+            family = HistogramMetricFamily(self._spec.alias, self._spec.help, labels=list(extra))
+            family.add_metric(list(extra.values()), buckets, self._sum)
+            yield family
 
 
 class Metrics(Collector):
     """All metrics of one gateway.
 
+    Args:
+        config: names the model, the objectives, and whether other tools' names are wanted.
+        version: of the software.
+
     Attributes:
         requests: HTTP requests by (endpoint, status).
         retries: attempts of streams beyond the first, by error code.
+        choices: by finish reason.
         refused: requests that found no room or no worker, by reason.
-        placements: by whether the decode worker reads the prompt itself (`local`) or not (`remote`).
+        placements: attempts by (prefill worker or LOCAL, decode worker).
         ttft_error: time to the first token of an attempt less what placement predicted.
     """
 
-    def __init__(self) -> None:
-        self.ttft = Histogram(TTFT_BOUNDS)
-        self.itl = Histogram(ITL_BOUNDS)
-        self.e2e = Histogram(E2E_BOUNDS)
-        self.queue_wait = Histogram(QUEUE_BOUNDS)
-        self.decision = Histogram(DECISION_BOUNDS)
-        self.ttft_error = Histogram(ERROR_BOUNDS)
+    def __init__(self, config: GatewayConfig, version: str) -> None:
+        self.ttft = Histogram("baton_time_to_first_token_seconds")
+        self.itl = Histogram("baton_inter_token_latency_seconds")
+        self.e2e = Histogram("baton_e2e_request_latency_seconds")
+        self.queue_wait = Histogram("baton_queue_wait_seconds")
+        self.decision = Histogram("baton_placement_decision_seconds")
+        self.ttft_error = Histogram("baton_ttft_prediction_error_seconds")
+        self.loop_lag = Histogram("baton_event_loop_lag_seconds")
+        self._prompt_lengths = Histogram("baton_request_prompt_tokens")
+        self._answer_lengths = Histogram("baton_request_generation_tokens")
         self.refused: Counter[str] = Counter()
-        self.placements: Counter[str] = Counter()
         self.num_waiting = 0
         self.index: BlockIndex | None = None
         self.requests: Counter[tuple[str, int]] = Counter()
-        self.retries: Counter[str] = Counter()
+        self.retries: Counter[str] = Counter(dict.fromkeys(_retryable_codes(BatonError), 0))
+        self.choices: Counter[str] = Counter({"stop": 0, "length": 0, "cancelled": 0, "error": 0})
+        self.placements: Counter[tuple[str, str]] = Counter()
+        self.within_slo = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.generated_tokens = 0
         self.disconnects = 0
         self.running_streams = 0
         self.workers: Iterable[WorkerState] = ()
+        self._config = config
+        self._version = version
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+
+    def accepted(self, num_prompt_tokens: int) -> None:
+        """A choice was placed for the first time."""
+        self.prompt_tokens += num_prompt_tokens
+        self._prompt_lengths.observe(num_prompt_tokens)
+
+    def placed(self, prefill: str | None, decode: str) -> None:
+        """An attempt begins there."""
+        self.placements[prefill or LOCAL, decode] += 1
+
+    def ended(self, stream: Stream, reason: str) -> None:
+        """A choice is over. `reason`: stop, length, cancelled or error."""
+        self.choices[reason] += 1
+        if stream.last_at:
+            self.e2e.observe(stream.last_at - stream.arrived_at)
+        self._answer_lengths.observe(len(stream.journal.token_ids))
+        self.within_slo += reason in ("stop", "length") and self._is_within_slo(stream)
 
     def expose(self) -> bytes:
         """Text for the scraper."""
@@ -88,69 +136,66 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Called by the library."""
-        yield self.ttft.family("baton_time_to_first_token_seconds", "From arrival to the first token of a choice")
-        yield self.itl.family("baton_inter_token_latency_seconds", "Between two chunks of one choice")
-        yield self.e2e.family("baton_e2e_request_latency_seconds", "From arrival to the end of a choice")
-        yield self.queue_wait.family("baton_queue_wait_seconds", "In the gateway's queue, of requests that waited")
-        yield self.decision.family("baton_placement_decision_seconds", "Hashing, matching, costs and reservation")
-        yield self.ttft_error.family(
-            "baton_ttft_prediction_error_seconds", "First token of an attempt, later (+) or earlier (-) than predicted"
-        )
-        requests = CounterMetricFamily("baton_requests", "HTTP requests", labels=["endpoint", "status"])
-        for (endpoint, status), count in self.requests.items():
-            requests.add_metric([endpoint, str(status)], count)
-        yield requests
-        retries = CounterMetricFamily("baton_retries", "Attempts beyond a stream's first", labels=["reason"])
-        for reason, count in self.retries.items():
-            retries.add_metric([reason], count)
-        yield retries
-        yield _counter("baton_refused_requests", "Requests without room or worker", "reason", self.refused)
-        yield _counter("baton_placements", "Attempts placed, by who reads the prompt", "kind", self.placements)
-        for name, documentation, value in (
-            ("baton_prompt_tokens", "Prompt tokens of accepted choices", self.prompt_tokens),
-            ("baton_cached_prompt_tokens", "Of these, found in a worker's prefix cache", self.cached_tokens),
-            ("baton_generation_tokens", "Generated tokens", self.generated_tokens),
-            ("baton_client_disconnects", "Requests whose client went away", self.disconnects),
-        ):
-            yield CounterMetricFamily(name, documentation, value=value)
-        yield GaugeMetricFamily("baton_streams_running", "Choices in progress here", value=self.running_streams)
-        yield GaugeMetricFamily("baton_requests_waiting", "Requests in the gateway's queue", value=self.num_waiting)
-        if self.index is not None:
-            yield GaugeMetricFamily("baton_index_blocks", "Blocks in the global index", value=len(self.index))
-            yield GaugeMetricFamily("baton_index_bytes", "Memory of the global index", value=self.index.num_bytes)
-        yield from self._worker_gauges()
+        model = {"model_name": self._config.model_name} if self._config.metric_aliases else {}
+        lengths = (self._prompt_lengths, self._answer_lengths)
+        routing = (self.queue_wait, self.decision, self.ttft_error)
+        for histogram in (self.ttft, self.itl, self.e2e, *lengths, *routing, self.loop_lag):
+            yield from histogram.families(model)
+        yield from self._counters(model)
+        yield from self._gauges()
         yield from self._routing_gauges()
+        yield from worker_families(self.workers)
+        if model:
+            yield from aggregate_families(self.workers, self._config.model_name)
 
-    def _worker_gauges(self) -> Iterator[Metric]:
-        fields = {
-            "running": ("baton_num_requests_running", "Sequences running on a worker"),
-            "waiting": ("baton_num_requests_waiting", "Sequences waiting on a worker"),
-            "queued_tokens": ("baton_queued_tokens", "Prompt tokens waiting on a worker"),
-            "free_pages": ("baton_free_pages", "Free KV pages of a worker"),
-            "preemptions": ("baton_preemptions", "Sequences of a worker that had to give their pages to others"),
-            "compiles_after_warmup": ("baton_compiles_after_warmup", "Compiles after warm-up: a bug unless 0"),
+    def _is_within_slo(self, stream: Stream) -> bool:
+        if not stream.first_at:
+            return False
+        intervals = max(len(stream.journal.token_ids) - 1, 1)
+        mean_itl_s = (stream.last_at - stream.first_at) / intervals
+        is_soon = stream.first_at - stream.arrived_at <= self._config.slo_ttft_s
+        return is_soon and mean_itl_s <= self._config.slo_itl_s
+
+    def _counters(self, model: dict[str, str]) -> Iterator[Metric]:
+        labelled: dict[str, dict[tuple[str, ...], int]] = {
+            "baton_requests": {(endpoint, str(status)): count for (endpoint, status), count in self.requests.items()},
+            "baton_retries": {(reason,): count for reason, count in self.retries.items()},
+            "baton_choices": {(reason,): count for reason, count in self.choices.items()},
+            "baton_refused_requests": {(reason,): count for reason, count in self.refused.items()},
+            "baton_placements": {(prefill, decode): count for (prefill, decode), count in self.placements.items()},
+            "baton_choices_within_slo": {(): self.within_slo},
+            "baton_prompt_tokens": {(): self.prompt_tokens},
+            "baton_cached_prompt_tokens": {(): self.cached_tokens},
+            "baton_generation_tokens": {(): self.generated_tokens},
+            "baton_client_disconnects": {(): self.disconnects},
         }
-        labels = ["worker", "role"]
-        workers = list(self.workers)
-        connected = GaugeMetricFamily("baton_worker_connected", "1 while connected", labels=labels)
-        for worker in workers:
-            connected.add_metric([worker.info.worker_id, worker.info.role], float(worker.connected))
-        yield connected
-        for field, (name, documentation) in fields.items():
-            gauge = GaugeMetricFamily(name, documentation, labels=labels)
-            for worker in workers:
-                if worker.load is not None:
-                    gauge.add_metric([worker.info.worker_id, worker.info.role], getattr(worker.load, field))
-            yield gauge
+        for name, samples in labelled.items():
+            spec = BY_NAME[name]
+            yield _counter(name, spec, {}, samples)
+            if model and spec.alias:
+                yield _counter(spec.alias, spec, model, samples)
+
+    def _gauges(self) -> Iterator[Metric]:
+        slo = simple_family("baton_slo_seconds")
+        slo.add_metric(["ttft"], self._config.slo_ttft_s)
+        slo.add_metric(["itl"], self._config.slo_itl_s)
+        running = simple_family("baton_streams_running")
+        running.add_metric([], self.running_streams)
+        build: GaugeMetricFamily | CounterMetricFamily = simple_family("baton_build_info")
+        build.add_metric([self._version, self._config.model_name], 1)
+        waiting = simple_family("baton_requests_waiting")
+        waiting.add_metric([], self.num_waiting)
+        yield from (slo, running, waiting, build)
+        if self.index is not None:
+            blocks, held = simple_family("baton_index_blocks"), simple_family("baton_index_bytes")
+            blocks.add_metric([], len(self.index))
+            held.add_metric([], self.index.num_bytes)
+            yield from (blocks, held)
 
     def _routing_gauges(self) -> Iterator[Metric]:
-        workers = list(self.workers)
-        names = ["worker", "role"]
-        live = GaugeMetricFamily("baton_block_feed_live", "1 while a worker's block events are complete", labels=names)
-        gaps = CounterMetricFamily("baton_block_feed_gaps", "Times that block events were missing", labels=names)
-        fenced = CounterMetricFamily("baton_block_feed_fenced", "Messages of another life, dropped", labels=names)
-        closed = GaugeMetricFamily("baton_breaker_closed", "0 while a worker is left alone for failing", labels=names)
-        for worker in workers:
+        live, gaps = simple_family("baton_block_feed_live"), simple_family("baton_block_feed_gaps")
+        fenced, closed = simple_family("baton_block_feed_fenced"), simple_family("baton_breaker_closed")
+        for worker in latest_lives(self.workers):
             labels = [worker.info.worker_id, worker.info.role]
             closed.add_metric(labels, float(worker.candidate.breaker.state is BreakerState.CLOSED))
             if worker.feed is not None:
@@ -160,8 +205,16 @@ class Metrics(Collector):
         yield from (live, gaps, fenced, closed)
 
 
-def _counter(name: str, documentation: str, label: str, counts: Counter[str]) -> CounterMetricFamily:
-    family = CounterMetricFamily(name, documentation, labels=[label])
-    for value, count in counts.items():
-        family.add_metric([value], count)
+def _retryable_codes(kind: type[BatonError]) -> set[str]:
+    """Of this error and its subclasses: a series that appears only with the first error hides that error's rate."""
+    codes = {kind.code} if kind.retryable else set()
+    return codes.union(*(_retryable_codes(child) for child in kind.__subclasses__()))
+
+
+def _counter(
+    name: str, spec: MetricSpec, extra: dict[str, str], samples: dict[tuple[str, ...], int]
+) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, spec.help, labels=[*spec.labels, *extra])
+    for labels, count in samples.items():
+        family.add_metric([*labels, *extra.values()], count)
     return family

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from engine_core.errors import BatonError, WorkerDied
-from engine_core.messages import BlockEvents, BlockSnapshot, Failed, Load, Measured, Tokens, WorkerInfo
+from engine_core.messages import BlockEvents, BlockSnapshot, Failed, Load, Measured, Tokens, WorkerInfo, WorkerStats
 from engine_core.types import Role
 from kv_transfer.control import ControlClient
 from router.block_feed import BlockFeed
@@ -52,6 +52,7 @@ class WorkerState:
     Attributes:
         candidate: as placement sees it.
         feed: what it says of its prefix cache; None where it keeps none.
+        stats: what it said last of what it has counted.
         connected: whether it said that it is this very incarnation.
         leaving: no longer a member: it may finish what it has, and gets nothing new.
         streams: those of this gateway that need it.
@@ -61,6 +62,7 @@ class WorkerState:
         self.info = info
         self.candidate = Candidate(info, StepModel(registry.teacher(info.role)))
         self.feed = BlockFeed(registry.index, self.candidate.key) if info.block_namespace else None
+        self.stats: WorkerStats | None = None
         self.connected = False
         self.leaving = False
         self.streams: set[Stream] = set()
@@ -129,6 +131,10 @@ class WorkerState:
         else:
             self.feed.on_snapshot(message, client.heard_at)
         self._registry.fold_soon()
+
+    def on_stats(self, client: ControlClient, message: WorkerStats) -> None:
+        """What it has counted."""
+        self.stats = message
 
     def on_lost(self, client: ControlClient, error: BatonError) -> None:
         """The connection ended; the client reconnects by itself."""

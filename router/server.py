@@ -20,6 +20,7 @@ from engine_core.messages import WorkerInfo
 from router.app import build_app
 from router.clients import MakeClient, connect_with
 from router.config import GatewayConfig
+from router.fleet_view import FleetView
 from router.http_protocol import HttpProtocol
 from router.service import Service
 from router.tokenizer import TextCodec
@@ -96,6 +97,10 @@ class Gateway:
     def follow(self, workers: Sequence[WorkerInfo]) -> None:
         """These workers serve, and no others."""
         self.service.follow(workers)
+
+    def describe_fleet(self, fleet: FleetView) -> None:
+        """What the dashboard shows of the fleet."""
+        self.service.fleet = fleet
 
     def check_health(self) -> None:
         """Raises if the server has ended."""

@@ -28,14 +28,19 @@ from router.clients import MakeClient
 from router.config import GatewayConfig
 from router.cost_model import TransferModel
 from router.decision import Decisions, Option
+from router.fleet_view import FleetView
+from router.history import History
+from router.loop_lag import watch_loop
 from router.mailbox import Item, Mailbox
 from router.metrics import Metrics
 from router.pair_costs import PlacementConfig
 from router.placement import JointPlacement, Placement
 from router.registry import Registry, WorkerState
 from router.retry_budget import RetryBudget
+from router.slow_requests import SlowRequests
 from router.stream import Stage, Stream
 from router.tokenizer import TextCodec
+from router.version import version
 from router.wishes import Wishes
 
 logger = logging.getLogger(__name__)
@@ -63,7 +68,7 @@ class Generation:
 
     def stop(self, index: int) -> None:
         """Enough of choice `index`: a stop string was found."""
-        self._service.cancel(self._streams[index])
+        self._service.cancel(self._streams[index], "stop")
 
     def placed(self) -> Option | None:
         """Where the first choice runs, or ran last."""
@@ -80,7 +85,7 @@ class Generation:
     def close(self) -> None:
         """Cancel what has not ended."""
         for stream in self._streams:
-            self._service.cancel(stream)
+            self._service.cancel(stream, "cancelled")
 
 
 class Service:
@@ -97,7 +102,10 @@ class Service:
         self.config = config
         self.codec = codec
         self.salt = salt
-        self.metrics = Metrics()
+        self.metrics = Metrics(config, version())
+        self.history = History(self.metrics, time.time)
+        self.slow_requests = SlowRequests(time.time)
+        self.fleet: FleetView | None = None
         self.decisions = Decisions()
         self.index = BlockIndex(INDEX_BLOCKS)
         transfers = TransferModel()
@@ -123,7 +131,7 @@ class Service:
         self._retry_budget = RetryBudget()
         self._streams: dict[str, Stream] = {}
         self._retries: set[asyncio.Task[None]] = set()
-        self._watch_task: asyncio.Task[None] | None = None
+        self._watch_tasks: list[asyncio.Task[None]] = []
 
     @property
     def fingerprint(self) -> str:
@@ -133,7 +141,8 @@ class Service:
     def start(self) -> None:
         """Begin to watch the workers and the time."""
         self.registry.start()
-        self._watch_task = asyncio.get_running_loop().create_task(self._watch_deadlines())
+        watches = (self._watch_deadlines(), watch_loop(self.metrics.loop_lag.observe), self.history.watch())
+        self._watch_tasks = [asyncio.get_running_loop().create_task(watch) for watch in watches]
 
     def follow(self, workers: Sequence[WorkerInfo]) -> None:
         """These workers serve, and no others."""
@@ -147,7 +156,7 @@ class Service:
                 placed.set_exception(CapacityError("the gateway is shutting down"))
         for stream in list(self._streams.values()):
             self._fail(stream, CapacityError("the gateway is shutting down"))
-        tasks = [*self._retries, *([self._watch_task] if self._watch_task else [])]
+        tasks = [*self._retries, *self._watch_tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -184,14 +193,15 @@ class Service:
         except BaseException:
             generation.close()
             raise
-        self.metrics.prompt_tokens += sum(request.num_prompt_tokens for request in requests)
+        for request in requests:
+            self.metrics.accepted(request.num_prompt_tokens)
         return generation
 
-    def cancel(self, stream: Stream) -> None:
+    def cancel(self, stream: Stream, reason: str) -> None:
         """Free everything that the stream holds, here and on the workers; ended streams hold nothing."""
         if not stream.ended:
             self._abandon_attempt(stream)
-            self._end(stream)
+            self._end(stream, reason)
 
     # FleetListener
 
@@ -323,6 +333,7 @@ class Service:
             if stream.last_at:
                 metrics.itl.observe(now - stream.last_at)
             else:
+                stream.first_at = now
                 metrics.ttft.observe(now - stream.arrived_at)
             stream.last_at = now
             metrics.generated_tokens += len(chunk.token_ids)
@@ -330,7 +341,7 @@ class Service:
             if chunk.finish_reason is not None:
                 stream.detach(now)
                 self._placement.finished(len(journal.token_ids))
-                self._end(stream)
+                self._end(stream, chunk.finish_reason)
                 return
             following = journal.next_early()
             if following is not None and not journal.accept(following):
@@ -346,7 +357,7 @@ class Service:
         stream.attach(placement, prefill, decode)
         stream.sent_at = now
         self.decisions.record(placement.decision)
-        self.metrics.placements["local" if prefill is None else "remote"] += 1
+        self.metrics.placed(placement.decision.chosen.prefill, placement.decision.chosen.decode)
         try:
             if prefill is not None:
                 prefill.client.send(Prefill(request, deadline_ms))
@@ -417,18 +428,18 @@ class Service:
                 worker.client.send(message)
 
     def _fail(self, stream: Stream, error: BatonError) -> None:
-        self._end(stream)
+        self._end(stream, "error")
         stream.mailbox.fail(error)
 
-    def _end(self, stream: Stream) -> None:
+    def _end(self, stream: Stream, reason: str) -> None:
         stream.ended = True
         self._streams.pop(stream.request.request_id, None)
         self.metrics.running_streams = len(self._streams)
         self.metrics.cached_tokens += stream.cached_tokens
         if self._waiting:
             self.on_room(self._now())
-        if stream.last_at:
-            self.metrics.e2e.observe(stream.last_at - stream.arrived_at)
+        self.metrics.ended(stream, reason)
+        self.slow_requests.record(stream, reason, self._now())
         self.registry.forget_idle()
 
     async def _watch_deadlines(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
 
 from engine_core.types import Request
 from router.journal import Journal
@@ -22,6 +24,14 @@ class Stage(IntEnum):
     DECODING = 2  # the prefill worker is no longer needed
 
 
+class Route(NamedTuple):
+    """Where an attempt went, by worker id, and what placement compared when it chose; for people."""
+
+    prefill: str | None
+    decode: str
+    terms: dict[str, float]
+
+
 class Stream:
     """Mutable progress of one `Request`.
 
@@ -29,11 +39,12 @@ class Stream:
         request: of the current attempt.
         index: which choice of the HTTP request.
         placement: None between two attempts and after the end; `prefill` and `decode` are its workers.
+        route: of the latest attempt, also after the end.
         avoid: workers that failed it, by their keys.
         session: what the client calls its session.
         due: when the client wants the first token at the latest; None where it did not say.
         sent_at: when its current attempt began.
-        last_at: when its latest token came; 0 before the first.
+        first_at, last_at: when its first and its latest token came; 0 before that.
     """
 
     __slots__ = (
@@ -43,6 +54,7 @@ class Stream:
         "decode",
         "due",
         "ended",
+        "first_at",
         "index",
         "journal",
         "last_at",
@@ -50,6 +62,7 @@ class Stream:
         "placement",
         "prefill",
         "request",
+        "route",
         "sent_at",
         "session",
         "stage",
@@ -65,11 +78,13 @@ class Stream:
         self.placement: Placement | None = None
         self.prefill: WorkerState | None = None
         self.decode: WorkerState | None = None
+        self.route: Route | None = None
         self.stage = Stage.READING
         self.avoid: list[tuple[str, int]] = []
         self.cached_tokens = 0
         self.arrived_at = arrived_at
         self.sent_at = 0.0
+        self.first_at = 0.0
         self.last_at = 0.0
         self.ended = False
 
@@ -78,6 +93,8 @@ class Stream:
         self.placement = placement
         self.prefill = prefill
         self.decode = decode
+        chosen = placement.decision.chosen
+        self.route = Route(chosen.prefill, chosen.decode, msgspec.structs.asdict(chosen.terms))
         self.stage = Stage.READING
         decode.streams.add(self)
         if prefill is not None:

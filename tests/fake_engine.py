@@ -20,6 +20,7 @@ from engine_core.replica import Replica
 from engine_core.resolve import ResolvedEngine
 from engine_core.slot_table import SlotTable
 from engine_core.types import Numerics, TokenLogprobs
+from engine_core.worker_stats import StatsRecorder
 
 VOCAB = 97
 EOS = 1
@@ -168,4 +169,10 @@ def fake_replica(
     table = SlotTable(num_slots, resolved.pages_per_seq, num_pages, VOCAB)
     cache = PrefixCache(PagePool(num_pages), page_size)
     memory = SequenceMemory(cache, table, page_size, b"test", reuse=prefix_cache)
-    return Replica(engine=FakeEngine(resolved), memory=memory, builder=BatchBuilder(table), identity="fake")
+    return Replica(
+        engine=FakeEngine(resolved),
+        memory=memory,
+        builder=BatchBuilder(table),
+        identity="fake",
+        stats=StatsRecorder(lambda: (0, 0)),
+    )

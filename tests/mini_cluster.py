@@ -22,6 +22,7 @@ from engine_core.messages import (
     TokenChunk,
     Tokens,
     WorkerInfo,
+    WorkerStats,
 )
 from engine_core.types import Numerics, Request
 from kv_transfer.control import ControlClient
@@ -78,6 +79,7 @@ class Client:
     def __init__(self) -> None:
         self.answers: dict[tuple[str, int], Answer] = defaultdict(Answer)
         self.loads: dict[str, Load] = {}
+        self.stats: dict[str, WorkerStats] = {}
         self._clients: list[ControlClient] = []
 
     async def connect(self, info: WorkerInfo) -> ControlClient:
@@ -126,6 +128,9 @@ class Client:
 
     def on_blocks(self, client, message: BlockEvents | BlockSnapshot) -> None:
         pass
+
+    def on_stats(self, client, message: WorkerStats) -> None:
+        self.stats[client.info.worker_id] = message
 
     def on_lost(self, client, error) -> None:
         pass

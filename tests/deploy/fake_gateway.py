@@ -11,6 +11,7 @@ from engine_core.errors import ConfigError
 from engine_core.messages import WorkerInfo
 from engine_core.types import Role
 from router.config import GatewayConfig
+from router.fleet_view import FleetView
 
 
 class FakeGateway:
@@ -26,6 +27,8 @@ class FakeGateway:
 
     def follow(self, workers: Sequence[WorkerInfo]) -> None:
         self._workers = workers
+
+    def describe_fleet(self, fleet: FleetView) -> None: ...
 
     def check_health(self) -> None:
         assert self._server is not None and self._server.is_serving()

@@ -1,4 +1,4 @@
-"""`baton serve` with fakes: python -m tests.deploy.serve_fake PORT DIRECTORY [serve flags]."""
+"""`baton serve` with fakes: python -m tests.deploy.serve_fake PORT DIRECTORY [RAY_ADDRESS [serve flags]]."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from deploy import launch
 from engine_core.types import Role
 
 
-def main(port: str, directory: str, *flags: str) -> int:
+def main(port: str, directory: str, ray_address: str | None = None, *flags: str) -> int:
     home = Path(directory)
     config = launch.read_config(["--port", port, *flags], None)
     fakes = importlib.import_module("tests.deploy.fakes").__name__
@@ -21,6 +21,8 @@ def main(port: str, directory: str, *flags: str) -> int:
         worker_classes={Role.PREFILL: f"{fakes}:FakePrefillWorker", Role.DECODE: f"{fakes}:FakeDecodeWorker"},
         gateway_class="tests.deploy.fake_gateway:FakeGateway",
         timeline=True,
+        secret=b"a secret of the test" if ray_address else None,
+        ray_address=ray_address,
     )
 
 

@@ -12,7 +12,7 @@ from engine_core.errors import ConfigError
 def running(port: int, server: Process | None = None) -> RunFile:
     me = process(os.getpid())
     assert me is not None
-    return RunFile(server or me, f"http://127.0.0.1:{port}/v1", "demo", "127.0.0.1:1", "/token")
+    return RunFile(server or me, f"http://127.0.0.1:{port}/v1", "demo", "127.0.0.1:1", "/token", "/logs")
 
 
 def test_find_the_only_one_or_the_one_on_the_port(tmp_path: Path) -> None:

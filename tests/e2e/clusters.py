@@ -62,10 +62,15 @@ class Cluster(Baton):
         values = re.findall(rf"^baton_{counter}(?:{{.*}})? (\S+)$", self._metrics_text(), re.MULTILINE)
         return sum(map(float, values))
 
-    def num_placed(self, kind: str) -> float:
-        """Attempts whose prompt a prefill worker (`remote`) or the decode worker itself (`local`) read."""
-        values = re.findall(rf'^baton_placements_total{{kind="{kind}"}} (\S+)$', self._metrics_text(), re.MULTILINE)
-        return sum(map(float, values))
+    def num_placed(self, *, local: bool) -> float:
+        """Attempts whose prompt the decode worker itself read (local), or a prefill worker."""
+        pattern = r'^baton_placements_total{decode="[^"]*",prefill="([^"]*)"} (\S+)$'
+        found = re.findall(pattern, self._metrics_text(), re.MULTILINE)
+        return sum(float(value) for prefill, value in found if (prefill == "local") is local)
+
+    def transfer_bytes(self) -> float:
+        """KV that decode workers received and verified, as they said last."""
+        return self._sum("transfer_bytes_total")
 
     def metrics(self) -> dict[str, dict[str, float]]:
         """Worker -> name of a gauge, without its prefix -> value."""

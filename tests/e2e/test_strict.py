@@ -36,7 +36,7 @@ def ask(cluster: Cluster, bodies: list[dict[str, Any]], concurrency: int, **opti
 
 
 def preemptions(cluster: Cluster) -> float:
-    return sum(values["preemptions"] for values in cluster.metrics().values())
+    return sum(values["preemptions_total"] for values in cluster.metrics().values())
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,9 @@ def apart(clusters: Any) -> dict[str, list[Answer | None]]:
     """What the disaggregated cluster answers."""
     cluster = clusters.get("strict")
     found = {"mixed": ask(cluster, MIXED, 16), "alone": ask(cluster, LONG, 1)}
-    assert cluster.num_placed("remote") >= len(MIXED) + len(LONG)
-    assert cluster.num_placed("local") == 0
+    assert cluster.num_placed(local=False) >= len(MIXED) + len(LONG)
+    assert cluster.num_placed(local=True) == 0
+    until(lambda: cluster.transfer_bytes() > 1 << 20, 5)
     assert cluster.num_retries() == 0
     return found
 

@@ -214,6 +214,8 @@ async def test_models_and_operators_routes(cluster: Cluster) -> None:
     assert (await cluster.http.get("/health")).status_code == 200
     ready = await cluster.http.get("/readiness")
     assert ready.json() == {"status": "ready", "prefill": 1, "decode": 1}
+    kuberay = await cluster.http.get("/-/healthz")  # where KubeRay asks
+    assert (kuberay.status_code, kuberay.text) == (200, "success")
     assert (await cluster.http.get("/version")).json()["system_fingerprint"] == "baton-fast-fp"
     assert (await cluster.http.get("/config")).json()["model_name"] == "demo"
     assert (await cluster.http.get("/docs")).status_code == 200
@@ -237,7 +239,7 @@ async def test_metrics(cluster: Cluster) -> None:
         'baton_num_requests_running{role="decode",worker="decode-0"} 0.0',
         'baton_num_requests_waiting{role="prefill",worker="prefill-0"} 0.0',
         'baton_compiles_after_warmup{role="decode",worker="decode-0"} 0.0',
-        'baton_preemptions{role="decode",worker="decode-0"} 0.0',
+        'baton_preemptions_total{role="decode",worker="decode-0"} 0.0',
         'baton_worker_connected{role="prefill",worker="prefill-0"} 1.0',
     ):
         assert line in lines, "\n".join(lines)

@@ -1,0 +1,242 @@
+"""Checks of a cluster file for `ray up`, before any machine is bought: what is wrong, and in which line.
+
+First Ray's own validation, then what Baton needs: files that are mounted exist, every Ray process authenticates, the
+node types offer what the configuration's workers take, and the model fits into a worker's chips.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from deploy.config import NODE, ServeConfig
+from deploy.launch import read_config
+from deploy.secret_files import read_keys, read_secret
+from engine_core.errors import BatonError, ConfigError
+from engine_core.types import Role
+
+REQUIRED_SETTINGS = (
+    "RAY_AUTH_MODE=token",
+    "RAY_AUTH_TOKEN_PATH=",
+    "RAY_gcs_rpc_server_reconnect_timeout_s=",
+)
+HEAD_SETTINGS = ("RAY_gcs_storage=rocksdb", "RAY_gcs_storage_path=")
+MOUNTED = {"config": "~/baton/baton.toml", "secret": "~/baton/secret", "keys": "~/baton/api-keys"}
+CHIP_GIB = {"v5litepod": 15.75, "v5p": 95.73, "v6e": 31.24, "tpu7x": 189.48}  # what a program may use, per chip
+CORES_PER_CHIP = {"v5p": 2, "tpu7x": 2}  # what the number in these slices' names counts
+CHIPS_PER_HOST = {"v5litepod": 8, "v6e": 8}
+
+Place = tuple[str | int, ...]
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """Something wrong. `line` counts from 1."""
+
+    line: int
+    text: str
+
+
+class ClusterFile:
+    """A cluster file that YAML can read.
+
+    Raises:
+        ConfigError: it is not there, or not YAML.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            text = path.read_text()
+            self._root = yaml.compose(text, yaml.SafeLoader)
+            content = yaml.safe_load(text)
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            raise ConfigError(f"{path}:{line}: {error.problem}") from None
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path}:1: not a cluster file: it must be a mapping")
+        self.content: dict[str, Any] = content
+
+    def line(self, place: Place) -> int:
+        """Where something stands; where that does not exist, the nearest thing above it."""
+        node, line = self._root, 1
+        for step in place:
+            found = _child(node, step)
+            if found is None:
+                return line
+            node, line = found
+        return line
+
+    def check(self) -> list[Problem]:
+        """All problems, in the order of their lines."""
+        problem = self._check_schema()
+        if problem is not None:
+            return [problem]
+        found = [*self._check_mounts(), *self._check_settings()]
+        config = self._config(found)
+        if config is not None:
+            found += [*self._check_pools(config), *self._check_memory(config)]
+        return sorted(found, key=lambda one: one.line)
+
+    def _check_schema(self) -> Problem | None:
+        """As `ray up` does."""
+        util = importlib.import_module("ray.autoscaler._private.util")
+        jsonschema = importlib.import_module("jsonschema")
+        try:
+            util.validate_config(util.prepare_config(dict(self.content)))
+        except jsonschema.ValidationError as error:
+            return self._problem(tuple(error.absolute_path), f"{_dotted(tuple(error.absolute_path))}: {error.message}")
+        except (ValueError, KeyError, NotImplementedError, AttributeError, TypeError) as error:
+            return self._problem((), f"Ray refuses the file: {type(error).__name__}: {error}")
+        return None
+
+    def _check_mounts(self) -> Iterator[Problem]:
+        readers: dict[str, Callable[[Path], object]] = {MOUNTED["secret"]: read_secret, MOUNTED["keys"]: read_keys}
+        mounts = self.content.get("file_mounts") or {}
+        for remote in MOUNTED.values():
+            if remote not in mounts:
+                yield self._problem(("file_mounts",), f"file_mounts lacks {remote}")
+        for remote, local in mounts.items():
+            place = ("file_mounts", remote)
+            path = self.local(str(local))
+            if not path.exists():
+                yield self._problem(place, f"{local}, to be mounted at {remote}, does not exist")
+            elif remote in readers:
+                try:
+                    readers[remote](path)
+                except ConfigError as error:
+                    yield self._problem(place, str(error))
+
+    def _check_settings(self) -> Iterator[Problem]:
+        """Every `ray start` carries its security and patience settings: workers do not inherit the head's."""
+        for name in ("head_start_ray_commands", "worker_start_ray_commands"):
+            commands = self.content.get(name) or []
+            starts = [(i, command) for i, command in enumerate(commands) if "ray start" in str(command)]
+            if not starts:
+                yield self._problem((name,), f"{name} has no `ray start`")
+            wanted = REQUIRED_SETTINGS + (HEAD_SETTINGS if name.startswith("head") else ())
+            for index, command in starts:
+                for setting in wanted:
+                    if setting not in command:
+                        yield self._problem((name, index), f"`ray start` of {name} lacks {setting}")
+
+    def _config(self, found: list[Problem]) -> ServeConfig | None:
+        local = (self.content.get("file_mounts") or {}).get(MOUNTED["config"])
+        if local is None or not self.local(local).is_file():
+            return None
+        place = ("file_mounts", MOUNTED["config"])
+        try:
+            config = read_config((), self.local(local))
+        except ConfigError as error:
+            found.append(self._problem(place, f"{local}: {error}"))
+            return None
+        if config.fleet.host != NODE or not config.fleet.pool_resources:
+            text = f'{local}: a cluster needs fleet.host = "{NODE}" and fleet.pool_resources = true'
+            found.append(self._problem(place, text))
+        return config
+
+    def _check_pools(self, config: ServeConfig) -> Iterator[Problem]:
+        wanted = {f"baton-{role}": config.fleet.count(role) for role in Role} | {"baton-gateway": config.fleet.gateways}
+        types = self.content.get("available_node_types")
+        if types is None:  # machines that are there anyway: their `ray start` says what they offer
+            return
+        for resource, count in wanted.items():
+            offered = sum(
+                int(kind.get("resources", {}).get(resource, 0)) * self._most(name, kind) for name, kind in types.items()
+            )
+            if offered < count:
+                text = f"the node types offer {offered:g} of {resource}, the configuration wants {count}"
+                yield self._problem(("available_node_types",), text)
+        for name, kind in types.items():
+            chips = kind.get("resources", {}).get("TPU", 0)
+            if chips and chips < max(config.engine.tp, config.fleet.tpus_per_worker):
+                need = f"engine.tp {config.engine.tp}, fleet.tpus_per_worker {config.fleet.tpus_per_worker:g}"
+                text = f"node type {name} has {chips} TPU chips, a worker needs more ({need})"
+                yield self._problem(("available_node_types", name, "resources", "TPU"), text)
+
+    def _check_memory(self, config: ServeConfig) -> Iterator[Problem]:
+        types = self.content.get("available_node_types") or {}
+        slices = {name: _slice(kind) for name, kind in types.items() if _slice(kind)}
+        try:
+            need = _weight_gib(config) if slices else None
+        except BatonError as error:
+            yield self._problem(("file_mounts", MOUNTED["config"]), f"{config.engine.model.path}: {error}")
+            return
+        for name, (kind, chips) in ((name, found) for name, found in slices.items() if found):
+            place = ("available_node_types", name, "node_config", "acceleratorType")
+            if kind not in CHIP_GIB:
+                yield self._problem(place, f"{kind} is not a TPU generation known here: {', '.join(CHIP_GIB)}")
+                continue
+            hosted = CHIPS_PER_HOST.get(kind, 4)
+            if chips > hosted:
+                text = f"{kind} with {chips} chips spans several hosts ({hosted} chips each), which no worker can yet"
+                yield self._problem(place, text)
+                continue
+            declared = types[name].get("resources", {}).get("TPU")
+            if declared != chips:
+                yield self._problem(place, f"this slice has {chips} chips, resources.TPU says {declared}")
+            have = CHIP_GIB[kind] * config.engine.tp * config.engine.cache.memory_fraction
+            if need is not None and need > have:
+                text = (
+                    f"{config.engine.model.path} has {need:.1f} GiB of weights; {config.engine.tp} chips of {kind} "
+                    f"may use {have:.1f} GiB: a larger slice and engine.tp, or a smaller model"
+                )
+                yield self._problem(place, text)
+
+    def _most(self, name: str, kind: dict[str, Any]) -> int:
+        return 1 if name == self.content.get("head_node_type") else int(kind.get("max_workers", 0))
+
+    def local(self, path: str) -> Path:
+        """A path of this machine, relative ones from where `ray up` runs."""
+        return Path(path).expanduser()
+
+    def _problem(self, place: Place, text: str) -> Problem:
+        return Problem(self.line(place), text)
+
+
+def describe(file: ClusterFile, problems: list[Problem]) -> str:
+    """`file:line: text`, one per line."""
+    return "\n".join(f"{file.path}:{problem.line}: {problem.text}" for problem in problems)
+
+
+def _child(node: Any, step: str | int) -> tuple[Any, int] | None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if key.value == str(step):
+                return value, key.start_mark.line + 1
+    elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+        return node.value[step], node.value[step].start_mark.line + 1
+    return None
+
+
+def _dotted(place: Place) -> str:
+    return ".".join(map(str, place)) or "the file"
+
+
+def _slice(kind: dict[str, Any]) -> tuple[str, int] | None:
+    """(generation, chips) of a node type with TPUs: ("v6e", 8) for v6e-8."""
+    match = re.fullmatch(r"([a-z0-9]+)-(\d+)", str((kind.get("node_config") or {}).get("acceleratorType", "")))
+    if match is None:
+        return None
+    return match[1], int(match[2]) // CORES_PER_CHIP.get(match[1], 1)
+
+
+def _weight_gib(config: ServeConfig) -> float | None:
+    """GiB of the model's weights in bfloat16; None where the checkpoint is not on this machine.
+
+    Raises:
+        BatonError: no worker could serve it.
+    """
+    directory = Path(config.engine.model.path).expanduser()
+    if not (directory / "config.json").is_file():
+        return None
+    registry = importlib.import_module("engine_core.models.registry")
+    resolve = importlib.import_module("engine_core.resolve")
+    return float(resolve.weight_bytes(registry.load_spec(directory), "bfloat16")) / 2**30

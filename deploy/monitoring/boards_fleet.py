@@ -1,0 +1,185 @@
+"""Boards about machines: devices, members, and the signals by which pools are scaled."""
+
+from __future__ import annotations
+
+from deploy.monitoring.board_parts import (
+    DECODE,
+    PREFILL,
+    WORKER,
+    lines,
+    padding_share,
+    quantiles,
+)
+from deploy.monitoring.panels import Board, Panel, Query, Row, Shape
+from deploy.monitoring.promql import (
+    BOARD,
+    gauge,
+    pool_gauge,
+    rate,
+)
+
+DEVICES = Board(
+    "baton-tpu",
+    "Baton / TPU health",
+    "Devices and the processes that drive them.",
+    (
+        Row(
+            "Memory",
+            9,
+            (
+                lines(
+                    "HBM in use",
+                    "Of the worker's devices together.",
+                    "bytes",
+                    12,
+                    (gauge(BOARD, "baton_device_memory_used_bytes", WORKER), "{{worker}}"),
+                ),
+                Panel(
+                    "HBM share in use",
+                    "Above 97 % the next allocation may fail.",
+                    Shape.BARS,
+                    "percentunit",
+                    12,
+                    (
+                        Query(
+                            f"{gauge(BOARD, 'baton_device_memory_used_bytes', WORKER)} / "
+                            f"{gauge(BOARD, 'baton_device_memory_limit_bytes', WORKER)}",
+                            "{{worker}}",
+                        ),
+                    ),
+                    warn=0.9,
+                    bad=0.97,
+                ),
+            ),
+        ),
+        Row(
+            "Work",
+            9,
+            (
+                lines(
+                    "Engine busy",
+                    "Duty cycle of the engine thread, which waits for the device.",
+                    "percentunit",
+                    8,
+                    (rate(BOARD, "baton_engine_busy_seconds", WORKER), "{{worker}}"),
+                ),
+                lines(
+                    "Prefill padding", "Wasted token rows.", "percentunit", 8, (padding_share(PREFILL), "{{worker}}")
+                ),
+                lines(
+                    "Decode padding", "Wasted sequence rows.", "percentunit", 8, (padding_share(DECODE), "{{worker}}")
+                ),
+            ),
+        ),
+        Row(
+            "Trouble",
+            9,
+            (
+                lines(
+                    "Compiles after warm-up",
+                    "Must stay 0: each one stalls a worker for seconds.",
+                    "short",
+                    8,
+                    (gauge(BOARD, "baton_compiles_after_warmup", WORKER), "{{worker}}"),
+                ),
+                lines(
+                    "Worker event-loop lag",
+                    "Longest delay within a second.",
+                    "s",
+                    8,
+                    (gauge(BOARD, "baton_worker_event_loop_lag_seconds", WORKER), "{{worker}}"),
+                ),
+                lines(
+                    "Lives",
+                    "Incarnation of each worker: a step up is a death.",
+                    "short",
+                    8,
+                    (gauge(BOARD, "baton_worker_incarnation", WORKER), "{{worker}}"),
+                ),
+            ),
+        ),
+    ),
+)
+
+
+FLEET = Board(
+    "baton-fleet",
+    "Baton / Fleet and scaling",
+    "Who serves, and the signals by which pools grow and shrink.",
+    (
+        Row(
+            "Members",
+            9,
+            (
+                Panel(
+                    "Workers",
+                    "Connected or away, over time.",
+                    Shape.STATES,
+                    "short",
+                    12,
+                    (Query(gauge(BOARD, "baton_worker_connected", WORKER), "{{worker}}"),),
+                ),
+                lines(
+                    "Pool sizes",
+                    "Connected workers by role.",
+                    "short",
+                    12,
+                    (pool_gauge(BOARD, "baton_worker_connected", ("role",)), "{{role}}"),
+                ),
+            ),
+        ),
+        Row(
+            "Prefill signals",
+            9,
+            (
+                lines(
+                    "Queued prompt tokens",
+                    "Of the pool together.",
+                    "short",
+                    12,
+                    (pool_gauge(BOARD, "baton_queued_tokens", ("role",)), "{{role}}"),
+                ),
+                quantiles(
+                    "Time to first token",
+                    "Its objective is what prefill workers are added for.",
+                    "baton_time_to_first_token_seconds",
+                    12,
+                ),
+            ),
+        ),
+        Row(
+            "Decode signals",
+            9,
+            (
+                lines(
+                    "Slots in use",
+                    "Of the pool together.",
+                    "percentunit",
+                    8,
+                    (
+                        f"{pool_gauge(BOARD, 'baton_num_requests_running', (), DECODE)} / "
+                        f"{pool_gauge(BOARD, 'baton_slots', (), DECODE)}",
+                        "decode",
+                    ),
+                ),
+                lines(
+                    "KV pages in use",
+                    "Of the pool together.",
+                    "percentunit",
+                    8,
+                    (
+                        f"1 - {pool_gauge(BOARD, 'baton_free_pages', ('role',))} / "
+                        f"{pool_gauge(BOARD, 'baton_pages', ('role',))}",
+                        "{{role}}",
+                    ),
+                ),
+                quantiles(
+                    "Time between tokens",
+                    "Its objective is what decode workers are added for.",
+                    "baton_inter_token_latency_seconds",
+                    8,
+                ),
+            ),
+        ),
+    ),
+)

@@ -1,0 +1,166 @@
+"""The committed cluster files, and what is refused with which line."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deploy import cli
+from deploy.cluster_file import ClusterFile, describe
+from deploy.launch import read_config
+from deploy.secret_files import write_secret
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "deploy/ray").glob("*.yaml"))
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home and a working directory where everything that the files mount exists."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "deploy/ray", tmp_path / "deploy/ray")
+    (tmp_path / "dist").mkdir()
+    for file in FILES:
+        secrets = tmp_path / ".config/baton" / file.stem
+        for name in ("secret", "ray-token"):
+            write_secret(secrets / name)
+        (secrets / "api-keys").write_text("# team A\nsk-one\n")
+    return tmp_path
+
+
+def problems(path: Path) -> list[str]:
+    file = ClusterFile(path)
+    return [f"{problem.line}: {problem.text}" for problem in file.check()]
+
+
+def changed(home: Path, name: str, *changes: tuple[str, str]) -> Path:
+    path = home / "deploy/ray" / f"{name}.yaml"
+    text = path.read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+    return path
+
+
+def line(path: Path, text: str) -> int:
+    return next(i for i, found in enumerate(path.read_text().splitlines(), 1) if text in found)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_committed_file_is_fine(home: Path, file: Path) -> None:
+    assert problems(home / "deploy/ray" / file.name) == []
+    assert read_config((), ROOT / "deploy/ray" / f"{file.stem.removesuffix('-spot')}.toml")
+
+
+def test_missing_secrets_are_named_with_their_lines(home: Path) -> None:
+    path = home / "deploy/ray/v6e-1p1d.yaml"
+    (home / ".config/baton/v6e-1p1d/secret").unlink()
+    (home / ".config/baton/v6e-1p1d/api-keys").write_text("# none\n")
+    found = problems(path)
+    assert found[0].startswith(f"{line(path, '~/baton/secret:')}: ~/.config/baton/v6e-1p1d/secret, to be mounted")
+    assert found[1].startswith(f"{line(path, '~/baton/api-keys:')}: ") and "holds no key" in found[1]
+    assert len(found) == 2
+
+
+def test_a_short_secret_is_refused(home: Path) -> None:
+    (home / ".config/baton/v6e-1p1d/secret").write_text("short")
+    assert "at least 16 are needed" in problems(home / "deploy/ray/v6e-1p1d.yaml")[0]
+
+
+def test_rays_own_schema(home: Path) -> None:
+    path = changed(home, "v6e-1p1d", ("max_workers: 2", "max_workers: two"))
+    assert problems(path) == [f"{line(path, 'max_workers: two')}: max_workers: 'two' is not of type 'integer'"]
+    both = 'max_workers: {}\n    resources: {{"TPU": 8, "baton-decode"'
+    path = changed(home, "v6e-2p2d", (both.format(2), both.format(1)))
+    assert problems(path) == [
+        f"{line(path, 'available_node_types')}: the node types offer 1 of baton-decode, the configuration wants 2"
+    ]
+
+
+def test_a_slice_smaller_than_a_worker(home: Path) -> None:
+    path = changed(home, "v6e-1p1d", ("acceleratorType: v6e-8", "acceleratorType: v6e-4"), ('"TPU": 8', '"TPU": 4'))
+    found = problems(path)
+    assert any("prefill has 4 TPU chips, a worker needs more (engine.tp 8" in text for text in found)
+
+
+def test_a_slice_that_declares_other_chips(home: Path) -> None:
+    path = changed(home, "v6e-1p1d", ("acceleratorType: v6e-8", "acceleratorType: v6e-4"))
+    assert any("this slice has 4 chips, resources.TPU says 8" in text for text in problems(path))
+
+
+def test_a_slice_of_several_hosts(home: Path) -> None:
+    path = changed(home, "v6e-1p1d", ("acceleratorType: v6e-8", "acceleratorType: v6e-16"))
+    found = problems(path)
+    assert len(found) == 2 and all("spans several hosts" in text for text in found)
+
+
+def test_a_model_that_does_not_fit(home: Path) -> None:
+    """A dense model of 70 B parameters: 8 chips of v5e have 126 GiB in all."""
+    model = home / "big"
+    model.mkdir()
+    golden = json.loads((ROOT / "tests/golden/qwen3/config.json").read_text())
+    sizes = {"hidden_size": 8192, "num_hidden_layers": 80, "intermediate_size": 28672, "num_attention_heads": 64}
+    config = {key: value for key, value in golden.items() if key != "layer_types"} | sizes | {"head_dim": 128}
+    (model / "config.json").write_text(json.dumps(config))
+    toml = home / "deploy/ray/v5e-1p1d.toml"
+    toml.write_text(toml.read_text().replace("Qwen/Qwen3-8B", str(model)))
+    found = problems(home / "deploy/ray/v5e-1p1d.yaml")
+    assert len(found) == 2 and all("GiB of weights; 8 chips of v5litepod may use 107.1 GiB" in text for text in found)
+
+
+def test_a_wrong_configuration(home: Path) -> None:
+    toml = home / "deploy/ray/v6e-1p1d.toml"
+    toml.write_text(toml.read_text().replace('host = "node"', 'host = "127.0.0.1"'))
+    assert 'a cluster needs fleet.host = "node"' in problems(home / "deploy/ray/v6e-1p1d.yaml")[0]
+    toml.write_text(toml.read_text() + "\nnonsense = 1\n")
+    assert "nonsense" in problems(home / "deploy/ray/v6e-1p1d.yaml")[0]
+
+
+def test_up_refuses_before_anything_starts(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (home / ".config/baton/v6e-1p1d/secret").unlink()
+    path = home / "deploy/ray/v6e-1p1d.yaml"
+    assert cli.main(["up", str(path)]) == 2
+    errors = capfd.readouterr().err
+    assert "nothing was started" in errors and f"{path}:{line(path, '~/baton/secret:')}: " in errors
+
+
+def test_up_check(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["up", str(home / "deploy/ray/v6e-1p1d.yaml"), "--check"]) == 0
+    assert "no problem found" in capfd.readouterr().out
+    file = ClusterFile(home / "deploy/ray/v6e-1p1d.yaml")
+    assert describe(file, []) == ""
+
+
+def test_every_option_in_the_files_exists() -> None:
+    """`baton serve` in the start commands: each flag is one that the grammar knows."""
+    serve = cli.build_parser()._subparsers._group_actions[0].choices["serve"]  # type: ignore[union-attr,index]
+    known = {option for action in serve._actions for option in action.option_strings}
+    for path in FILES:
+        commands = [c for c in ClusterFile(path).content["head_start_ray_commands"] if "baton serve" in c]
+        assert len(commands) == 1
+        flags = [word for word in commands[0].split("baton serve")[1].split() if word.startswith("--")]
+        assert flags and set(flags) <= known
+
+
+def test_the_skypilot_file(home: Path) -> None:
+    """Its command is one that Baton takes, and fits the machine it asks for."""
+    task = yaml.safe_load((ROOT / "deploy/sky/v6e-1p1d.yaml").read_text())
+    assert task.keys() == {"name", "resources", "file_mounts", "setup", "run"}
+    words = shlex.split(task["run"].splitlines()[-1].split("baton serve")[1])
+    known, unknown = cli.build_parser().parse_known_args(["serve", *words])
+    flags = [
+        word for name in ("prefill", "decode", "tp", "host", "port") for word in (f"--{name}", getattr(known, name))
+    ]
+    config = read_config([*flags, *unknown], None)
+    chips = int(task["resources"]["accelerators"].rpartition("-")[2])
+    assert config.fleet.tpus_per_worker * (config.fleet.prefill + config.fleet.decode) == chips
+    assert config.engine.tp == config.fleet.tpus_per_worker
+    assert task["resources"]["ports"] == config.gateway.port
+    assert {str(known.secret_file), str(known.api_keys_file)} <= task["file_mounts"].keys()
