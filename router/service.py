@@ -357,7 +357,7 @@ class Service:
         stream.attach(placement, prefill, decode)
         stream.sent_at = now
         self.decisions.record(placement.decision)
-        self.metrics.placed(placement.decision.chosen.prefill, placement.decision.chosen.decode)
+        self.metrics.placed(prefill.info.worker_id if prefill else None, decode.info.worker_id)
         try:
             if prefill is not None:
                 prefill.client.send(Prefill(request, deadline_ms))

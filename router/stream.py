@@ -93,8 +93,8 @@ class Stream:
         self.placement = placement
         self.prefill = prefill
         self.decode = decode
-        chosen = placement.decision.chosen
-        self.route = Route(chosen.prefill, chosen.decode, msgspec.structs.asdict(chosen.terms))
+        terms = msgspec.structs.asdict(placement.decision.chosen.terms)
+        self.route = Route(prefill.info.worker_id if prefill else None, decode.info.worker_id, terms)
         self.stage = Stage.READING
         decode.streams.add(self)
         if prefill is not None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from engine_core.config import Degrees
 from engine_core.kv_cache import CacheLayout, KVCache, create_cache, gather_pages, scatter_pages
 from engine_core.mesh import make_mesh
 from kv_transfer.blocks import HostBlocks, as_layers, as_rows
@@ -44,7 +45,7 @@ class Kind:
         )
 
     def create(self) -> KVCache:
-        return create_cache(self.layout, make_mesh(self.tp, jax.devices()[: self.tp]), self.stacked)
+        return create_cache(self.layout, make_mesh(Degrees(tp=self.tp), jax.devices()), self.stacked)
 
 
 KINDS = [

@@ -12,6 +12,7 @@ import pytest
 
 from engine_core.messages import Load
 from router.dashboard import PAGES
+from router.decision import Terms
 from router.fleet_view import FleetView, MemberView
 from router.history import bucket_quantile
 from tests.chromium import Chromium
@@ -56,7 +57,7 @@ async def test_state(cluster: Cluster) -> None:
     assert (slow["prefill"], slow["decode"], slow["reason"]) == ("prefill-0", "decode-0", "length")
     assert (slow["generated_tokens"], slow["attempts"]) == (5, 1)
     assert 0 < slow["ttft_s"] < slow["e2e_s"]
-    assert slow["terms"].keys() == {"prefill_tokens_ahead", "decode_requests_per_slot"}
+    assert slow["terms"].keys() == set(Terms.__struct_fields__)
     assert state["history"][-1]["tokens"] > 0
     assert state["fleet"]["members"][1]["progress"] == "compiling 3/9"
 
