@@ -48,10 +48,11 @@ from engine_core.kernels.paged_attention.tpu_decode_state import (
     DecodeTiles,
     Refs,
     Sizes,
+    choose_tiles,
 )
 from engine_core.kernels.shapes import check_shapes
 
-__all__ = ["DecodeTiles", "decode"]
+__all__ = ["DecodeTiles", "choose_tiles", "decode"]
 
 _LOG2_E = math.log2(math.e)
 
@@ -216,9 +217,7 @@ def decode(  # noqa: PLR0913 (a kernel's operands)
         out_specs=(hbm, hbm),
         scratch_shapes=_scratch(sizes, q.dtype, cache.dtype),
         input_output_aliases={9: 1},
-        compiler_params=pltpu.CompilerParams(
-            disable_bounds_checks=True, vmem_limit_bytes=_vmem_bytes(sizes, q.dtype, cache.dtype)
-        ),
+        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True, vmem_limit_bytes=_vmem_bytes(sizes, q.dtype)),
         interpret=interpret,
         name="paged_attention_decode",
     )(
@@ -260,9 +259,7 @@ def _scratch(sizes: Sizes, dtype: Any, storage: Any) -> list[Any]:
         pltpu.VMEM((sizes.heads, layout.width), jnp.float32),
         pltpu.VMEM((sizes.heads, layout.width), dtype),
         pltpu.SMEM((sizes.rows + 1,), jnp.int32),
-        items_noted,
-        items_noted,
-        items_noted,
+        *[items_noted] * 6,
         groups_noted,
         groups_noted,
         items_noted,
@@ -271,11 +268,11 @@ def _scratch(sizes: Sizes, dtype: Any, storage: Any) -> list[Any]:
     ]
 
 
-def _vmem_bytes(sizes: Sizes, dtype: Any, storage: Any) -> int:
+def _vmem_bytes(sizes: Sizes, dtype: Any) -> int:
     """What the kernel needs, with room for the compiler's own."""
     layout, tiles = sizes.words, sizes.tiles
-    token = layout.words * layout.pack * layout.width * jnp.dtype(storage).itemsize
-    rows = sizes.rows * (2 * token + sizes.heads * layout.width * jnp.dtype(dtype).itemsize)
+    token = 4 * layout.words * layout.width
+    rows = sizes.rows * (2 * token + sizes.heads * layout.width * int(jnp.dtype(dtype).itemsize))
     ring = tiles.num_buffers * tiles.group * tiles.tile_kv * token
     scores = 8 * sizes.heads * tiles.group * tiles.tile_kv * layout.heads
     return rows + ring + scores + (8 << 20)

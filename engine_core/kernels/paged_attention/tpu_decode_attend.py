@@ -61,15 +61,14 @@ def _score_block(
     visible = token < end
     if sizes.windowed:
         visible &= token >= begin
-    return scores + refs.bias[...] + jnp.where(visible, 0.0, MASKED)
+    return jnp.asarray(scores + refs.bias[...] + jnp.where(visible, 0.0, MASKED))
 
 
 def score_item(refs: Refs, sizes: Sizes, slot: jax.Array, place: int) -> None:
     """Fill `scores` and `highest` of an item from its keys."""
     item = slot * sizes.tiles.group + place
     q = refs.q[refs.item_row[item]]
-    begin = tpu_decode_items.visible_from(refs, sizes, item)
-    end = tpu_decode_items.visible_to(refs, item)
+    begin, end = refs.item_hidden[item], refs.item_left[item]
     highest = []
     for block in range(sizes.blocks):
         keys = _load(refs, sizes, slot, place, block, kv_words.KEY)
@@ -106,23 +105,22 @@ def weigh_group(refs: Refs, sizes: Sizes, slot: jax.Array) -> list[jax.Array]:
     return totals
 
 
-def mix_group(refs: Refs, sizes: Sizes, slot: jax.Array, totals: list[jax.Array]) -> None:
-    """Sum the values by their weights; the results of sequences that end go to their rows of `q`."""
-    acc = refs.acc[...]
-    for place, total in enumerate(totals):
-        item = slot * sizes.tiles.group + place
-        acc = jnp.where(refs.item_first[item] > 0, 0.0, acc) * refs.decays[place][:, :1]
-        for block in range(sizes.blocks):
-            values = _load(refs, sizes, slot, place, block, kv_words.VALUE)
-            acc += _dot(refs.weights[place, :, _columns(sizes, block)], values, transposed=False)
-        target = jnp.where(tpu_decode_items.is_last(refs, sizes, item), refs.item_row[item], sizes.rows)
-        refs.q[target] = (acc * (refs.kv_scales[1] / total)).astype(refs.q.dtype)
+def mix_item(refs: Refs, sizes: Sizes, slot: jax.Array, place: int, total: jax.Array) -> None:
+    """Sum the values of an item by their weights; the result of a sequence that ends goes to its row of `q`."""
+    item = slot * sizes.tiles.group + place
+    acc = jnp.where(refs.item_first[item] > 0, 0.0, refs.acc[...]) * refs.decays[place][:, :1]
+    for block in range(sizes.blocks):
+        values = _load(refs, sizes, slot, place, block, kv_words.VALUE)
+        acc += _dot(refs.weights[place, :, _columns(sizes, block)], values, transposed=False)
     refs.acc[...] = acc
+    target = jnp.where(tpu_decode_items.is_last(refs, sizes, item), refs.item_row[item], sizes.rows)
+    refs.q[target] = (acc * (refs.kv_scales[1] / total)).astype(refs.q.dtype)
 
 
 def attend_last(refs: Refs, sizes: Sizes, slot: jax.Array) -> None:
     """Finish a group whose scores are there."""
-    mix_group(refs, sizes, slot, weigh_group(refs, sizes, slot))
+    for place, total in enumerate(weigh_group(refs, sizes, slot)):
+        mix_item(refs, sizes, slot, place, total)
 
 
 def attend(refs: Refs, sizes: Sizes, slot: jax.Array, following: jax.Array, between: Callable[[int], Any]) -> None:
@@ -135,4 +133,5 @@ def attend(refs: Refs, sizes: Sizes, slot: jax.Array, following: jax.Array, betw
     for place in range(sizes.tiles.group):
         score_item(refs, sizes, following, place)
         between(place)
-    mix_group(refs, sizes, slot, totals)
+    for place, total in enumerate(totals):
+        mix_item(refs, sizes, slot, place, total)

@@ -7,7 +7,7 @@ compiler can spread them between vector instructions.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,10 @@ _CLEARED = 8  # tokens cleared at a time
 
 
 class Cursor(NamedTuple):
-    """The next item to fetch. `index == count`: none is left, and its tokens lie beyond the last sequence's end."""
+    """The next item to fetch. `place == end`: none is left, and its tokens lie beyond the last sequence's end."""
 
-    index: jax.Array  # [] i32, of the sequence
-    count: jax.Array  # [] i32, sequences in all
+    place: jax.Array  # [] i32, of its sequence among the sequences
+    end: jax.Array  # [] i32, number of sequences
     row: jax.Array  # [] i32
     length: jax.Array  # [] i32, tokens of the sequence, the new one too
     position: jax.Array  # [] i32, of the item's first token
@@ -34,69 +34,57 @@ class Cursor(NamedTuple):
     @property
     def live(self) -> jax.Array:
         """[] bool."""
-        return self.index < self.count
+        return self.place < self.end
 
 
 def list_sequences(refs: Refs, sizes: Sizes) -> jax.Array:
     """Fill `sequences`; their number. The other rows' results are zeros, whose copies start here."""
 
-    def length(row: jax.Array) -> jax.Array:
-        return jnp.where(row < refs.num_decode[0], refs.kv_lens[row], 0)
+    def empty(row: jax.Array) -> Any:
+        return (row >= refs.num_decode[0]) | (refs.kv_lens[row] <= 0)
 
     def note(row: jax.Array, count: jax.Array) -> jax.Array:
         refs.sequences[count] = row
-        return count + (length(row) > 0).astype(jnp.int32)
+        following: jax.Array = count + 1 - empty(row).astype(jnp.int32)
+        return following
 
-    def blank(row: jax.Array, _: None) -> None:
-        @pl.when(length(row) <= 0)
-        def _() -> None:
-            pltpu.make_async_copy(refs.zeros, refs.out.at[row], refs.sems.at[RESULTS]).start()
+    def blank(row: jax.Array, carry: None) -> None:
+        pl.when(empty(row))(pltpu.make_async_copy(refs.zeros, refs.out.at[row], refs.sems.at[RESULTS]).start)
 
     refs.sequences[0] = 0
-    count = lax.fori_loop(0, sizes.rows, note, jnp.int32(0))
+    count: jax.Array = lax.fori_loop(0, sizes.rows, note, jnp.int32(0))
     refs.sequences[count] = refs.sequences[jnp.maximum(count - 1, 0)]
     pl.when(count < sizes.rows)(lambda: lax.fori_loop(0, sizes.rows, blank, None))
     return count
 
 
-def _first_visible(refs: Refs, sizes: Sizes, length: jax.Array) -> jax.Array:
+def _first_visible(refs: Refs, sizes: Sizes, length: Any) -> Any:
     if not sizes.windowed:
         return jnp.int32(0)
     window = refs.window[0]
     return jnp.where(window > 0, jnp.maximum(length - window, 0), 0)
 
 
-def visible_from(refs: Refs, sizes: Sizes, item: jax.Array) -> jax.Array:
-    """The first visible token, counted in the item."""
-    row, position = refs.item_row[item], refs.item_position[item]
-    return _first_visible(refs, sizes, refs.kv_lens[row]) - position
-
-
-def visible_to(refs: Refs, item: jax.Array) -> jax.Array:
-    """The end of the sequence, counted in the item."""
-    return refs.kv_lens[refs.item_row[item]] - refs.item_position[item]
-
-
-def is_last(refs: Refs, sizes: Sizes, item: jax.Array) -> jax.Array:
+def is_last(refs: Refs, sizes: Sizes, item: jax.Array) -> Any:
     """Whether the item is its sequence's last; [] bool, False where there is no such item."""
-    tokens = visible_to(refs, item)
-    return (tokens > 0) & (tokens <= sizes.tiles.tile_kv)
+    left = refs.item_left[item]
+    return (left > 0) & (left <= sizes.tiles.tile_kv)
 
 
-def begin(refs: Refs, sizes: Sizes, index: jax.Array, count: jax.Array) -> Cursor:
+def begin(refs: Refs, sizes: Sizes, place: jax.Array, end: jax.Array) -> Cursor:
     """Cursor at the first item of a sequence, or at the end."""
-    row = refs.sequences[index]
+    row = refs.sequences[place]
     length = refs.kv_lens[row]
     page = lax.div(_first_visible(refs, sizes, length), sizes.page_size)
-    position = jnp.where(index < count, page * sizes.page_size, jnp.maximum(length, 1))
-    return Cursor(index, count, row, length, position, jnp.int32(1))
+    position = jnp.where(place < end, page * sizes.page_size, jnp.maximum(length, 1))
+    return Cursor(place, end, row, length, position, jnp.int32(1))
 
 
 def advance(refs: Refs, sizes: Sizes, cursor: Cursor) -> Cursor:
     """The item after this one."""
     position = cursor.position + sizes.tiles.tile_kv
     ended = position >= cursor.length
-    other = begin(refs, sizes, jnp.minimum(cursor.index + ended.astype(jnp.int32), cursor.count), cursor.count)
+    other = begin(refs, sizes, jnp.minimum(cursor.place + ended.astype(jnp.int32), cursor.end), cursor.end)
     same = cursor._replace(position=position, first=jnp.int32(0))
     return Cursor(*(jnp.where(ended, there, here) for there, here in zip(other, same, strict=True)))
 
@@ -104,32 +92,36 @@ def advance(refs: Refs, sizes: Sizes, cursor: Cursor) -> Cursor:
 def fetch(refs: Refs, sizes: Sizes, slot: jax.Array, place: int, cursor: Cursor) -> tuple[jax.Array, jax.Array]:
     """Note an item as the `place`-th of a group and start the copies of its pages.
 
-    Only tokens that exist are copied, without the new one. A page without any is replaced by one token, which some
-    sequence's page really has, and which no one writes: a copy of nothing would need a branch.
+    Only tokens that exist are copied, without the new one. A page without any is replaced by one token of the item's
+    first page, or where there is no item, of the last sequence's last page: a copy of nothing would need a branch. No
+    one writes there meanwhile, since a sequence's new token leaves when the group with its last item has arrived.
 
     Returns:
         Tokens copied; whether the item is an edge, 0 or 1. [] i32 both.
     """
     size, tile = sizes.page_size, sizes.tiles.tile_kv
     item = slot * sizes.tiles.group + place
+    left, newest = cursor.length - cursor.position, cursor.length - 1
+    table = cursor.row * sizes.pages
     refs.item_row[item] = cursor.row
-    refs.item_position[item] = cursor.position
     refs.item_first[item] = cursor.first
-    cached = jnp.clip(cursor.length - 1 - cursor.position, 0, tile)
-    table = cursor.row * sizes.pages + lax.div(jnp.minimum(cursor.position, cursor.length - 1), size)
-    spare = (lax.rem(cursor.length - 1, size) == 0).astype(jnp.int32)
+    refs.item_hidden[item] = _first_visible(refs, sizes, cursor.length) - cursor.position
+    refs.item_left[item] = left
+    refs.item_page[item] = refs.base_page[0] + refs.page_table[table + lax.div(newest, size)]
+    refs.item_offset[item] = lax.rem(newest, size)
+    cached = jnp.clip(left - 1, 0, tile)
+    first = table + lax.div(jnp.minimum(cursor.position, newest), size)
     copied = jnp.int32(0)
     for page in range(tile // size):
         there = page * size < cached
         tokens = jnp.clip(cached - page * size, 1, size)
-        source = refs.base_page[0] + refs.page_table[table + jnp.where(there, page, 0)]
+        source = refs.base_page[0] + refs.page_table[first + jnp.where(there, page, 0)]
         pltpu.make_async_copy(
-            refs.cache.at[source, pl.ds(jnp.where(there, 0, spare), tokens)],
+            refs.cache.at[source, pl.ds(0, tokens)],
             refs.kv.at[slot, pl.ds(place * tile + page * size, tokens)],
             refs.kv_sems.at[slot],
         ).start()
         copied += tokens
-    left = cursor.length - cursor.position
     edge = (left > 0) & (left <= tile)
     if sizes.windowed:
         edge |= cursor.first > 0
@@ -202,19 +194,16 @@ def _complete_item(refs: Refs, sizes: Sizes, slot: jax.Array, place: jax.Array) 
 
     @pl.when(is_last(refs, sizes, item))
     def _() -> None:
-        row, tokens = refs.item_row[item], visible_to(refs, item)
-        newest = refs.kv_lens[row] - 1
-        page = lax.div(newest, sizes.page_size)
-        source = refs.base_page[0] + refs.page_table[row * sizes.pages + page]
-        target = refs.cache.at[source, newest - page * sizes.page_size]
+        row, left = refs.item_row[item], refs.item_left[item]
         new = refs.new[row]
         kv_words.store(refs.leaving.at[pl.ds(row, 1)], sizes.words, 0, new, sizes.native)
+        target = refs.cache.at[refs.item_page[item], refs.item_offset[item]]
         pltpu.make_async_copy(refs.leaving.at[row], target, refs.sems.at[NEW_ROWS]).start()
-        kv_words.store(refs.kv.at[slot], sizes.words, offset + tokens - 1, new, sizes.native)
-        pl.when(tokens < tile)(lambda: _clear(refs, sizes, slot, offset + tokens, offset + tile))
+        kv_words.store(refs.kv.at[slot], sizes.words, offset + left - 1, new, sizes.native)
+        pl.when(left < tile)(lambda: _clear(refs, sizes, slot, offset + left, offset + tile))
 
     if sizes.windowed:
-        hidden = jnp.clip(visible_from(refs, sizes, item), 0, tile)
+        hidden = jnp.clip(refs.item_hidden[item], 0, tile)
         pl.when(hidden > 0)(lambda: _clear(refs, sizes, slot, offset, offset + hidden))
 
 
@@ -230,12 +219,10 @@ def send_results(refs: Refs, sizes: Sizes, slot: jax.Array) -> None:
     """Start the copies of the results of sequences that end in a group."""
     start = slot * sizes.tiles.group
 
-    def send(edge: jax.Array, _: None) -> None:
+    def send(edge: jax.Array, carry: None) -> None:
         item = start + refs.edges[start + edge]
         row = refs.item_row[item]
-
-        @pl.when(is_last(refs, sizes, item))
-        def _() -> None:
-            pltpu.make_async_copy(refs.q.at[row], refs.out.at[row], refs.sems.at[RESULTS]).start()
+        copy = pltpu.make_async_copy(refs.q.at[row], refs.out.at[row], refs.sems.at[RESULTS])
+        pl.when(is_last(refs, sizes, item))(copy.start)
 
     lax.fori_loop(0, refs.num_edges[slot], send, None)

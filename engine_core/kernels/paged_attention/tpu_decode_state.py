@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,6 +27,20 @@ class DecodeTiles:
     tile_kv: int
     group: int
     num_buffers: int
+
+
+def choose_tiles(words: WordLayout, page_size: int) -> DecodeTiles:
+    """Tiles by rule: items of 1024 rows of keys, 8192 in a group, so far as whole pages and blocks allow.
+
+    Smaller items waste less on the ends of short sequences; larger groups spend less on each iteration's end, but take
+    long to compile. float32 is multiplied in six passes, which is as much code.
+    """
+    per_group = 2048 if words.pack == 1 else 8192
+    unit = math.lcm(page_size, words.block_tokens)
+    rows = unit * words.heads * words.width // LANES
+    tile_kv = unit * max(1, 1024 // rows)
+    group = max(1, per_group * unit // (rows * tile_kv))
+    return DecodeTiles(tile_kv=tile_kv, group=group, num_buffers=4)
 
 
 class Sizes(NamedTuple):
@@ -80,8 +95,11 @@ class Refs(NamedTuple):
     zeros: Any  # [N, H] VMEM
     sequences: Any  # [B + 1] i32 SMEM: rows that have tokens
     item_row: Any  # [num_buffers * U] i32 SMEM
-    item_position: Any  # [num_buffers * U] i32 SMEM: of its first token
     item_first: Any  # [num_buffers * U] i32 SMEM: 1 if it is its sequence's first
+    item_hidden: Any  # [num_buffers * U] i32 SMEM: tokens before the first visible one; may be negative
+    item_left: Any  # [num_buffers * U] i32 SMEM: tokens to the sequence's end; 0 or less: there is no such item
+    item_page: Any  # [num_buffers * U] i32 SMEM: page of the sequence's new token
+    item_offset: Any  # [num_buffers * U] i32 SMEM: its place there
     arriving: Any  # [num_buffers] i32 SMEM: tokens that the copies of a group bring
     num_edges: Any  # [num_buffers] i32 SMEM
     edges: Any  # [num_buffers * U] i32 SMEM: items of the group that begin or end a sequence
