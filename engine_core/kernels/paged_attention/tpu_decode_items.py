@@ -92,8 +92,9 @@ def advance(refs: Refs, sizes: Sizes, cursor: Cursor) -> Cursor:
 def fetch(refs: Refs, sizes: Sizes, slot: jax.Array, place: int, cursor: Cursor) -> tuple[jax.Array, jax.Array]:
     """Note an item as the `place`-th of a group and start the copies of its pages.
 
-    Only tokens that exist are copied, without the new one. A page without any is replaced by one token, which some
-    sequence's page really has, and which no one writes: a copy of nothing would need a branch.
+    Only tokens that exist are copied, without the new one. A page without any is replaced by one token of the item's
+    first page, or where there is no item, of the last sequence's last page: a copy of nothing would need a branch. No
+    one writes there meanwhile, since a sequence's new token leaves when the group with its last item has arrived.
 
     Returns:
         Tokens copied; whether the item is an edge, 0 or 1. [] i32 both.
@@ -102,23 +103,21 @@ def fetch(refs: Refs, sizes: Sizes, slot: jax.Array, place: int, cursor: Cursor)
     item = slot * sizes.tiles.group + place
     left, newest = cursor.length - cursor.position, cursor.length - 1
     table = cursor.row * sizes.pages
-    offset = lax.rem(newest, size)
     refs.item_row[item] = cursor.row
     refs.item_first[item] = cursor.first
     refs.item_hidden[item] = _first_visible(refs, sizes, cursor.length) - cursor.position
     refs.item_left[item] = left
     refs.item_page[item] = refs.base_page[0] + refs.page_table[table + lax.div(newest, size)]
-    refs.item_offset[item] = offset
+    refs.item_offset[item] = lax.rem(newest, size)
     cached = jnp.clip(left - 1, 0, tile)
     first = table + lax.div(jnp.minimum(cursor.position, newest), size)
-    spare = (offset == 0).astype(jnp.int32)
     copied = jnp.int32(0)
     for page in range(tile // size):
         there = page * size < cached
         tokens = jnp.clip(cached - page * size, 1, size)
         source = refs.base_page[0] + refs.page_table[first + jnp.where(there, page, 0)]
         pltpu.make_async_copy(
-            refs.cache.at[source, pl.ds(jnp.where(there, 0, spare), tokens)],
+            refs.cache.at[source, pl.ds(0, tokens)],
             refs.kv.at[slot, pl.ds(place * tile + page * size, tokens)],
             refs.kv_sems.at[slot],
         ).start()

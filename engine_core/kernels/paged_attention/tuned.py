@@ -12,7 +12,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from engine_core.kernels.paged_attention.tpu_decode import DecodeTiles
+from engine_core.kernels.paged_attention.kv_words import WordLayout
+from engine_core.kernels.paged_attention.tpu_decode import DecodeTiles, choose_tiles
 from engine_core.kernels.paged_attention.tpu_prefill import PrefillTiles
 
 logger = logging.getLogger(__name__)
@@ -20,8 +21,6 @@ logger = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent / "tuned"
 _VMEM_BYTES = 40 << 20  # of 64 MiB on the generations with the least, the rest is for the compiler
 _TILE_KV = 512
-_BLOCK_ROWS = 256  # of keys that the decode kernel multiplies at once
-_DECODE_ROWS = 2048
 _BODY_GROUPS = 8  # lane groups in one loop body: enough to overlap them, few enough to compile fast
 
 
@@ -79,12 +78,10 @@ def decode_tiles(key: TuningKey, device_kind: str) -> DecodeTiles:
 
 
 def _decode_rule(key: TuningKey) -> DecodeTiles:
-    """Items of about 2048 rows of keys, whole pages and whole blocks of 256; two in one iteration, three buffers."""
     pack = 4 // jnp.dtype(key.cache_dtype).itemsize
-    heads = -(-2 * key.num_kv_heads // pack) * pack // 2
-    block = math.lcm(key.page_size, _BLOCK_ROWS // math.gcd(_BLOCK_ROWS, heads))
-    tile_kv = -(-_DECODE_ROWS // (heads * block)) * block
-    return DecodeTiles(tile_kv=tile_kv, group=2, num_buffers=3)
+    words = -(-2 * key.num_kv_heads // pack)
+    layout = WordLayout(kv_heads=key.num_kv_heads, words=words, pack=pack, width=-(-key.head_dim // 128) * 128)
+    return choose_tiles(layout, key.page_size)
 
 
 def _prefill_rule(key: TuningKey) -> PrefillTiles:
