@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from deploy.secret_files import write_secret
 from tests.baton_process import ROOT, Baton, free_port, until
+from tests.e2e.clusters import Cluster
+from tests.e2e.model import make_checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -24,39 +29,51 @@ RESOURCES = {"baton-gateway": 1, "baton-prefill": 1, "baton-decode": 1}
 
 
 class Head:
-    """`ray start --head` with the settings of deploy/ray."""
+    """`ray start --head` with the settings of deploy/ray; its processes are known by their directory."""
 
     def __init__(self, home: Path) -> None:
         write_secret(home / "ray-token")
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
+        self._directory = f"/tmp/ray-{self.port}"
         self.settings = {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(home / "ray-token"),
             "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+            "RAY_gcs_storage": "rocksdb",
+            "RAY_gcs_storage_path": str(home / "gcs"),
             "RAY_USAGE_STATS_ENABLED": "0",
             "PYTHONPATH": str(ROOT),
         }
-        command = [
+        self._command = [
             str(Path(sys.executable).with_name("ray")),
-            *("start", "--head", "--block", f"--port={self.port}", "--node-ip-address=127.0.0.1", "--num-cpus=2"),
+            *("start", "--head", f"--port={self.port}", "--node-ip-address=127.0.0.1", "--num-cpus=2"),
             *("--include-dashboard=false", f"--resources={json.dumps(RESOURCES)}", "--object-store-memory=100000000"),
-            *("--disable-usage-stats", f"--temp-dir=/tmp/ray-{self.port}", "--dashboard-agent-listen-port=0"),
+            *("--disable-usage-stats", f"--temp-dir={self._directory}", "--dashboard-agent-listen-port=0"),
         ]
-        self.log = home / "head.log"
-        with self.log.open("w") as log:
-            environment = {**os.environ, **self.settings}
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        until(lambda: "Ray runtime started" in self.log.read_text() or self.process.poll() is not None, 120)
-        assert self.process.poll() is None, self.log.read_text()
+        done = subprocess.run(
+            self._command, env={**os.environ, **self.settings}, capture_output=True, text=True, timeout=180
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def processes(self, name: str) -> list[int]:
+        """Ids of its processes that run this program; all for an empty name."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if any(self._directory.encode() in word for word in words) and words[0].endswith(name.encode()):
+                    found.append(int(entry.name))
+        return found
 
     def stop(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for pid in self.processes(""):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            with contextlib.suppress(AssertionError):
+                until(lambda: not self.processes(""), 10)
+        shutil.rmtree(self._directory, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +107,7 @@ def test_serve_joins_and_leaves(head: Head, tmp_path: Path, monkeypatch: pytest.
         assert "has no log of 'nobody', but of: " in baton.cli("logs", "--worker", "nobody").stderr
         baton.signal(signal.SIGTERM)
         assert baton.process.wait(60) == 0, baton.log.read_text()
-        assert head.process.poll() is None, "the cluster is not ours to end"
+        assert len(head.processes("gcs_server")) == 1, "the cluster is not ours to end"
     finally:
         baton.close()
 
@@ -129,3 +146,37 @@ def test_the_serve_application(head: Head, tmp_path: Path) -> None:
         app.wait()
         app.stdin.close()
         app.stdout.close()
+
+
+def test_streams_outlive_the_heads_control_store(head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last test here: the head does not come back."""
+    for name, value in head.settings.items():
+        monkeypatch.setenv(name, value)
+    model = make_checkpoint(tmp_path / "tiny")
+    flags = ("--ray-address", head.address, "--cache.num_pages", "128", "--batch.num_slots", "1")
+    flags += ("--batch.prefill_tokens", "32", "--batch.prefill_seqs", "1")
+    cluster = Cluster(tmp_path, model, tmp_path / "xla", *flags)
+    try:
+        assert cluster.wait_ready() == f"Baton is ready: {cluster.url}/v1\n", cluster.log.read_text()
+        asked = {"prompt": [7, 8, 9], "max_tokens": 900, "ignore_eos": True}
+        expected = cluster.complete(**asked)["choices"][0]["text"]
+        pieces: list[str] = []
+        body = cluster.body(**asked, stream=True)
+        with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=60) as reply:
+            for line in reply.iter_lines():
+                if line.startswith("data: {"):
+                    pieces += [choice["text"] for choice in json.loads(line[6:])["choices"]]
+                if len(pieces) == 20:
+                    for pid in head.processes("gcs_server"):
+                        os.kill(pid, signal.SIGKILL)
+        assert "".join(pieces) == expected
+        assert not head.processes("gcs_server")
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            short = cluster.complete(**{**asked, "max_tokens": 50})["choices"][0]["text"]
+            assert short and expected.startswith(short)
+        assert httpx.get(f"{cluster.url}/readiness").status_code == 200
+    finally:
+        cluster.signal(signal.SIGKILL)
+        cluster.process.wait()
+        Baton.close(cluster)
