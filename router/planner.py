@@ -108,7 +108,7 @@ class Observation:
         ttft_met, itl_met: share of the requests that met each objective; None where there were none.
         slices: that serve and are not draining.
         starting: per role, ordered and not serving yet.
-        transfer_s: per request that was handed over, for how long its KV keeps a decode slice's network busy.
+        transfer_s: per request, for how long its KV keeps a decode slice's network busy; 0 for those read there.
         decode: what decode steps take, as learned.
     """
 

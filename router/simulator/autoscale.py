@@ -53,7 +53,6 @@ class Autoscaler:
         self._seen_first = 0
         self._seen_finished = 0
         self._seen_bytes = 0
-        self._seen_handovers = 0
         self._busy_s: dict[tuple[str, int], float] = {}
         self._flipping: dict[tuple[str, int], Role] = {}
         self.plans: list[Plan] = []
@@ -144,7 +143,7 @@ class Autoscaler:
             itl_met=sum(job.mean_itl_s <= config.itl_s for job in finished) / count if count else None,
             slices=[self._sample(worker, now) for role in Role for worker in self._serving(role)],
             starting=dict(self._starting),
-            transfer_s=self._transfer_s(),
+            transfer_s=self._transfer_s(arrivals),
             decode=self._decode_costs(),
         )
 
@@ -160,12 +159,11 @@ class Autoscaler:
             kv_share=1 - worker.memory.cache.num_available / pages,
         )
 
-    def _transfer_s(self) -> float:
-        """Network seconds per hand-over in this window, from the bytes that moved."""
-        links = self._cluster.links
-        num_bytes, count = links.num_bytes - self._seen_bytes, self._cluster.num_handovers - self._seen_handovers
-        self._seen_bytes, self._seen_handovers = links.num_bytes, self._cluster.num_handovers
-        return num_bytes / count / self._cluster.scenario.profile.link_bytes_per_s if count else 0.0
+    def _transfer_s(self, arrivals: int) -> float:
+        """Network seconds per request in this window, from the bytes that moved."""
+        num_bytes = self._cluster.links.num_bytes - self._seen_bytes
+        self._seen_bytes += num_bytes
+        return num_bytes / arrivals / self._cluster.scenario.profile.link_bytes_per_s if arrivals else 0.0
 
     def _decode_costs(self) -> DecodeCosts:
         """As the router has learned them."""

@@ -109,7 +109,6 @@ class Cluster:
         self._unread: dict[Job, None] = {}
         self._trace = trace
         self.links = Links(scenario.profile.link_bytes_per_s)
-        self.num_handovers = 0
         self._place = Place(self.events, self.links, self)
         self._rng = np.random.default_rng(scenario.seed)
         self._incarnations: dict[str, int] = {}
@@ -249,7 +248,6 @@ class Cluster:
             source = self.workers[placed.prefill.info.worker_id]
             assert isinstance(source, PrefillWorker)
             attempt.source = source
-            self.num_handovers += 1
             self.events.after(message_s, source.add, attempt)
         self.events.after(message_s, target.add, attempt)
 
