@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import signal
 import socket
 import sys
 import weakref
@@ -241,7 +242,9 @@ def _options(start: PlaneStart) -> TransferOptions:
 
 
 def main() -> None:
-    """Entry point of the process."""
+    """Entry point of the process. It outlives signals to its process group, as its worker drains on them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     connected = socket.socket(fileno=int(sys.argv[1]))
     uvloop.run(serve(connected))
 
