@@ -163,9 +163,9 @@ class JaxTransfer:
     def close(self) -> None:
         """End both processes."""
         for pipe, process in ((self._pull_pipe, self._pull_process), (self._pipe, self._process)):
-            pipe.close()
             process.kill()
             process.join()
+            pipe.close()
 
 
 JAX_ARRAYS = 16
@@ -260,9 +260,9 @@ class MooncakeEngine:
 
     def close(self) -> None:
         """End the other process."""
-        self._pipe.close()
         self._process.kill()
         self._process.join()
+        self._pipe.close()
 
 
 def _mooncake() -> Any:
@@ -326,9 +326,9 @@ class NixlAgent:
 
     def close(self) -> None:
         """End the other process."""
-        self._pipe.close()
         self._process.kill()
         self._process.join()
+        self._pipe.close()
 
 
 def _nixl(name: str) -> Any:

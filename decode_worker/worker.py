@@ -15,7 +15,8 @@ from engine_core.types import FinishReason, Role
 from kv_transfer.base import Layers
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
-from kv_transfer.plane import PlaneKvReceiver
+from kv_transfer.plane import PlaneKvReceiver, open_receiver
+from kv_transfer.receiver import NetKvReceiver
 from kv_transfer.ticket import Landing, Ticket
 from kv_transfer.worker_host import Key, WorkerHost
 
@@ -65,11 +66,11 @@ class DecodeWorker:
             replica=self._replica,
         )
         self._serials = itertools.count(1)
-        self._receiver: PlaneKvReceiver
+        self._receiver: PlaneKvReceiver | NetKvReceiver
 
     async def start(self) -> WorkerInfo:
         """Listen and begin to work."""
-        self._receiver = PlaneKvReceiver(self._identity, self._secret, self, self._options)
+        self._receiver = open_receiver(self._identity, self._secret, self, self._options)
         await self._receiver.start()
         self._info = await self._host.start(self._info.address.host, self._info)
         return self._info

@@ -1,4 +1,7 @@
-"""The hand-off as workers see it: four Protocols. `tcp` is the real transport, `inproc` the fake; both pass one suite.
+"""The hand-off as workers see it: four Protocols.
+
+`plane` is what workers use: it runs `sender` and `receiver` in a process beside the worker. Those two speak to other
+hosts, by shared memory or TCP; `inproc` is the fake. One suite runs on all of them.
 
 Life of one hand-off, (request_id, epoch) throughout:
 
@@ -48,7 +51,7 @@ class KvSender(Protocol):
 
     @property
     def inflight_bytes(self) -> int:
-        """Host memory held for blocks that have not left yet. Any thread."""
+        """Host memory held for blocks that decode may still need. Any thread."""
         ...
 
     async def wait_writable(self) -> None:
@@ -110,7 +113,9 @@ class ReceiverEvents(Protocol):
     def on_blocks(
         self, request_id: str, epoch: int, block_indices: Sequence[int], layers: Layers, generations: Sequence[int]
     ) -> None:
-        """Verified blocks, in fresh read-only memory that is never reused.
+        """Verified blocks, in read-only memory that stays as it is for as long as anyone holds an array over it.
+
+        Until then the sender keeps its copy and may have to wait: drop what has been used.
 
         Whoever scatters them later compares each generation with the page's own once more: between this call and the
         scatter the page may have got a new owner.

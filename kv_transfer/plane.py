@@ -51,8 +51,9 @@ from kv_transfer.plane_wire import (
     error_of,
     to_worker,
 )
+from kv_transfer.receiver import NetKvReceiver
 from kv_transfer.returns import Returns
-from kv_transfer.sender import FRAME_BYTES
+from kv_transfer.sender import FRAME_BYTES, NetKvSender
 from kv_transfer.ticket import Ticket
 from kv_transfer.wire import Place
 
@@ -62,6 +63,24 @@ START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
 MIN_LOANS = 4  # blocks that an arena has room for at the least
 Key = tuple[str, int]
+
+
+def open_sender(
+    identity: KvIdentity, secret: bytes | None, events: SenderEvents, options: TransferOptions
+) -> PlaneKvSender | NetKvSender:
+    """A prefill worker's sender: with a data plane where processes can share memory."""
+    if sys.platform == "linux":
+        return PlaneKvSender(identity, secret, events, options)
+    return NetKvSender(identity, secret, events, options.arena_bytes, options)
+
+
+def open_receiver(
+    identity: KvIdentity, secret: bytes | None, events: ReceiverEvents, options: TransferOptions
+) -> PlaneKvReceiver | NetKvReceiver:
+    """A decode worker's receiver, likewise."""
+    if sys.platform == "linux":
+        return PlaneKvReceiver(identity, secret, events, options)
+    return NetKvReceiver(identity, secret, events, options)
 
 
 class _Listener(Protocol):
@@ -333,6 +352,11 @@ class PlaneKvSender:
             for loan in loans:
                 _, num_bytes = self._loans.pop(loan)
                 self._inflight_bytes -= num_bytes
+        self._pump()
+
+    def _pump(self) -> None:
+        """Send what waited for room, in order, as far as it goes."""
+        with self._lock:
             while self._queue:
                 item = self._queue[0]
                 message = self._stage(item) if isinstance(item, _Unstaged) else item
@@ -351,7 +375,10 @@ class PlaneKvSender:
                     self._inflight_bytes -= self._num_bytes(item)
                 else:
                     kept.append(item)
-            self._queue = kept
+            has_changed, self._queue = len(kept) < len(self._queue), kept
+        if has_changed:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is stopping
+                self._loop.call_soon_threadsafe(self._pump)
 
     def _retire(self, segment: int) -> None:
         """What a lost reader may still read is never written again: new memory."""

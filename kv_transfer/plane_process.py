@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
+import signal
 import socket
 import sys
 import weakref
@@ -241,7 +243,10 @@ def _options(start: PlaneStart) -> TransferOptions:
 
 
 def main() -> None:
-    """Entry point of the process."""
+    """Entry point of the process. It outlives signals to its process group, as its worker drains on them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     connected = socket.socket(fileno=int(sys.argv[1]))
     uvloop.run(serve(connected))
 

@@ -49,6 +49,9 @@ Spot = tuple[str, int]
 class NetKvReceiver(ReceiverEndpoint):
     """KvReceiver that connects to prefill workers of this and other hosts."""
 
+    healthy = True
+    """It has no process of its own that could end."""
+
     def __init__(
         self,
         identity: KvIdentity,
@@ -63,6 +66,9 @@ class NetKvReceiver(ReceiverEndpoint):
         self.probe = Segment.create(PROBE_BYTES)
         self._links: dict[Spot, _ToPrefill] = {}
         self._apart: set[Spot] = set()  # whose memory could not be mapped
+
+    async def start(self) -> None:
+        """Nothing to start: connections are opened when they are needed."""
 
     async def close(self) -> None:
         """See KvReceiver."""

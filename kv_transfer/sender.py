@@ -38,6 +38,9 @@ MAX_CONNECTIONS = 64  # of one session
 class NetKvSender(SenderEndpoint):
     """KvSender for decode workers of this and other hosts."""
 
+    healthy = True
+    """It has no process of its own that could end."""
+
     def __init__(
         self,
         identity: KvIdentity,
@@ -53,7 +56,7 @@ class NetKvSender(SenderEndpoint):
         self._options = options
         self._sessions: dict[bytes, _ToDecode] = {}
         self._waiting: set[ListenerHandshake] = set()
-        self._listener: socket.socket
+        self._listener: socket.socket | None = None
 
     async def start(self, host: str, port: int) -> int:
         """Listen; port 0 takes any free one. Returns the port."""
@@ -71,9 +74,10 @@ class NetKvSender(SenderEndpoint):
     async def close(self) -> None:
         """See KvSender."""
         self.stop()
-        if self._listener.fileno() >= 0:
+        if self._listener is not None:
             self.loop.remove_reader(self._listener)
             self._listener.close()
+            self._listener = None
         for handshake in list(self._waiting):
             handshake.connection.close(TransferError("closing"))
         for link in list(self._sessions.values()):
@@ -112,6 +116,7 @@ class NetKvSender(SenderEndpoint):
         self.apply(self.core.on_peer_lost(self.loop.time(), link))
 
     def _accept(self) -> None:
+        assert self._listener is not None
         with contextlib.suppress(OSError):
             accepted, _ = self._listener.accept()
             self._waiting.add(

@@ -17,7 +17,8 @@ from engine_core.replica_loader import open_replica
 from engine_core.types import Role
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
-from kv_transfer.plane import PlaneKvSender
+from kv_transfer.plane import PlaneKvSender, open_sender
+from kv_transfer.sender import NetKvSender
 from kv_transfer.ticket import Ticket
 from kv_transfer.worker_host import Key, WorkerHost
 from prefill_worker.scheduler import PrefillScheduler
@@ -68,14 +69,14 @@ class PrefillWorker:
             replica=self._replica,
         )
         self._waker: asyncio.Task[None] | None = None
-        self._sender: PlaneKvSender
+        self._sender: PlaneKvSender | NetKvSender
         self._loop: asyncio.AbstractEventLoop
 
     async def start(self) -> WorkerInfo:
         """Listen and begin to work."""
         self._loop = asyncio.get_running_loop()
         address = self._info.address
-        self._sender = PlaneKvSender(self._identity, self._secret, self, self._options)
+        self._sender = open_sender(self._identity, self._secret, self, self._options)
         kv_port = await self._sender.start(address.host, address.kv_port)
         address = msgspec.structs.replace(address, kv_port=kv_port)
         self._info = await self._host.start(address.host, msgspec.structs.replace(self._info, address=address))

@@ -8,7 +8,8 @@ import signal
 
 import pytest
 
-from engine_core.errors import ConfigError, TransferError
+from engine_core.errors import ConfigError, RequestCancelled, TransferError
+from kv_transfer.layout import BlockLayout
 from kv_transfer.plane import PlaneKvSender
 from kv_transfer.wire import Transport
 from tests.kv_transfer.test_transport import ALL_TRANSPORTS, Pair, PrefillEars, first_token, open_pair, until
@@ -92,3 +93,25 @@ async def test_many_hand_overs_leave_nothing_behind():
         await pair.check_nothing_held()
         assert len(pair.receiver._segments) == 1
         await asyncio.sleep(0)
+
+
+async def test_what_waits_behind_blocks_that_were_dropped_goes_on():
+    """Decode's plane is frozen, blocks queue for room, their request is aborted: the next request must not wait."""
+    layout = BlockLayout(num_layers=2, page_size=64, num_kv_heads=8, head_dim=128, dtype="float32")  # 1 MiB a block
+    async with open_pair("plane shared_memory", layout) as pair:
+        pair.decode.keeps = False
+        pair.sender.offer("r", 0, 30)
+        pair.receiver.request(pair.address, pair.ticket("r", range(40)))
+        await until(lambda: pair.prefill.tickets)
+        await pair.hold()
+        pair.sender.send_blocks("r", 0, range(40), pair.layers(range(40)))
+        assert pair.sender._queue
+        pair.sender.abort("r", 0, RequestCancelled("gateway"))
+        await until(lambda: not pair.sender._queue)
+        pair.sender.offer("s", 0, 30)
+        pair.release()
+        pair.receiver.request(pair.address, pair.ticket("s", [0]))
+        pair.sender.send_blocks("s", 0, [0], pair.layers([0]))
+        pair.sender.finish("s", 0, first_token("s"))
+        await until(lambda: ("s", 0) in pair.decode.done)
+        await pair.check_nothing_held()
