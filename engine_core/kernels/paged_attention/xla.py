@@ -244,7 +244,7 @@ def _attend_tile(
     queries = q.reshape(tile, sizes.num_kv_heads, sizes.group, sizes.head_dim)
     queries = queries.transpose(1, 2, 0, 3).reshape(sizes.num_kv_heads, sizes.group * tile, sizes.head_dim)
     starts = jnp.where(window > 0, jnp.maximum(places - window + 1, 0), 0)
-    last = jnp.max(places)
+    lowest, last = jnp.min(jnp.where(places >= 0, starts, _FAR)), jnp.max(places)
 
     def step(index: jax.Array, carry: _Softmax) -> _Softmax:
         k, v = sizes.read(layer_cache, pages, index)
@@ -252,12 +252,11 @@ def _attend_tile(
         visible = jnp.tile((keys <= places[:, None]) & (keys >= starts[:, None]), (sizes.group, 1))
         scores = _dot("kqh,ckh->kqc", queries.astype(k.dtype), k) * scale
         weights, decay, carry = carry.weigh(scores, visible, axis=-1)
-        values = jnp.where((keys <= last)[:, None, None], v, 0)
+        values = jnp.where(((keys >= lowest) & (keys <= last))[:, None, None], v, 0)
         out = carry.out * decay[..., None] + _dot("kqc,ckh->kqh", weights.astype(v.dtype), values)
         return carry._replace(out=out)
 
     empty = _Softmax.empty(queries.shape[:-1], sizes.head_dim)
-    first = jnp.min(jnp.where(places >= 0, starts, _FAR)) // sizes.block
-    carry = lax.fori_loop(first, last // sizes.block + 1, step, empty)
+    carry = lax.fori_loop(lowest // sizes.block, last // sizes.block + 1, step, empty)
     out: jax.Array = carry.result().reshape(sizes.num_kv_heads, sizes.group, tile, sizes.head_dim)
     return out.transpose(2, 0, 1, 3).reshape(q.shape).astype(q.dtype)
