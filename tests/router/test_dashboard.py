@@ -151,7 +151,7 @@ class TestPage:
         slow = browser.js(table("slow"))
         assert [row[0] for row in slow] == [entry["request_id"] for entry in truth["slowest"]]
         assert {row[9] for row in slow} == {"p", "local"}
-        assert browser.js("document.querySelectorAll('#charts svg path').length") >= 4
+        browser.until("document.querySelectorAll('#charts svg path').length >= 4")
 
     def test_it_updates_by_itself(self, browser: Chromium, live: LiveBaton) -> None:
         before = browser.js(tile("ended"))
