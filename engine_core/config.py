@@ -21,6 +21,7 @@ class ModelConfig:
     dtype: str = (
         "auto"  # auto | float32 | bfloat16; auto: the checkpoint's on TPU and GPU, the fastest exact one on CPU
     )
+    experts: str = "auto"  # auto | grouped | fused: MoE by grouped products of sorted rows, or all experts on every row
     layers: str = "auto"  # auto | scan | unroll; auto: scan on TPU and GPU, unroll on CPU
 
 
@@ -46,13 +47,37 @@ class BatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Degrees:
+    """In how many parts one model replica is split; it takes their product of devices."""
+
+    tp: int = 1
+    ep: int = 1
+    dp: int = 1
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the replica."""
+        return self.dp * self.ep * self.tp
+
+    @property
+    def row_shards(self) -> int:
+        """Parts into which the rows of a batch, the slots and the cache's pages are split."""
+        return self.dp * self.ep
+
+    def __str__(self) -> str:
+        return f"dp {self.dp} x ep {self.ep} x tp {self.tp}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """Everything one model replica needs."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
-    tp: int = 1  # tensor-parallel degree
+    tp: int = 1  # tensor-parallel degree: heads, ffw columns, vocabulary
+    ep: int = 1  # expert-parallel degree: experts, and sequences outside them
+    dp: int = 1  # data-parallel degree: sequences; experts are shared by all of its ranks' sequences
     numerics: Numerics = Numerics.FAST
     prefix_cache: bool = True
     compile_cache: str = "~/.cache/baton/xla"  # persistent compilation cache; empty: off
@@ -63,10 +88,14 @@ class EngineConfig:
             raise ConfigError(f"model.dtype must be auto, float32 or bfloat16, not {self.model.dtype!r}")
         if self.model.layers not in ("auto", "scan", "unroll"):
             raise ConfigError(f"model.layers must be auto, scan or unroll, not {self.model.layers!r}")
+        if self.model.experts not in ("auto", "grouped", "fused"):
+            raise ConfigError(f"model.experts must be auto, grouped or fused, not {self.model.experts!r}")
         if not 0 < self.cache.memory_fraction <= 1:
             raise ConfigError(f"cache.memory_fraction must be in (0, 1], not {self.cache.memory_fraction}")
         for name, value in (
             ("tp", self.tp),
+            ("ep", self.ep),
+            ("dp", self.dp),
             ("batch.num_slots", self.batch.num_slots),
             ("batch.prefill_tokens", self.batch.prefill_tokens),
             ("batch.prefill_seqs", self.batch.prefill_seqs),
@@ -81,3 +110,8 @@ class EngineConfig:
         ):
             if value < 0:
                 raise ConfigError(f"{name} must not be negative, not {value}")
+
+    @property
+    def degrees(self) -> Degrees:
+        """In how many parts the replica is split."""
+        return Degrees(tp=self.tp, ep=self.ep, dp=self.dp)

@@ -21,7 +21,8 @@ from engine_core.compile_counter import CompileCounter
 from engine_core.config import EngineConfig
 from engine_core.kv_cache import create_cache, gather_pages, scatter_pages
 from engine_core.layers.linear import choose_numbers
-from engine_core.mesh import make_mesh, replicated
+from engine_core.layers.moe import choose_experts
+from engine_core.mesh import by_rows, make_mesh
 from engine_core.models.decoder import Decoder
 from engine_core.resolve import ResolvedEngine
 from engine_core.sampling import init_slot
@@ -77,10 +78,11 @@ class Engine:
     ) -> None:
         self.resolved = resolved
         self._compiles = CompileCounter()
-        devices = jax.local_devices()[: config.tp]
-        mesh = make_mesh(config.tp, devices)
+        devices = jax.local_devices()[: config.degrees.num_devices]
+        mesh = make_mesh(config.degrees, devices)
         numbers = choose_numbers(resolved.dtype, devices[0].platform)
-        model = Decoder(resolved.spec, numbers, tp=config.tp, scan=resolved.stacked)
+        experts = choose_experts(config.model.experts, numbers.weight, devices[0].platform)
+        model = Decoder(resolved.spec, numbers, degrees=config.degrees, experts=experts, scan=resolved.stacked)
         self._params = load_params(model_dir, model, mesh, _share_reporter(progress))
         self._step = build_step(model, mesh)
         self._cache = create_cache(resolved.layout, mesh, stacked=resolved.stacked)
@@ -178,7 +180,7 @@ def create_slots(num_slots: int, vocab_size: int, mesh: Mesh) -> SlotState:
         output_counts=jnp.zeros((num_slots, vocab_size), jnp.int32),
         in_prompt=jnp.zeros((num_slots, vocab_size), jnp.bool_),
     )
-    placed: SlotState = jax.device_put(slots, replicated(mesh))
+    placed: SlotState = jax.device_put(slots, by_rows(mesh))
     return placed
 
 

@@ -1,11 +1,16 @@
 """The device mesh and where arrays live on it.
 
-Axes: "data" (replicas of a batch), "expert" (MoE experts), "tensor" (heads, ffw and vocabulary). Dense models use
-"tensor" only; the others have size 1.
+Axes, each of a size that the configuration gives:
+    "data"    batch rows
+    "expert"  batch rows outside the experts of a MoE layer, and the experts themselves inside it
+    "tensor"  heads, ffw columns and vocabulary
+
+So the rows of a step, its slots and the pages of the cache are split over data x expert, the *row shards*: each runs
+its own sequences through attention, on its own pages. Only MoE layers move rows between them, along "expert".
 
 The step runs inside one `shard_map`, so its code sees local arrays, and each collective is a line of source that calls
-`all_reduce` or `all_gather` below. Outside the step (page gathers, cache creation) the axes are Auto, so that such code
-needs no annotation; `axis_types` is always passed, since its default differs between jax versions.
+a function below. Outside the step (page gathers, cache creation) the axes are Auto, so that such code needs no
+annotation; `axis_types` is always passed, since its default differs between jax versions.
 """
 
 from __future__ import annotations
@@ -17,59 +22,69 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from engine_core.config import Degrees
 from engine_core.errors import ConfigError
 from engine_core.models.spec import ModelSpec
 
-AXES = ("data", "expert", "tensor")
+DATA = "data"
+EXPERT = "expert"
 TENSOR = "tensor"
+AXES = (DATA, EXPERT, TENSOR)
+ROWS = (DATA, EXPERT)
+"""The row shards, as one entry of a PartitionSpec."""
 
 
-def make_mesh(tp: int, devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh over the first `tp` devices, all on the tensor axis.
+def make_mesh(degrees: Degrees, devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh over the first `degrees.num_devices` devices; neighbours on the tensor axis are neighbours in the list.
 
     Raises:
         ConfigError: there are fewer devices than that.
     """
-    if tp > len(devices):
-        raise ConfigError(f"tp {tp} needs {tp} devices, there are {len(devices)}")
-    grid = np.array(devices[:tp], dtype=object).reshape(1, 1, tp)
+    count = degrees.num_devices
+    if count > len(devices):
+        raise ConfigError(f"{degrees} needs {count} devices, there are {len(devices)}")
+    grid = np.array(devices[:count], dtype=object).reshape(degrees.dp, degrees.ep, degrees.tp)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def tensor_parallelism(mesh: Mesh) -> int:
-    """Devices on the tensor axis."""
-    return int(mesh.shape[TENSOR])
-
-
-def check_divisible(spec: ModelSpec, tp: int) -> None:
-    """Refuse a tensor-parallel degree that would split a head or a ffw column.
+def check_divisible(spec: ModelSpec, degrees: Degrees) -> None:
+    """Refuse degrees that would split a head, a ffw column or an expert.
 
     Raises:
-        ConfigError: naming the first size that `tp` does not divide.
+        ConfigError: naming the first size that a degree does not divide.
     """
-    sizes = {
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
-        "intermediate_size": spec.intermediate_size,
-    }
+    sizes = {"num_attention_heads": spec.num_heads, "num_key_value_heads": spec.num_kv_heads}
+    if spec.moe is None or not all(spec.moe.layers):
+        sizes["intermediate_size"] = spec.intermediate_size
+    if spec.moe is not None:
+        sizes["size of an expert"] = spec.moe.intermediate_size
     for name, size in sizes.items():
-        if size % tp:
-            raise ConfigError(f"tp {tp} does not divide the model's {name} {size}")
+        if size % degrees.tp:
+            raise ConfigError(f"tp {degrees.tp} does not divide the model's {name} {size}")
+    if degrees.ep > 1 and spec.moe is None:
+        raise ConfigError(f"ep is {degrees.ep} but {spec.architecture} has no experts; use tp or dp")
+    if spec.moe is not None and spec.moe.num_experts % degrees.ep:
+        raise ConfigError(f"ep {degrees.ep} does not divide the model's number of experts {spec.moe.num_experts}")
 
 
-def sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
+def sharding(mesh: Mesh, axes: Sequence[str | tuple[str, ...] | None]) -> NamedSharding:
     """Where an array with these mesh axes per dimension lives."""
     return NamedSharding(mesh, P(*axes))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device: step inputs, slots and outputs."""
+    """A whole copy on every device."""
     return NamedSharding(mesh, P())
 
 
-def cache_axes(stacked: bool) -> tuple[str | None, ...]:
-    """Mesh axes of one cache array `[(L_seg,) num_pages, page_size, 2K/pack, pack, H]`: KV heads over tensor."""
-    page = (None, None, TENSOR, None, None)
+def by_rows(mesh: Mesh) -> NamedSharding:
+    """Split over the row shards: slots and outputs."""
+    return NamedSharding(mesh, P(ROWS))
+
+
+def cache_axes(stacked: bool) -> tuple[str | tuple[str, ...] | None, ...]:
+    """Mesh axes of one cache array `[(L,) num_pages, page_size, 2K/pack, pack, H]`: pages by rows, heads by tensor."""
+    page = (ROWS, None, TENSOR, None, None)
     return (None, *page) if stacked else page
 
 

@@ -73,8 +73,10 @@ def resolve(config: EngineConfig, spec: ModelSpec, identity: str, devices: list[
         CheckpointError: weights and one sequence's cache do not fit in memory.
     """
     platform = devices[0].platform
-    if config.tp > len(devices):
-        raise ConfigError(f"tp is {config.tp} but only {len(devices)} device(s) are visible")
+    degrees = config.degrees
+    if degrees.num_devices > len(devices):
+        wanted = f"tp is {degrees.tp}" if degrees.num_devices == degrees.tp else str(degrees)
+        raise ConfigError(f"{wanted} but only {len(devices)} device(s) are visible")
     max_model_len = config.batch.max_model_len or spec.max_position
     if max_model_len > spec.max_position:
         raise ConfigError(f"batch.max_model_len is {max_model_len}, the model's context is {spec.max_position}")
@@ -175,7 +177,7 @@ def _memory_budget(config: EngineConfig, devices: list[jax.Device], weights: int
         if weights > _total_memory(devices) * config.cache.memory_fraction:
             return 0
         return config.cache.host_bytes
-    return max(0, int(_total_memory(devices[: config.tp]) * config.cache.memory_fraction) - weights)
+    return max(0, int(_total_memory(devices[: config.degrees.num_devices]) * config.cache.memory_fraction) - weights)
 
 
 def _total_memory(devices: list[jax.Device]) -> int:
@@ -187,9 +189,15 @@ def _total_memory(devices: list[jax.Device]) -> int:
 def weight_bytes(spec: ModelSpec, dtype: str) -> int:
     """Bytes of all weights, to within norms and biases."""
     attention = spec.hidden_size * spec.head_dim * (2 * spec.num_heads + 2 * spec.num_kv_heads)
-    mlp = 3 * spec.hidden_size * spec.intermediate_size
     embedding = spec.vocab_size * spec.hidden_size * (1 if spec.tie_embeddings else 2)
-    return (spec.num_layers * (attention + mlp) + embedding) * (4 if dtype == "float32" else 2)
+    ffw_columns = spec.num_layers * spec.intermediate_size
+    routers = 0
+    if spec.moe is not None:
+        sparse = sum(spec.moe.layers)
+        ffw_columns += sparse * (spec.moe.num_experts * spec.moe.intermediate_size - spec.intermediate_size)
+        routers = sparse * spec.moe.num_experts
+    matrices = spec.num_layers * attention + (3 * ffw_columns + routers) * spec.hidden_size + embedding
+    return matrices * (4 if dtype == "float32" else 2)
 
 
 def _fingerprint(spec: ModelSpec, identity: str, layout: CacheLayout, numerics: Numerics) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from engine_core import mesh as meshes
 from engine_core.kv_cache import KVCache
 from engine_core.models.decoder import Decoder, Params
 from engine_core.sampling import sample
-from engine_core.step_io import SlotState, StepInputs, StepOutput
+from engine_core.step_io import SamplingInputs, SlotState, StepInputs, StepOutput
 
 Step = Callable[[Params[jax.Array], KVCache, SlotState, StepInputs], tuple[KVCache, SlotState, StepOutput]]
 
@@ -46,8 +47,12 @@ def build_step(model: Decoder, mesh: Mesh) -> Step:
 
     Donates: cache, slots.
 
-    Shardings: params as `load_params` places them, cache over KV heads, everything else replicated. Results keep the
-    shardings of their arguments, so that feeding them back never compiles again.
+    Shardings: params as `load_params` places them; of the cache, pages over the row shards and KV heads over tensor;
+    slots, outputs and inputs over the row shards. Results keep the shardings of their arguments, so that feeding them
+    back never compiles again.
+
+    With several row shards, T, B and S are those of all together, and every array of `StepInputs` is the
+    concatenation of the shards' own: each shard's indices (rows, pages, slots, token rows) count from its own first.
     """
 
     def local(
@@ -55,19 +60,19 @@ def build_step(model: Decoder, mesh: Mesh) -> Step:
     ) -> tuple[KVCache, SlotState, StepOutput]:
         return step(model, params, cache, slots, inputs)
 
-    cache_spec = P(*meshes.cache_axes(model.scan))
+    cache_spec, rows = P(*meshes.cache_axes(model.scan)), P(meshes.ROWS)
     run = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(param_specs(model), cache_spec, P(), P()),
-        out_specs=(cache_spec, P(), P()),
+        in_specs=(param_specs(model), cache_spec, rows, input_specs()),
+        out_specs=(cache_spec, rows, rows),
         check_vma=False,  # all_gather leaves equal values on every device, which the type system cannot see
     )
-    whole = meshes.replicated(mesh)
+    by_rows = meshes.by_rows(mesh)
     return jax.jit(
         run,
         donate_argnums=(1, 2),
-        out_shardings=(NamedSharding(mesh, cache_spec), whole, whole),
+        out_shardings=(NamedSharding(mesh, cache_spec), by_rows, by_rows),
         compiler_options=_compiler_options(mesh.devices.flat[0].device_kind),
     )
 
@@ -84,3 +89,12 @@ def _compiler_options(device_kind: str) -> dict[str, bool | str] | None:
 def param_specs(model: Decoder) -> Any:
     """A `PartitionSpec` for each leaf of the model's params."""
     return jax.tree.map(lambda plan: P(*plan.axes), model.plan())
+
+
+def input_specs() -> StepInputs:
+    """A `PartitionSpec` for each field of a step's inputs: split by rows, but for the switches of the whole batch."""
+    rows: Any = P(meshes.ROWS)
+    switches: Any = P()
+    sampling = {field.name: switches if field.name.startswith("any_") else rows for field in fields(SamplingInputs)}
+    arrays = {field.name: rows for field in fields(StepInputs) if field.name != "sampling"}
+    return StepInputs(**arrays, sampling=SamplingInputs(**sampling))

@@ -6,6 +6,8 @@ device that keeps only a part of it.
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -45,7 +47,7 @@ def load_params(model_dir: Path, model: Decoder, mesh: Mesh, progress: Progress 
     """
     plan = model.plan()
     with ExitStack() as stack:
-        tensors = _open(model_dir, stack)
+        tensors = _unfuse(_open(model_dir, stack), plan)
         _check(model_dir, plan, tensors, model.spec.tie_embeddings)
         total = sum(_num_bytes(tensors[source.name]) for source in _sources(plan))
         done = 0
@@ -53,7 +55,7 @@ def load_params(model_dir: Path, model: Decoder, mesh: Mesh, progress: Progress 
         def load(leaf: WeightPlan) -> jax.Array:
             nonlocal done
             array = _load(leaf, tensors, mesh)
-            done += sum(_num_bytes(tensors[source.name]) for sources in leaf.layers for source in sources)
+            done += sum(_num_bytes(tensors[source.name]) for part in leaf.parts for source in part)
             if progress is not None:
                 progress(done, total)
             return array
@@ -99,9 +101,10 @@ def _check(model_dir: Path, plan: Params[WeightPlan], tensors: Mapping[str, Any]
     if unexpected:
         raise CheckpointError(f"{model_dir}: unexpected weights: {_listed(unexpected)}")
     for leaf in jax.tree.leaves(plan):
-        for source in (source for sources in leaf.layers for source in sources):
+        for source in itertools.chain.from_iterable(leaf.parts):
             tensor = tensors[source.name]
-            shape = (source.rows, *leaf.shape[2 if leaf.stacked else 1 :])
+            rows, *rest = leaf.shape[len(leaf.stack) :]
+            shape = (source.rows, rows) if leaf.transposed else (source.rows, *rest)
             if tuple(tensor.get_shape()) != shape:
                 raise CheckpointError(
                     f"{model_dir}: {source.name} has shape {tensor.get_shape()}, config.json asks for {list(shape)}"
@@ -111,21 +114,47 @@ def _check(model_dir: Path, plan: Params[WeightPlan], tensors: Mapping[str, Any]
 
 
 def _load(leaf: WeightPlan, tensors: Mapping[str, Any], mesh: Mesh) -> jax.Array:
-    rows_axis = leaf.axes[1 if leaf.stacked else 0]
+    depth = len(leaf.stack)
+    rows_axis = leaf.axes[depth]
     num_shards = 1 if rows_axis is None else mesh.shape[rows_axis]
+    shards: dict[str, np.ndarray] = {}
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
-        if not leaf.stacked:
-            return _read_shard(leaf.layers[0], leaf, tensors, index, num_shards)
-        first = _read_shard(leaf.layers[0], leaf, tensors, index[1:], num_shards)
-        stack = np.empty((len(leaf.layers), *first.shape), first.dtype)
-        stack[0] = first
-        for layer, sources in enumerate(leaf.layers[1:], start=1):
-            stack[layer] = _read_shard(sources, leaf, tensors, index[1:], num_shards)
-        return stack
+        key = str(index)  # devices that hold the same part share one reading of it
+        if key not in shards:
+            shards[key] = _read_stack(leaf, tensors, index[:depth], index[depth:], num_shards)
+        return shards[key]
 
     return jax.make_array_from_callback(leaf.shape, sharding(mesh, leaf.axes), read)
+
+
+def _read_stack(
+    leaf: WeightPlan,
+    tensors: Mapping[str, Any],
+    stack: tuple[slice, ...],
+    index: tuple[slice, ...],
+    num_shards: int,
+) -> np.ndarray:
+    """The shards at `index` of those matrices that `stack` selects."""
+    ranges = [range(*part.indices(size)) for part, size in zip(stack, leaf.stack, strict=True)]
+    shard: np.ndarray | None = None
+    for place in itertools.product(*(range(len(chosen)) for chosen in ranges)):
+        number = 0
+        for chosen, at, size in zip(ranges, place, leaf.stack, strict=True):
+            number = number * size + chosen[at]
+        if leaf.transposed:
+            tensor = tensors[leaf.parts[number][0].name]
+            matrix: np.ndarray = tensor[index[::-1]].T.astype(_numpy_dtype(leaf.dtype))
+        else:
+            matrix = _read_shard(leaf.parts[number], leaf, tensors, index, num_shards)
+        if not ranges:
+            return matrix
+        if shard is None:
+            shard = np.empty((*map(len, ranges), *matrix.shape), matrix.dtype)
+        shard[place] = matrix
+    assert shard is not None
+    return shard
 
 
 def _read_shard(
@@ -135,12 +164,12 @@ def _read_shard(
     index: tuple[slice, ...],
     num_shards: int,
 ) -> np.ndarray:
-    """One layer's shard at `index`: its part of each source, one under the other, in the leaf's dtype.
+    """One matrix's shard at `index`: its part of each source, one under the other, in the leaf's dtype.
 
     Rows beyond the sources' are zero.
     """
     rows, *rest = index
-    height = leaf.shape[1 if leaf.stacked else 0] // num_shards
+    height = leaf.shape[len(leaf.stack)] // num_shards
     shard = (rows.start or 0) // height
     pieces = []
     for source in sources:
@@ -154,12 +183,50 @@ def _read_shard(
     return np.pad(joined, [(0, padding)] + [(0, 0)] * (joined.ndim - 1)) if padding else joined
 
 
+class _FusedRows:
+    """A view of some rows of a checkpoint tensor, with the interface of a safetensors slice."""
+
+    def __init__(self, tensor: Any, source: Source) -> None:
+        assert source.fused is not None
+        self._tensor = tensor
+        self._fused = source.fused
+        self._rows = source.rows
+
+    def get_shape(self) -> list[int]:
+        """Shape of the view; where the tensor's leading dimensions are not as expected, the tensor's own."""
+        shape: list[int] = self._tensor.get_shape()
+        depth = len(self._fused.leading)
+        return [self._rows, *shape[depth:]] if tuple(shape[:depth]) == self._fused.leading else shape
+
+    def get_dtype(self) -> str:
+        """Safetensors' name of the element type."""
+        return str(self._tensor.get_dtype())
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Read a part; only these bytes are touched."""
+        rows, *rest = index
+        first, last, _ = rows.indices(self._rows)
+        inside = slice(self._fused.start + first, self._fused.start + last)
+        lead = [slice(place, place + 1) for place in self._fused.index]
+        read: np.ndarray = self._tensor[(*lead, inside, *rest)]
+        return read.reshape(read.shape[len(lead) :])
+
+
+def _unfuse(tensors: dict[str, Any], plan: Params[WeightPlan]) -> dict[str, Any]:
+    """Give the rows of fused tensors the names that the plan asks for, and drop the fused ones."""
+    absent = [source for source in _sources(plan) if source.fused is not None and source.name not in tensors]
+    found = {s.name: _FusedRows(tensors[s.fused.name], s) for s in absent if s.fused and s.fused.name in tensors}
+    taken = {source.fused.name for source in absent if source.fused is not None}
+    return {name: tensor for name, tensor in tensors.items() if name not in taken} | found
+
+
 def _sources(plan: Params[WeightPlan]) -> list[Source]:
-    return [source for leaf in jax.tree.leaves(plan) for sources in leaf.layers for source in sources]
+    return [source for leaf in jax.tree.leaves(plan) for part in leaf.parts for source in part]
 
 
 def _num_bytes(tensor: Any) -> int:
-    return int(np.prod(tensor.get_shape())) * ITEM_SIZES[tensor.get_dtype()]
+    shape: list[int] = tensor.get_shape()
+    return math.prod(shape) * ITEM_SIZES[tensor.get_dtype()]
 
 
 def _numpy_dtype(name: str) -> np.dtype[Any]:

@@ -11,21 +11,26 @@ import jax.numpy as jnp
 from engine_core.aot.roofline import StepLoad
 from engine_core.kv_cache import CacheLayout
 from engine_core.layers.params import WeightPlan
-from engine_core.mesh import TENSOR
+from engine_core.mesh import EXPERT, TENSOR
 from engine_core.models.decoder import Decoder
 
-_EMBEDDING = "model.embed_tokens.weight"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def weight_bytes(model: Decoder) -> int:
     """Of all weights on one device, padding included."""
-    return sum(_bytes(leaf, model.tp) for leaf in _leaves(model))
+    leaves = _leaves(model)
+    return sum(math.prod(leaf.shape) // _shards(leaf, model) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
 
 
 def num_parameters(model: Decoder) -> int:
     """Of the checkpoint."""
-    leaves = [(leaf, source) for leaf in _leaves(model) for sources in leaf.layers for source in sources]
-    return sum(source.rows * math.prod(leaf.shape[2 if leaf.stacked else 1 :]) for leaf, source in leaves)
+    return sum(
+        source.rows * (leaf.shape[len(leaf.stack)] if leaf.transposed else math.prod(leaf.shape[len(leaf.stack) + 1 :]))
+        for leaf in _leaves(model)
+        for sources in leaf.parts
+        for source in sources
+    )
 
 
 def decode_load(model: Decoder, layout: CacheLayout, num_seqs: int, context: int) -> StepLoad:
@@ -42,31 +47,39 @@ def prefill_load(model: Decoder, layout: CacheLayout, num_tokens: int, context: 
 
 
 def _load(model: Decoder, layout: CacheLayout, *, num_tokens: int, num_rows: int, pairs: float, kv: float) -> StepLoad:
-    spec = model.spec
+    spec, tp = model.spec, model.degrees.tp
     products = read = 0.0
     for leaf in _leaves(model):
-        if math.prod(leaf.shape) == max(leaf.shape):
-            continue  # norms and biases
-        name = leaf.layers[0][0].name
-        looked_up = name == _EMBEDDING and not spec.tie_embeddings
-        if looked_up:
-            continue
-        tokens = num_rows if name in (_EMBEDDING, "lm_head.weight") else num_tokens
-        products += 2.0 * tokens * math.prod(leaf.shape) / model.tp
-        read += _bytes(leaf, model.tp)
-    token_bytes = layout.page_bytes / layout.page_size / model.tp
+        size = math.prod(leaf.shape) / _shards(leaf, model)
+        name = leaf.parts[0][0].name
+        if math.prod(leaf.shape) == max(leaf.shape) or (name == _EMBEDDING and not spec.tie_embeddings):
+            continue  # norms and biases; a table that is only looked up
+        tokens = num_rows if name in (_EMBEDDING, _HEAD) else num_tokens
+        used, hit = _expert_shares(model, tokens) if EXPERT in leaf.axes else (1.0, 1.0)
+        products += 2.0 * tokens * size * used
+        read += size * hit * jnp.dtype(leaf.dtype).itemsize
+    token_bytes = layout.page_bytes / layout.page_size / tp
     return StepLoad(
         matmul_flops=products,
-        attention_flops=4.0 * pairs * spec.num_heads * spec.head_dim * spec.num_layers / model.tp,
+        attention_flops=4.0 * pairs * spec.num_heads * spec.head_dim * spec.num_layers / tp,
         weight_bytes=read,
         kv_bytes=kv * token_bytes,
     )
+
+
+def _expert_shares(model: Decoder, tokens: int) -> tuple[float, float]:
+    """Share of the experts that a token uses, and that a step reads where tokens choose evenly and independently."""
+    moe = model.spec.moe
+    assert moe is not None
+    used = moe.experts_per_token / moe.num_experts
+    return used, 1 - (1 - used) ** tokens
 
 
 def _leaves(model: Decoder) -> Iterator[WeightPlan]:
     yield from jax.tree.leaves(model.plan())
 
 
-def _bytes(leaf: WeightPlan, tp: int) -> int:
-    shards = tp if TENSOR in leaf.axes else 1
-    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize // shards
+def _shards(leaf: WeightPlan, model: Decoder) -> int:
+    """Devices that share the leaf's elements."""
+    sizes = {TENSOR: model.degrees.tp, EXPERT: model.degrees.ep}
+    return math.prod(sizes.get(axis or "", 1) for axis in leaf.axes)

@@ -11,9 +11,11 @@ from engine_core.aot.compiler import describe_devices
 from engine_core.aot.roofline import ASSUMED, PEAK, StepLoad, step_seconds
 from engine_core.aot.step_compile import CompiledStep, OutOfMemory, StepCompiler, StepSizes
 from engine_core.aot.topology import Topology, find_topology, topologies
+from engine_core.config import Degrees
 from engine_core.errors import ConfigError
 from engine_core.kv_cache import CacheLayout
 from engine_core.layers.linear import choose_numbers
+from engine_core.layers.moe import choose_experts
 from engine_core.mesh import make_mesh
 from engine_core.models.decoder import Decoder
 from engine_core.models.registry import spec_from_config
@@ -71,7 +73,7 @@ class _Fit:
 
     @property
     def page_bytes(self) -> int:
-        return self.layout.page_bytes // self.model.tp
+        return self.layout.page_bytes // self.model.degrees.tp
 
     @property
     def kv_bytes(self) -> int:
@@ -110,7 +112,9 @@ def make_plan(request: PlanRequest, progress: Progress) -> dict[str, Any]:
 def _fit(spec: ModelSpec, topology: Topology, request: PlanRequest, progress: Progress) -> _Fit:
     devices = describe_devices(topology)
     dtype = compute_dtype("auto", spec, "tpu")
-    model = Decoder(spec, choose_numbers(dtype, "tpu"), tp=len(devices), scan=True)
+    numbers = choose_numbers(dtype, "tpu")
+    experts = choose_experts("auto", numbers.weight, "tpu")
+    model = Decoder(spec, numbers, degrees=Degrees(tp=len(devices)), experts=experts, scan=True)
     layout = cache_layout(spec, dtype, 0, "tpu")
     sizes = StepSizes(
         num_slots=request.max_batch,
@@ -147,7 +151,7 @@ def _fit(spec: ModelSpec, topology: Topology, request: PlanRequest, progress: Pr
 
 
 def _compile(fit: _Fit, devices: list[Any], request: PlanRequest, progress: Progress) -> dict[Role, CompiledStep]:
-    compiler = StepCompiler(fit.model, make_mesh(len(devices), devices), fit.layout, fit.sizes)
+    compiler = StepCompiler(fit.model, make_mesh(fit.model.degrees, devices), fit.layout, fit.sizes)
     compile_role = {Role.PREFILL: compiler.prefill, Role.DECODE: compiler.decode}
     steps = {}
     for role in request.roles:
@@ -190,7 +194,7 @@ def _report(fit: _Fit, request: PlanRequest) -> dict[str, Any]:
             "name": topology.name,
             "chips": topology.num_chips,
             "devices": topology.num_devices,
-            "tensor_parallel": fit.model.tp,
+            "tensor_parallel": fit.model.degrees.tp,
         },
         "model": {
             "architecture": spec.architecture,

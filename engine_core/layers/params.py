@@ -6,8 +6,9 @@ step. So the jitted step takes plain tuples (cheap to dispatch), and the same te
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -18,29 +19,64 @@ Leaves = tuple[jax.Array, ...]
 
 
 @dataclass(frozen=True)
+class FusedSource:
+    """Where newer checkpoints hold a tensor: as rows of a larger one.
+
+    Attributes:
+        name: of the larger tensor, within the module's prefix.
+        leading: its shape, up to and with the dimension of the rows.
+        index: place along the dimensions before that one (an expert).
+        start: first row.
+    """
+
+    name: str
+    leading: tuple[int, ...]
+    index: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True)
 class Source:
-    """One checkpoint tensor: its name within the module's prefix, and its length along dimension 0."""
+    """One checkpoint tensor: its name within the module's prefix, and its length along dimension 0.
+
+    Attributes:
+        fused: where to look when the checkpoint has no tensor of that name.
+    """
 
     name: str
     rows: int
+    fused: FusedSource | None = None
+
+    def under(self, prefix: str) -> Source:
+        """The same with absolute names."""
+        fused = None if self.fused is None else replace(self.fused, name=prefix + self.fused.name)
+        return Source(prefix + self.name, self.rows, fused)
 
 
 @dataclass(frozen=True)
 class ParamSpec:
     """One declared weight.
 
+    A weight is a matrix (or vector), or a stack of them along leading dimensions (experts).
+
     Attributes:
-        shape: global shape. Dimension 0 may exceed the sum of the sources' rows: the rest is zero (vocabulary padding).
+        shape: global shape. Behind the stack's dimensions, the first one may exceed the sum of the sources' rows: the
+            rest is zero (vocabulary padding).
         dtype: of the stored array.
         axes: mesh axis of each dimension, None where it is whole on every device.
-        sources: checkpoint tensors that are fused along dimension 0. When that dimension is sharded, each shard holds
-            its part of every source, in this order: a local split is a split of the local array.
+        sources: checkpoint tensors that are fused along that dimension. When it is sharded, each shard holds its part
+            of every source, in this order: a local split is a split of the local array. For a stack: the sources of
+            each matrix, one matrix after the other.
+        stack: sizes of the leading dimensions that stack matrices; empty for a single one.
+        transposed: matrices are stored as `[in, out]`, with one source each, which the checkpoint has as `[out, in]`.
     """
 
     shape: tuple[int, ...]
     dtype: str
     axes: tuple[str | None, ...]
     sources: tuple[Source, ...]
+    stack: tuple[int, ...] = ()
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,27 +84,42 @@ class WeightPlan:
     """One leaf of a model's `Params`: where it comes from and how it lies.
 
     Attributes:
-        shape: global shape, with the leading layer dimension where the leaf is stacked.
+        shape: global shape, with the leading layer dimension where layers are stacked.
         dtype: of the stored array.
         axes: mesh axis of each dimension.
-        layers: per layer (one entry where the leaf is not stacked) its fused sources, by absolute checkpoint name.
-        stacked: whether there is a leading layer dimension.
+        stack: sizes of the leading dimensions that stack matrices: layers, experts, both (in this order) or none.
+        transposed: see `ParamSpec`.
+        parts: per matrix of the stack, in row-major order, its fused sources by absolute checkpoint name.
     """
 
     shape: tuple[int, ...]
     dtype: str
     axes: tuple[str | None, ...]
-    layers: tuple[tuple[Source, ...], ...]
-    stacked: bool
+    stack: tuple[int, ...]
+    transposed: bool
+    parts: tuple[tuple[Source, ...], ...]
 
 
 def plan_weight(spec: ParamSpec, prefixes: Sequence[str], stacked: bool) -> WeightPlan:
     """The leaf of a declared weight, its checkpoint names under one prefix per layer."""
     assert stacked or len(prefixes) == 1
-    layers = tuple(tuple(Source(prefix + source.name, source.rows) for source in spec.sources) for prefix in prefixes)
-    if not stacked:
-        return WeightPlan(spec.shape, spec.dtype, spec.axes, layers, stacked)
-    return WeightPlan((len(prefixes), *spec.shape), spec.dtype, (None, *spec.axes), layers, stacked)
+    matrices = math.prod(spec.stack)
+    fused = len(spec.sources) // matrices
+    assert fused == 1 or not spec.transposed
+    parts = tuple(
+        tuple(source.under(prefix) for source in spec.sources[fused * i : fused * (i + 1)])
+        for prefix in prefixes
+        for i in range(matrices)
+    )
+    layers = (len(prefixes),) if stacked else ()
+    return WeightPlan(
+        shape=(*layers, *spec.shape),
+        dtype=spec.dtype,
+        axes=(*(None for _ in layers), *spec.axes),
+        stack=(*layers, *spec.stack),
+        transposed=spec.transposed,
+        parts=parts,
+    )
 
 
 def declare(spec: ParamSpec) -> nnx.Param[jax.Array]:

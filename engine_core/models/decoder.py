@@ -1,12 +1,13 @@
-"""The dense decoder-only transformer: Qwen2.5, Qwen3, Llama 3 and Mistral differ only in their `ModelSpec`.
+"""The decoder-only transformer: Qwen2.5, Qwen3, Llama 3, Mistral, Qwen3-MoE and Mixtral differ only in `ModelSpec`.
 
-A model is a list of segments, runs of layers of one shape. The layers of a segment share one `Template`; what differs
-between them (the sliding window) is data. A segment runs *scanned*, its weights and cache stacked along a leading layer
-dimension, or *unrolled* over per-layer arrays.
+A model is a list of segments, runs of layers of one shape: a layer has a dense MLP or experts. The layers of a segment
+share one `Template`; what differs between them (the sliding window) is data. A segment runs *scanned*, its weights
+stacked along a leading layer dimension and the cache over all layers, or *unrolled* over per-layer arrays.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -14,11 +15,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from engine_core.config import Degrees
 from engine_core.kv_cache import KVCache
 from engine_core.layers.attention import Attention, AttentionInputs, attention_inputs
 from engine_core.layers.embedding import VocabTable
 from engine_core.layers.linear import Numbers
 from engine_core.layers.mlp import SwigluMlp
+from engine_core.layers.moe import ExpertChoice, MoeMlp
 from engine_core.layers.norm import RMSNorm
 from engine_core.layers.params import Leaves, Template, WeightPlan, plan_weight
 from engine_core.layers.rotary import inverse_frequencies
@@ -43,6 +46,7 @@ class Segment:
     """A run of layers of one shape."""
 
     start: int  # index of its first layer
+    moe: bool  # its layers have experts
     windows: tuple[int, ...]  # sliding window per layer, 0 is none
 
     @property
@@ -54,19 +58,33 @@ class Segment:
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, spec: ModelSpec, numbers: Numbers, tp: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, numbers: Numbers, degrees: Degrees, experts: ExpertChoice, *, moe: bool
+    ) -> None:
         self.input_norm = RMSNorm("input_layernorm.weight", spec.hidden_size, spec.rms_norm_eps)
-        self.attention = Attention(spec, numbers, tp)
+        self.attention = Attention(spec, numbers, degrees.tp)
         self.post_norm = RMSNorm("post_attention_layernorm.weight", spec.hidden_size, spec.rms_norm_eps)
-        self.mlp = SwigluMlp(spec.hidden_size, spec.intermediate_size, numbers, tp)
+        self.mlp: SwigluMlp | MoeMlp
+        if moe:
+            assert spec.moe is not None
+            self.mlp = MoeMlp(spec.moe, spec.hidden_size, numbers, degrees, experts)
+        else:
+            self.mlp = SwigluMlp(spec.hidden_size, spec.intermediate_size, numbers, degrees.tp)
 
     def __call__(
-        self, x: jax.Array, cache: jax.Array, inputs: AttentionInputs, window: int | jax.Array
+        self,
+        x: jax.Array,
+        cache: jax.Array,
+        inputs: AttentionInputs,
+        window: int | jax.Array,
+        valid: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """x: [T, D], cache: [num_pages, *page_shape] -> the same, updated."""
+        """x: [T, D], cache: [num_pages, *page_shape] -> the same, updated. valid: [T] bool, false in padding rows."""
         attended, cache = self.attention(self.input_norm(x), cache, inputs, window)
         x = x + attended
-        return x + self.mlp(self.post_norm(x)), cache
+        normed = self.post_norm(x)
+        mixed = self.mlp(normed, valid) if isinstance(self.mlp, MoeMlp) else self.mlp(normed)
+        return x + mixed, cache
 
 
 class Shell(nnx.Module):
@@ -88,33 +106,39 @@ class Decoder:
 
     Attributes:
         shell: template of `Shell`; checkpoint names are absolute.
-        layer: template of `DecoderLayer`; checkpoint names are relative to `model.layers.<index>.`.
-        segments: see `Segment`; dense models have one.
-        scan: whether segments are scanned (stacked params and cache) or unrolled.
+        layers: template of `DecoderLayer` for each segment; checkpoint names are relative to `model.layers.<index>.`.
+        segments: see `Segment`.
+        scan: whether segments are scanned (params stacked per segment, the cache over all layers) or unrolled.
 
     Raises:
-        ConfigError: `tp` does not divide the model.
+        ConfigError: a degree does not divide the model.
     """
 
-    def __init__(self, spec: ModelSpec, numbers: Numbers, *, tp: int, scan: bool) -> None:
-        check_divisible(spec, tp)
+    def __init__(
+        self, spec: ModelSpec, numbers: Numbers, *, degrees: Degrees, experts: ExpertChoice, scan: bool
+    ) -> None:
+        check_divisible(spec, degrees)
         self.spec = spec
         self.numbers = numbers
-        self.tp = tp
+        self.degrees = degrees
         self.scan = scan
-        self.shell = Template(Shell(spec, numbers, tp))
-        self.layer = Template(DecoderLayer(spec, numbers, tp))
-        self.segments = (Segment(0, spec.sliding_window),)
+        self.shell = Template(Shell(spec, numbers, degrees.tp))
+        self.segments = _segments(spec)
+        kinds = {
+            moe: Template(DecoderLayer(spec, numbers, degrees, experts, moe=moe))
+            for moe in {segment.moe for segment in self.segments}
+        }
+        self.layers = tuple(kinds[segment.moe] for segment in self.segments)
         self._frequencies = inverse_frequencies(spec.head_dim, spec.rope_theta, spec.rope_scaling)
 
     def plan(self) -> Params[WeightPlan]:
         """What each leaf of the params holds."""
         segments = []
-        for segment in self.segments:
-            prefixes = [f"model.layers.{segment.start + layer}." for layer in range(segment.num_layers)]
+        for segment, layer in zip(self.segments, self.layers, strict=True):
+            prefixes = [f"model.layers.{segment.start + i}." for i in range(segment.num_layers)]
             groups = [prefixes] if self.scan else [[prefix] for prefix in prefixes]
             segments.append(
-                tuple(tuple(plan_weight(spec, group, self.scan) for spec in self.layer.params) for group in groups)
+                tuple(tuple(plan_weight(spec, group, self.scan) for spec in layer.params) for group in groups)
             )
         shell = tuple(plan_weight(spec, [""], False) for spec in self.shell.params)
         return Params(shell=shell, segments=tuple(segments))
@@ -135,48 +159,74 @@ class Decoder:
         """
         num_pages, page_size = cache.layers[0].shape[1:3] if self.scan else cache.layers[0].shape[:2]
         shared = attention_inputs(inputs, self._frequencies, page_size, num_pages)
+        valid = inputs.rows < inputs.kv_lens.shape[0]
         shell = self.shell.bind(params.shell)
         x = shell.embedding.embed(tokens)
-        layers: list[jax.Array] = []
-        for index, (segment, leaves) in enumerate(zip(self.segments, params.segments, strict=True)):
-            if self.scan:
-                x, stacked = self._scan(segment, leaves[0], x, cache.layers[index], shared)
-                layers.append(stacked)
-            else:
-                arrays = cache.layers[segment.start : segment.start + segment.num_layers]
-                x, updated = self._unroll(segment, leaves, x, arrays, shared)
-                layers.extend(updated)
-        return shell.logits(x[inputs.logits_rows]), replace(cache, layers=tuple(layers))
+        if self.scan:
+            x, layers = self._scan(params, x, cache.layers[0], shared, valid)
+        else:
+            x, layers = self._unroll(params, x, cache.layers, shared, valid)
+        return shell.logits(x[inputs.logits_rows]), replace(cache, layers=layers)
 
     def _unroll(
         self,
-        segment: Segment,
-        leaves: tuple[Leaves, ...],
+        params: Params[jax.Array],
         x: jax.Array,
         caches: tuple[jax.Array, ...],
         inputs: AttentionInputs,
-    ) -> tuple[jax.Array, list[jax.Array]]:
+        valid: jax.Array,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         updated = []
-        for weights, cache, window in zip(leaves, caches, segment.windows, strict=True):
-            x, written = self.layer.bind(weights)(x, cache, inputs, window)
-            updated.append(written)
-        return x, updated
+        for segment, layer, leaves in zip(self.segments, self.layers, params.segments, strict=True):
+            arrays = caches[segment.start : segment.start + segment.num_layers]
+            for weights, cache, window in zip(leaves, arrays, segment.windows, strict=True):
+                x, written = layer.bind(weights)(x, cache, inputs, window, valid)
+                updated.append(written)
+        return x, tuple(updated)
 
     def _scan(
-        self, segment: Segment, leaves: Leaves, x: jax.Array, cache: jax.Array, inputs: AttentionInputs
-    ) -> tuple[jax.Array, jax.Array]:
-        num_layers, num_pages = cache.shape[:2]
-        same = len(set(segment.windows)) == 1
+        self, params: Params[jax.Array], x: jax.Array, cache: jax.Array, inputs: AttentionInputs, valid: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        carry = (x, cache.reshape(-1, *cache.shape[2:]))
+        for segment, layer, leaves in zip(self.segments, self.layers, params.segments, strict=True):
+            carry = _scan_segment(segment, layer, leaves[0], carry, cache.shape[:2], inputs, valid)
+        x, flat = carry
+        return x, (flat.reshape(cache.shape),)
 
-        def body(
-            carry: tuple[jax.Array, jax.Array], layer: tuple[jax.Array, jax.Array, Leaves]
-        ) -> tuple[tuple[jax.Array, jax.Array], None]:
-            index, window, weights = layer
-            here = inputs.at_layer(index, num_layers, num_pages)
-            return self.layer.bind(weights)(*carry, here, segment.windows[0] if same else window), None
 
-        flat = cache.reshape(num_layers * num_pages, *cache.shape[2:])
-        indices = jnp.arange(num_layers, dtype=jnp.int32)
-        windows = jnp.array(segment.windows, dtype=jnp.int32)
-        (x, flat), _ = jax.lax.scan(body, (x, flat), (indices, windows, leaves))
-        return x, flat.reshape(cache.shape)
+def _scan_segment(
+    segment: Segment,
+    layer: Template[DecoderLayer],
+    leaves: Leaves,
+    carry: tuple[jax.Array, jax.Array],
+    cache_shape: tuple[int, ...],
+    inputs: AttentionInputs,
+    valid: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Run a segment's layers over (x, flat cache of all layers `[L * num_pages, *page_shape]`)."""
+    num_layers, num_pages = cache_shape
+    same = len(set(segment.windows)) == 1
+
+    def body(
+        carry: tuple[jax.Array, jax.Array], scanned: tuple[jax.Array, jax.Array, Leaves]
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        index, window, weights = scanned
+        here = inputs.at_layer(index, num_layers, num_pages)
+        return layer.bind(weights)(*carry, here, segment.windows[0] if same else window, valid), None
+
+    indices = jnp.arange(segment.start, segment.start + segment.num_layers, dtype=jnp.int32)
+    windows = jnp.array(segment.windows, dtype=jnp.int32)
+    result, _ = jax.lax.scan(body, carry, (indices, windows, leaves))
+    return result
+
+
+def _segments(spec: ModelSpec) -> tuple[Segment, ...]:
+    """Runs of layers that are all dense or all have experts."""
+    kinds = (False,) * spec.num_layers if spec.moe is None else spec.moe.layers
+    segments = []
+    start = 0
+    for moe, run in itertools.groupby(kinds):
+        end = start + len(list(run))
+        segments.append(Segment(start, moe, spec.sliding_window[start:end]))
+        start = end
+    return tuple(segments)

@@ -13,9 +13,29 @@ from pathlib import Path
 from typing import Any
 
 from engine_core.errors import CheckpointError
-from engine_core.models.spec import ModelSpec, RopeScaling
+from engine_core.models.spec import ExpertNames, ModelSpec, MoeSpec, RopeScaling
 
 Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoeDefaults:
+    """What sets one architecture's mixture of experts apart, and the defaults of its config class.
+
+    Attributes:
+        expert_size_key: config key of an expert's ffw size.
+        expert_size: its default.
+        sparse_layers: `decoder_sparse_step` and `mlp_only_layers` decide which layers have experts; otherwise all do.
+        normalize: None: the config's `norm_topk_prob`, false by default.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    expert_size_key: str
+    expert_size: int
+    sparse_layers: bool
+    normalize: bool | None
+    names: ExpertNames
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,9 +45,13 @@ class Architecture:
     Attributes:
         num_kv_heads: default of num_key_value_heads; None: as many as query heads.
         head_dim: default of head_dim; None: hidden_size / num_attention_heads.
-        optional_window: `use_sliding_window` and `layer_types` decide which layers have the window; otherwise all do.
+        optional_window: there is a window only where `use_sliding_window` says so.
+        layer_windows: `layer_types` or `max_window_layers` decide which layers have the window; otherwise all do.
         sliding_window: default of sliding_window, None is none.
         eos: default of eos_token_id.
+        rms_norm_eps: default of rms_norm_eps.
+        rope_theta: default of the rotary base.
+        moe: None where every layer is dense.
     """
 
     qk_norm: bool = False
@@ -35,17 +59,64 @@ class Architecture:
     num_kv_heads: int | None = None
     head_dim: int | None = None
     optional_window: bool = False
+    layer_windows: bool = False
     sliding_window: int | None = None
     max_position: int
     eos: tuple[int, ...] = ()
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    moe: MoeDefaults | None = None
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "Qwen2ForCausalLM": Architecture(
-        qkv_bias=True, num_kv_heads=32, optional_window=True, sliding_window=4096, max_position=32768
+        qkv_bias=True,
+        num_kv_heads=32,
+        optional_window=True,
+        layer_windows=True,
+        sliding_window=4096,
+        max_position=32768,
     ),
     "Qwen3ForCausalLM": Architecture(
-        qk_norm=True, num_kv_heads=32, head_dim=128, optional_window=True, sliding_window=4096, max_position=32768
+        qk_norm=True,
+        num_kv_heads=32,
+        head_dim=128,
+        optional_window=True,
+        layer_windows=True,
+        sliding_window=4096,
+        max_position=32768,
+    ),
+    "Qwen3MoeForCausalLM": Architecture(
+        qk_norm=True,
+        num_kv_heads=4,
+        optional_window=True,
+        sliding_window=4096,
+        max_position=32768,
+        moe=MoeDefaults(
+            num_experts=128,
+            experts_per_token=8,
+            expert_size_key="moe_intermediate_size",
+            expert_size=768,
+            sparse_layers=True,
+            normalize=None,
+            names=ExpertNames(block="mlp", gate="gate_proj", up="up_proj", down="down_proj"),
+        ),
+    ),
+    "MixtralForCausalLM": Architecture(
+        num_kv_heads=8,
+        max_position=131072,
+        eos=(2,),
+        rms_norm_eps=1e-5,
+        rope_theta=1e6,
+        moe=MoeDefaults(
+            num_experts=8,
+            experts_per_token=2,
+            expert_size_key="intermediate_size",
+            expert_size=14336,
+            sparse_layers=False,
+            normalize=True,
+            names=ExpertNames(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
+        ),
     ),
     "LlamaForCausalLM": Architecture(max_position=2048, eos=(2,)),
     "MistralForCausalLM": Architecture(num_kv_heads=8, sliding_window=4096, max_position=131072, eos=(2,)),
@@ -80,7 +151,7 @@ def spec_from_config(config: Json, generation: Json) -> ModelSpec:
         raise CheckpointError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     if head_dim % 2:
         raise CheckpointError(f"head_dim must be even, not {head_dim}")
-    theta, scaling = _rope(config)
+    theta, scaling = _rope(config, architecture)
     return ModelSpec(
         architecture=name,
         num_layers=num_layers,
@@ -90,12 +161,13 @@ def spec_from_config(config: Json, generation: Json) -> ModelSpec:
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=_count(config, "vocab_size"),
-        rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
+        rms_norm_eps=_number(config, "rms_norm_eps", architecture.rms_norm_eps),
         rope_theta=theta,
         rope_scaling=scaling,
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         qk_norm=architecture.qk_norm,
         qkv_bias=architecture.qkv_bias,
+        moe=None if architecture.moe is None else _moe(config, architecture.moe, num_layers),
         sliding_window=_windows(config, architecture, num_layers),
         max_position=_count(config, "max_position_embeddings", architecture.max_position),
         eos_token_ids=_eos(config, generation, architecture),
@@ -137,12 +209,41 @@ def _refuse_unsupported(config: Json) -> None:
             raise CheckpointError(f"{key} true is not supported for this architecture")
 
 
-def _rope(config: Json) -> tuple[float, RopeScaling | None]:
+def _moe(config: Json, defaults: MoeDefaults, num_layers: int) -> MoeSpec | None:
+    """The experts, or None where no layer has any. `num_experts` is transformers 4's key, `num_local_experts` 5's."""
+    key = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
+    num_experts = _count(config, key, defaults.num_experts)
+    per_token = _count(config, "num_experts_per_tok", defaults.experts_per_token)
+    if per_token > num_experts:
+        raise CheckpointError(f"num_experts_per_tok {per_token} is more than {key} {num_experts}")
+    layers = _sparse_layers(config, num_layers) if defaults.sparse_layers else (True,) * num_layers
+    if not any(layers):
+        return None
+    normalize = config.get("norm_topk_prob", False) if defaults.normalize is None else defaults.normalize
+    return MoeSpec(
+        num_experts=num_experts,
+        experts_per_token=per_token,
+        intermediate_size=_count(config, defaults.expert_size_key, defaults.expert_size),
+        normalize=bool(normalize),
+        layers=layers,
+        names=defaults.names,
+    )
+
+
+def _sparse_layers(config: Json, num_layers: int) -> tuple[bool, ...]:
+    step = _count(config, "decoder_sparse_step", 1)
+    dense = _list(config, "mlp_only_layers") or []
+    if not all(isinstance(layer, int) for layer in dense):
+        raise CheckpointError(f"mlp_only_layers must be integers, not {dense!r}")
+    return tuple((layer + 1) % step == 0 and layer not in dense for layer in range(num_layers))
+
+
+def _rope(config: Json, architecture: Architecture) -> tuple[float, RopeScaling | None]:
     """Base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
         raise CheckpointError("rope parameters that differ by layer are not supported")
-    theta = _number(rope, "rope_theta", _number(config, "rope_theta", 10000.0))
+    theta = _number(rope, "rope_theta", _number(config, "rope_theta", architecture.rope_theta))
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise CheckpointError("partial_rotary_factor other than 1 is not supported")
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -167,6 +268,8 @@ def _windows(config: Json, architecture: Architecture, num_layers: int) -> tuple
         return (window,) * num_layers
     if not config.get("use_sliding_window", False):
         window = 0
+    if not architecture.layer_windows:
+        return (window,) * num_layers
     kinds = _list(config, "layer_types")
     if kinds is None:
         first = config.get("max_window_layers", 28)

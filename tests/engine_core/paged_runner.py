@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from engine_core.config import Degrees
 from engine_core.kv_cache import CacheLayout, create_cache
 from engine_core.layers.linear import choose_numbers
-from engine_core.mesh import cache_axes, make_mesh, replicated
+from engine_core.layers.moe import choose_experts
+from engine_core.mesh import ROWS, by_rows, cache_axes, make_mesh
 from engine_core.models.decoder import Decoder
 from engine_core.models.registry import load_spec
-from engine_core.step import build_step, param_specs
+from engine_core.step import build_step, input_specs, param_specs
 from engine_core.step_io import SamplingInputs, SlotState, StepInputs
 from engine_core.weights import load_params
 
@@ -24,6 +26,7 @@ PAGE_SIZE = 4
 PAGES_PER_ROW = 16
 NUM_PAGES = 24
 NUM_SLOTS = 5
+ONE_DEVICE = Degrees()
 HELD_BY_HOST = NUM_SLOTS  # as token_slots: the host knows the token
 
 
@@ -98,14 +101,24 @@ def step_inputs(chunks: Sequence[Chunk], *, num_tokens: int, num_rows: int, voca
 class PagedRunner:
     """Params, cache, slots and the jitted step of one checkpoint."""
 
-    def __init__(self, directory: Path, *, scan: bool, tp: int = 1, dtype: str = "float32"):
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        scan: bool,
+        degrees: Degrees = ONE_DEVICE,
+        dtype: str = "float32",
+        experts: str = "auto",
+    ) -> None:
         self.spec = load_spec(directory)
-        self.mesh = make_mesh(tp, jax.devices())
-        self.model = Decoder(self.spec, choose_numbers(dtype, "cpu"), tp=tp, scan=scan)
+        self.shards = degrees.row_shards
+        self.mesh = make_mesh(degrees, jax.devices())
+        choice = choose_experts(experts, dtype, "cpu")
+        self.model = Decoder(self.spec, choose_numbers(dtype, "cpu"), degrees=degrees, experts=choice, scan=scan)
         self.params = load_params(directory, self.model, self.mesh, None)
         self._layout = CacheLayout(
             num_layers=self.spec.num_layers,
-            num_pages=NUM_PAGES,
+            num_pages=NUM_PAGES * self.shards,
             page_size=PAGE_SIZE,
             num_kv_heads=self.spec.num_kv_heads,
             head_dim=self.spec.head_dim,
@@ -117,8 +130,8 @@ class PagedRunner:
         forward = jax.shard_map(
             self.model.forward,
             mesh=self.mesh,
-            in_specs=(param_specs(self.model), cache_spec, P(), P()),
-            out_specs=(P(), cache_spec),
+            in_specs=(param_specs(self.model), cache_spec, P(ROWS), input_specs()),
+            out_specs=(P(ROWS), cache_spec),
             check_vma=False,
         )
         self._forward = jax.jit(forward)
@@ -129,29 +142,44 @@ class PagedRunner:
         self.cache = create_cache(self._layout, self.mesh, self.model.scan)
         vocab = self.spec.vocab_size
         slots = SlotState(
-            last_tokens=jnp.zeros(NUM_SLOTS, jnp.int32),
-            output_counts=jnp.zeros((NUM_SLOTS, vocab), jnp.int32),
-            in_prompt=jnp.zeros((NUM_SLOTS, vocab), bool),
+            last_tokens=jnp.zeros(NUM_SLOTS * self.shards, jnp.int32),
+            output_counts=jnp.zeros((NUM_SLOTS * self.shards, vocab), jnp.int32),
+            in_prompt=jnp.zeros((NUM_SLOTS * self.shards, vocab), bool),
         )
-        self.slots = jax.device_put(slots, replicated(self.mesh))
+        self.slots = jax.device_put(slots, by_rows(self.mesh))
 
     def inputs(self, chunks: Sequence[Chunk], num_tokens: int, num_rows: int) -> StepInputs:
-        return step_inputs(chunks, num_tokens=num_tokens, num_rows=num_rows, vocab=self.spec.vocab_size)
+        """Inputs that run `chunks` on every row shard."""
+        return self._inputs([chunks] * self.shards, num_tokens, num_rows)
 
     def run(self, chunks: Sequence[Chunk], num_tokens: int, num_rows: int) -> np.ndarray:
-        """One step; the drawn tokens [B]. Tokens that a slot holds are hidden from the step."""
-        inputs = self.inputs(chunks, num_tokens, num_rows)
+        """One step on one row shard; the drawn tokens [B]. Tokens that a slot holds are hidden from the step."""
+        return self.run_shards([chunks], num_tokens, num_rows)[0]
+
+    def run_shards(self, work: Sequence[Sequence[Chunk]], num_tokens: int, num_rows: int) -> np.ndarray:
+        """The same with chunks for each row shard: [shards, B]."""
+        inputs = self._inputs(work, num_tokens, num_rows)
         inputs.tokens[inputs.token_slots < NUM_SLOTS] = 0
-        inputs = jax.device_put(inputs, replicated(self.mesh))
         self.cache, self.slots, output = self.step(self.params, self.cache, self.slots, inputs)
-        return np.asarray(output.tokens)
+        return np.asarray(output.tokens).reshape(self.shards, num_rows)
 
     def logits(self, chunks: Sequence[Chunk], num_tokens: int, num_rows: int) -> np.ndarray:
-        """[T, V] logits that the step would compute; changes nothing."""
-        inputs = self.inputs(chunks, num_tokens, num_rows)
-        inputs = replace(inputs, logits_rows=np.arange(num_tokens, dtype=np.int32))
+        """[T, V] logits that the step would compute on one row shard; changes nothing."""
+        return self.shard_logits([chunks], num_tokens, num_rows)[0]
+
+    def shard_logits(self, work: Sequence[Sequence[Chunk]], num_tokens: int, num_rows: int) -> np.ndarray:
+        """The same with chunks for each row shard: [shards, T, V]."""
+        inputs = self._inputs(work, num_tokens, num_rows)
+        every = np.tile(np.arange(num_tokens, dtype=np.int32), self.shards)
+        inputs = replace(inputs, logits_rows=every)
         logits, _ = self._forward(self.params, self.cache, inputs.tokens, inputs)
-        return np.asarray(logits)
+        return np.asarray(logits).reshape(self.shards, num_tokens, -1)
+
+    def _inputs(self, work: Sequence[Sequence[Chunk]], num_tokens: int, num_rows: int) -> StepInputs:
+        assert len(work) == self.shards
+        vocab = self.spec.vocab_size
+        parts = [step_inputs(chunks, num_tokens=num_tokens, num_rows=num_rows, vocab=vocab) for chunks in work]
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays) if arrays[0].ndim else arrays[0], *parts)
 
 
 def replay(tokens_a: list[int], tokens_b: list[int], lengths: tuple[int, int], shared: int):

@@ -10,13 +10,14 @@ import json
 import jax
 import numpy as np
 
+from engine_core.config import Degrees
 from tests.engine_core.parity import GOLDEN, check_parity, load_expected
 
 CASES = [("mistral", 4, False), ("qwen2", 2, True), ("qwen3", 2, False), ("llama", 2, True)]
 
 
 def check(case: str, tp: int, scan: bool) -> dict:
-    runner = check_parity(GOLDEN / case, load_expected(case), scan=scan, tp=tp)
+    runner = check_parity(GOLDEN / case, load_expected(case), scan=scan, degrees=Degrees(tp=tp), experts="auto")
     plan = jax.tree.leaves(runner.model.plan())
     shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(runner.params)]
     cache = runner.cache.layers[0]

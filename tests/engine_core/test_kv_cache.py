@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from engine_core.config import Degrees
 from engine_core.errors import ConfigError
 from engine_core.kv_cache import CacheLayout, create_cache, gather_pages, scatter_pages
 from engine_core.mesh import make_mesh
@@ -84,7 +85,7 @@ def test_pages_of_a_cache_split_over_two_devices():
 
 def split_over_two():
     """Run by the test above; no page ever leaves its device."""
-    mesh = make_mesh(2, jax.devices())
+    mesh = make_mesh(Degrees(tp=2), jax.devices())
     for stacked in (False, True):
         for dtype in ("float32", "bfloat16"):
             layout = make_layout(dtype=dtype)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from engine_core.config import Degrees
 from tests.engine_core.parity import check_parity
 from tests.golden.cases import CASES, prompts
 
@@ -21,4 +22,4 @@ def test_matches_transformers(case: str, tmp_path: Path) -> None:
     oracle.make_checkpoint(case, tmp_path, seed=seed, dtype="float32", max_shard_size="100KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     expected = [oracle.greedy(tmp_path, prompt) for prompt in prompts(seed)]
-    check_parity(tmp_path, expected, scan=False, tp=1)
+    check_parity(tmp_path, expected, scan=False, degrees=Degrees(), experts="auto")

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from engine_core.config import Degrees
 from engine_core.errors import ConfigError
 from engine_core.layers.linear import choose_numbers
+from engine_core.layers.moe import choose_experts
 from engine_core.models.decoder import Decoder
 from engine_core.models.registry import load_spec
 from tests.engine_core.parity import GOLDEN
@@ -68,4 +70,10 @@ def test_compiles_once_per_bucket(results: list[dict]) -> None:
 )
 def test_refuses_a_degree_that_splits_heads(case: str, tp: int, name: str) -> None:
     with pytest.raises(ConfigError, match=name):
-        Decoder(load_spec(GOLDEN / case), choose_numbers("float32", "cpu"), tp=tp, scan=False)
+        Decoder(
+            load_spec(GOLDEN / case),
+            choose_numbers("float32", "cpu"),
+            degrees=Degrees(tp=tp),
+            experts=choose_experts("auto", "float32", "cpu"),
+            scan=False,
+        )

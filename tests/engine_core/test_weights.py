@@ -13,8 +13,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from engine_core import weights
+from engine_core.config import Degrees
 from engine_core.errors import CheckpointError
 from engine_core.layers.linear import choose_numbers
+from engine_core.layers.moe import choose_experts
 from engine_core.mesh import make_mesh
 from engine_core.models.decoder import Decoder
 from engine_core.models.registry import load_spec
@@ -24,8 +26,9 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def load(directory: Path, *, scan: bool = False, dtype: str = "float32", progress: weights.Progress | None = None):
-    model = Decoder(load_spec(directory), choose_numbers(dtype, "cpu"), tp=1, scan=scan)
-    return model, load_params(directory, model, make_mesh(1, jax.devices()), progress)
+    experts = choose_experts("auto", dtype, "cpu")
+    model = Decoder(load_spec(directory), choose_numbers(dtype, "cpu"), degrees=Degrees(), experts=experts, scan=scan)
+    return model, load_params(directory, model, make_mesh(Degrees(), jax.devices()), progress)
 
 
 @pytest.fixture
@@ -63,9 +66,9 @@ def test_leaves_hold_the_tensors_their_plan_names() -> None:
         plans = jax.tree.leaves(model.plan())
         arrays = jax.tree.leaves(params)
         for plan, array in zip(plans, arrays, strict=True):
-            wanted = [np.concatenate([tensors[source.name] for source in sources]) for sources in plan.layers]
-            np.testing.assert_array_equal(array, (np.stack(wanted) if plan.stacked else wanted[0]).astype(np.float32))
-        assert {source.name for plan in plans for sources in plan.layers for source in sources} == set(tensors)
+            wanted = np.stack([np.concatenate([tensors[source.name] for source in part]) for part in plan.parts])
+            np.testing.assert_array_equal(array, wanted.reshape(plan.shape).astype(np.float32))
+        assert {source.name for plan in plans for part in plan.parts for source in part} == set(tensors)
 
 
 def test_matrices_are_stored_in_the_compute_dtype_and_vectors_in_f32() -> None:

@@ -25,7 +25,8 @@ COMMON = {
     "eos_token_id": 5,
 }
 # One case per architecture; between them: biases, head norms, tied and untied, a head_dim apart from D / N,
-# Llama 3 rope scaling, a sliding window in all layers and in some.
+# Llama 3 rope scaling, a sliding window in all layers and in some, experts in all layers and in some, weighted by
+# normalized scores and not.
 CASES: dict[str, dict] = {
     "qwen2": {
         **COMMON,
@@ -55,6 +56,27 @@ CASES: dict[str, dict] = {
         "tie_word_embeddings": False,
         "sliding_window": 7,
         "rope_theta": 10000.0,
+    },
+    "qwen3_moe": {
+        **COMMON,
+        "head_dim": 24,
+        "tie_word_embeddings": False,
+        "rope_theta": 50000.0,
+        "num_hidden_layers": 4,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [1],
+    },
+    "mixtral": {
+        **COMMON,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+        "rope_theta": 10000.0,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "sliding_window": 11,
     },
 }
 

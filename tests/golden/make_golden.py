@@ -1,6 +1,6 @@
 """Write the golden files: one tiny bf16 checkpoint per architecture, and what transformers computes from it in f32.
 
-    python -m tests.golden.make_golden
+    python -m tests.golden.make_golden [CASE ...]
 
 Each case is a directory of its own: a checkpoint, and `expected.npz` with tokens_a, logits_a, tokens_b, logits_b
 (prompt and greedy continuation; logits of every position).
@@ -8,6 +8,7 @@ Each case is a directory of its own: a checkpoint, and `expected.npz` with token
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,10 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
+    asked = sys.argv[1:] or list(CASES)
     for index, case in enumerate(CASES):
+        if case not in asked:
+            continue
         directory = HERE / case
         make_checkpoint(case, directory, seed=index, dtype="bfloat16", max_shard_size="1GB")
         tokens_and_logits = [greedy(directory, prompt) for prompt in prompts(seed=index)]

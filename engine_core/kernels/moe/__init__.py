@@ -1,0 +1,1 @@
+"""Mixture of experts: `router` picks experts, `grouped` runs sorted rows, `fused` everything, `exchange` moves rows."""
