@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from engine_core.batch import BatchBuilder
 from engine_core.kv_cache import CacheLayout, KVCache, create_cache
-from engine_core.mesh import cache_axes, replicated, sharding
+from engine_core.mesh import by_rows, cache_axes, sharding
 from engine_core.models.decoder import Decoder, Params
 from engine_core.slot_table import SlotTable
+from engine_core.step import input_specs
 from engine_core.step_io import SlotState, StepInputs
 
 
@@ -34,27 +35,30 @@ def abstract_cache(layout: CacheLayout, mesh: Mesh, stacked: bool) -> KVCache:
 
 def abstract_slots(num_slots: int, vocab_size: int, mesh: Mesh) -> SlotState:
     """What `create_slots` would create."""
+    place = by_rows(mesh)
     return SlotState(
-        last_tokens=_whole((num_slots,), jnp.int32, mesh),
-        output_counts=_whole((num_slots, vocab_size), jnp.int32, mesh),
-        in_prompt=_whole((num_slots, vocab_size), jnp.bool_, mesh),
+        last_tokens=_abstract((num_slots,), jnp.int32, place),
+        output_counts=_abstract((num_slots, vocab_size), jnp.int32, place),
+        in_prompt=_abstract((num_slots, vocab_size), jnp.bool_, place),
     )
 
 
 def decode_inputs(bucket: int, table: SlotTable, mesh: Mesh) -> StepInputs:
     """Of a decode step of `bucket` sequences, as the engine's warm-up makes them."""
-    return _abstract(BatchBuilder(table).decode((), bucket), mesh)
+    return _place(BatchBuilder(table).decode((), bucket), mesh)
 
 
 def prefill_inputs(num_tokens: int, num_rows: int, table: SlotTable, mesh: Mesh) -> StepInputs:
     """Of a prefill step of `num_tokens` tokens of at most `num_rows` sequences."""
-    return _abstract(BatchBuilder(table).prefill((), num_tokens, num_rows), mesh)
+    return _place(BatchBuilder(table).prefill((), num_tokens, num_rows), mesh)
 
 
-def _abstract(inputs: StepInputs, mesh: Mesh) -> StepInputs:
-    shapes: StepInputs = jax.tree.map(lambda leaf: _whole(leaf.shape, leaf.dtype, mesh), inputs)
+def _place(inputs: StepInputs, mesh: Mesh) -> StepInputs:
+    shapes: StepInputs = jax.tree.map(
+        lambda leaf, spec: _abstract(leaf.shape, leaf.dtype, NamedSharding(mesh, spec)), inputs, input_specs()
+    )
     return shapes
 
 
-def _whole(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
+def _abstract(shape: tuple[int, ...], dtype: Any, place: NamedSharding) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)

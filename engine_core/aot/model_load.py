@@ -14,21 +14,22 @@ from engine_core.layers.params import WeightPlan
 from engine_core.mesh import EXPERT, TENSOR
 from engine_core.models.decoder import Decoder
 
-_EMBEDDING = "model.embed_tokens.weight"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def weight_bytes(model: Decoder) -> int:
     """Of all weights on one device, padding included."""
-    return sum(_bytes(leaf, model) for leaf in _leaves(model))
+    leaves = _leaves(model)
+    return sum(math.prod(leaf.shape) // _shards(leaf, model) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
 
 
 def num_parameters(model: Decoder) -> int:
     """Of the checkpoint."""
     return sum(
-        source.rows * (leaf.shape[-2] if leaf.transposed else math.prod(leaf.shape[len(leaf.stack) + 1 :]))
+        source.rows * (leaf.shape[len(leaf.stack)] if leaf.transposed else math.prod(leaf.shape[len(leaf.stack) + 1 :]))
         for leaf in _leaves(model)
-        for part in leaf.parts
-        for source in part
+        for sources in leaf.parts
+        for source in sources
     )
 
 
@@ -46,20 +47,17 @@ def prefill_load(model: Decoder, layout: CacheLayout, num_tokens: int, context: 
 
 
 def _load(model: Decoder, layout: CacheLayout, *, num_tokens: int, num_rows: int, pairs: float, kv: float) -> StepLoad:
-    spec = model.spec
+    spec, tp = model.spec, model.degrees.tp
     products = read = 0.0
     for leaf in _leaves(model):
-        if math.prod(leaf.shape) == max(leaf.shape):
-            continue  # norms and biases
+        size = math.prod(leaf.shape) / _shards(leaf, model)
         name = leaf.parts[0][0].name
-        looked_up = name == _EMBEDDING and not spec.tie_embeddings
-        if looked_up:
-            continue
-        tokens = num_rows if name in (_EMBEDDING, "lm_head.weight") else num_tokens
-        used, hit = _expert_shares(model, tokens) if ".experts." in name else (1.0, 1.0)
-        products += 2.0 * tokens * used * math.prod(leaf.shape) / _shards(leaf, model)
-        read += hit * _bytes(leaf, model)
-    tp = model.degrees.tp
+        if math.prod(leaf.shape) == max(leaf.shape) or (name == _EMBEDDING and not spec.tie_embeddings):
+            continue  # norms and biases; a table that is only looked up
+        tokens = num_rows if name in (_EMBEDDING, _HEAD) else num_tokens
+        used, hit = _expert_shares(model, tokens) if EXPERT in leaf.axes else (1.0, 1.0)
+        products += 2.0 * tokens * size * used
+        read += size * hit * jnp.dtype(leaf.dtype).itemsize
     token_bytes = layout.page_bytes / layout.page_size / tp
     return StepLoad(
         matmul_flops=products,
@@ -69,24 +67,20 @@ def _load(model: Decoder, layout: CacheLayout, *, num_tokens: int, num_rows: int
     )
 
 
+def _expert_shares(model: Decoder, tokens: int) -> tuple[float, float]:
+    """Share of the experts that a token uses, and that a step reads where tokens choose evenly and independently."""
+    moe = model.spec.moe
+    assert moe is not None
+    used = moe.experts_per_token / moe.num_experts
+    return used, 1 - (1 - used) ** tokens
+
+
 def _leaves(model: Decoder) -> Iterator[WeightPlan]:
     yield from jax.tree.leaves(model.plan())
 
 
-def _expert_shares(model: Decoder, tokens: int) -> tuple[float, float]:
-    """Of the experts: those that one token uses, and those that any of `tokens` is expected to, routed uniformly."""
-    moe = model.spec.moe
-    assert moe is not None
-    used = moe.experts_per_token / moe.num_experts
-    return used, 1.0 - (1.0 - used) ** tokens
-
-
 def _shards(leaf: WeightPlan, model: Decoder) -> int:
-    """In how many parts a weight is split."""
+    """Devices that share the leaf's elements."""
     sizes = {TENSOR: model.degrees.tp, EXPERT: model.degrees.ep}
     names = [name for axis in leaf.axes for name in (axis if isinstance(axis, tuple) else (axis,))]
-    return math.prod(sizes.get(name, 1) for name in names if name is not None)
-
-
-def _bytes(leaf: WeightPlan, model: Decoder) -> int:
-    return int(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize) // _shards(leaf, model)
+    return math.prod([sizes.get(name, 1) for name in names if name is not None])

@@ -112,9 +112,9 @@ def make_plan(request: PlanRequest, progress: Progress) -> dict[str, Any]:
 def _fit(spec: ModelSpec, topology: Topology, request: PlanRequest, progress: Progress) -> _Fit:
     devices = describe_devices(topology)
     dtype = compute_dtype("auto", spec, "tpu")
-    degrees = Degrees(tp=len(devices))
-    experts = choose_experts("auto", dtype, "tpu")
-    model = Decoder(spec, choose_numbers(dtype, "tpu"), degrees=degrees, experts=experts, scan=True)
+    numbers = choose_numbers(dtype, "tpu")
+    experts = choose_experts("auto", numbers.weight, "tpu")
+    model = Decoder(spec, numbers, degrees=Degrees(tp=len(devices)), experts=experts, scan=True)
     layout = cache_layout(spec, dtype, 0, "tpu")
     sizes = StepSizes(
         num_slots=request.max_batch,
