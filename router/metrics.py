@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from engine_core.errors import BatonError
+from engine_core.errors import BatonError, CapacityError
 from router.block_feed import FeedState
 from router.block_index import BlockIndex
 from router.breaker import BreakerState
@@ -93,7 +93,7 @@ class Metrics(Collector):
         self.loop_lag = Histogram("baton_event_loop_lag_seconds")
         self._prompt_lengths = Histogram("baton_request_prompt_tokens")
         self._answer_lengths = Histogram("baton_request_generation_tokens")
-        self.refused: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter(dict.fromkeys(_refusals(CapacityError), 0))
         self.num_waiting = 0
         self.index: BlockIndex | None = None
         self.requests: Counter[tuple[str, int]] = Counter()
@@ -209,6 +209,11 @@ def _retryable_codes(kind: type[BatonError]) -> set[str]:
     """Of this error and its subclasses: a series that appears only with the first error hides that error's rate."""
     codes = {kind.code} if kind.retryable else set()
     return codes.union(*(_retryable_codes(child) for child in kind.__subclasses__()))
+
+
+def _refusals(kind: type[CapacityError]) -> set[str]:
+    """Reasons of this error and its subclasses."""
+    return {kind.reason}.union(*(_refusals(child) for child in kind.__subclasses__()))
 
 
 def _counter(

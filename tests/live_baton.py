@@ -36,6 +36,7 @@ class LiveBaton:
         self._model_dir = make_checkpoint(directory)
         self._compile_cache = directory.parent / "xla"
         self._settings = settings
+        self._asked = 0
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         keys: Any = settings.get("api_keys", ())
@@ -76,10 +77,12 @@ class LiveBaton:
         return done.result(180)
 
     def ask(self, count: int) -> None:
-        """Some traffic: prompts of many lengths, half of them seen before."""
+        """Some traffic: prompts of many lengths, half of them seen before; the others move KV between workers."""
         with httpx.Client(base_url=self.url, headers=self.headers, timeout=60) as client:
-            for index in range(count):
-                prompt = [5 + (index % 4) * 7 + place for place in range(2 + 9 * (index % 6))]
+            for _ in range(count):
+                self._asked += 1
+                first = self._asked // 2 * 13
+                prompt = [5 + (first + place) % 140 for place in range(2 + 9 * (self._asked // 2 % 6))]
                 body = {"model": MODEL, "prompt": prompt, "max_tokens": 6, "temperature": 0, "ignore_eos": True}
                 reply = client.post("/v1/completions", json=body)
                 assert reply.status_code == 200, reply.text
