@@ -22,7 +22,8 @@ class Estimate:
         flops_share: of the peak, if it takes the larger of both times; 0 to 1.
         bandwidth_share: of the peak, likewise.
         main_kernel: the one that takes most cycles; the figures of the hot loop and of memory are its own.
-        hot_cycles: of one pass of the hot loop's body as the case counts it, without loops in it.
+        hot_cycles: of one pass of the hot loop's body as the case counts it, without loops in it. The hot loop is the
+            one that takes most cycles in all.
         hot_use: by unit, share of its slots that is taken in that body.
         hot_dma_bytes: that one pass of that body starts to copy; None where a size is known only at run time.
         expected_dma_bytes: what the case says of them.
@@ -75,7 +76,9 @@ def estimate(case: Case, schedules: Sequence[Schedule], generation: Generation) 
     hbm = case.hbm_bytes / generation.hbm_bytes_per_s * generation.tensor_cores
     peak = generation.peak_flops(case.dtype) / generation.tensor_cores
     main = max(zip(schedules, kernels, strict=True), key=lambda pair: float(pair[1]["total_cycles"]))[0]
-    hot = main.hot_loop()
+    runs = list(case.runs(main))
+    index = max(range(len(runs)), key=lambda i: runs[i].passes * runs[i].cycles, default=None)
+    hot = None if index is None else main.loops[index]
     work = main.outside if hot is None else hot.own
     return Estimate(
         compute_us=compute * 1e6,
@@ -84,7 +87,7 @@ def estimate(case: Case, schedules: Sequence[Schedule], generation: Generation) 
         flops_share=case.flops / peak / max(compute, hbm),
         bandwidth_share=hbm / max(compute, hbm),
         main_kernel=main.name,
-        hot_cycles=work.cycles if hot is None else case.runs(main)[main.loops.index(hot)].cycles,
+        hot_cycles=work.cycles if index is None else runs[index].cycles,
         hot_dma_bytes=_dma_bytes(work),
         expected_dma_bytes=case.pass_dma_bytes,
         checks=work.checks,

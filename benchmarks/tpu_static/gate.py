@@ -23,6 +23,11 @@ TOLERANCE = 1.03  # of the hot body's cycles
 GATED = [
     *(("matmul", generation, "4096-bf16") for generation in ("v5e", "v5p", "v6e", "tpu7x")),
     *(("matmul", generation, "4096-int8") for generation in ("v5e", "v6e")),
+    *(
+        ("baton-grouped", generation, f"qwen3-30b-a3b-{shape}")
+        for generation in ("v6e", "tpu7x")
+        for shape in ("up-decode", "down-prefill")
+    ),
 ]
 _KEPT = ("hot_cycles", "spills", "checks", "vmatmuls", "hot_dma_bytes")
 _TIMEOUT_S = 600.0

@@ -5,6 +5,7 @@ from benchmarks.tpu_static.kernels.shapes import ATTENTION, GROUPED
 _HERE = "benchmarks.tpu_static.kernels"
 KERNELS = {
     "matmul": f"{_HERE}.matmul:build",
+    "baton-grouped": f"{_HERE}.own_grouped:build",
     "jax-rpa": f"{_HERE}.peer_attention:jax_rpa",
     "tokamax-rpa": f"{_HERE}.peer_attention:tokamax_rpa",
     "jax-megablox": f"{_HERE}.peer_grouped:megablox",
@@ -13,6 +14,6 @@ KERNELS = {
 }
 SUITES = {
     "attention": ["jax-rpa", "tokamax-rpa"],
-    "grouped": ["jax-megablox", "jax-ragged-dot", "tokamax-gmm"],
+    "grouped": ["baton-grouped", "jax-megablox", "jax-ragged-dot", "tokamax-gmm"],
 }
 SHAPES = {"attention": list(ATTENTION), "grouped": list(GROUPED)}

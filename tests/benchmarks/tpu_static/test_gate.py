@@ -11,7 +11,7 @@ from tests.aot import compiles
 
 GOLDEN = {"hot_cycles": 1000, "spills": 10, "checks": 2, "vmatmuls": 64, "hot_dma_bytes": 4096}
 SAME = {**GOLDEN, "expected_dma_bytes": 4096}
-IN_MAKE_TEST = {("matmul", "v6e", "4096-bf16")}
+IN_MAKE_TEST = {("matmul", "v6e", "4096-bf16"), ("baton-grouped", "v6e", "qwen3-30b-a3b-down-prefill")}
 
 
 @pytest.mark.parametrize(

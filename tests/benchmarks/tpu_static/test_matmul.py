@@ -10,7 +10,9 @@ pytestmark = compiles
 TILE_FLOPS = 2 * 512 * 1024 * 1024
 
 
-@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize(
+    "generation", ["v6e", *(pytest.param(name, marks=pytest.mark.aot_matrix) for name in GENERATIONS if name != "v6e")]
+)
 def test_mxu_slots_and_bytes_are_exact(generation):
     """Slots taken x what a slot does = FLOPs of the tile; DMA bytes = the tiles' bytes."""
     result = measure("matmul", generation, "4096-bf16", None, 120)
@@ -26,6 +28,7 @@ def test_mxu_slots_and_bytes_are_exact(generation):
     assert 8 << 20 < kernel["vmem_bytes"] < 16 << 20
 
 
+@pytest.mark.aot_matrix
 def test_int8_takes_half_the_slots_on_v6e():
     slots = []
     for shape in ("4096-bf16", "4096-int8"):
