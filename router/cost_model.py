@@ -2,7 +2,7 @@
 
 Weighted least squares with exponential forgetting, drawn towards a prior while samples are few (ridge regression, Hoerl
 and Kennard 1970), coefficients never negative. Errors count relative to the time measured: a short step matters as much
-as a long one.
+as a long one, and a hiccup next to nothing.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from engine_core.messages import StepSums
 Floats = npt.NDArray[np.float64]
 
 FORGET = 0.995  # weight that a sample keeps when the next one comes
-OUTLIER = 4.0  # a sample counts as at most so many times what was predicted: adapts to a slower world, not to a hiccup
 TRUSTED_SAMPLES = 20
 _FLOOR_S = 0.001  # errors of times below it are not relative any more
 _PRIOR_WEIGHT = 1e-3
+_LEAST_WEIGHT = 1e-6
 
 
 class LinearModel:
@@ -52,9 +52,6 @@ class LinearModel:
         """Take samples `[n, num_features]` and their times `[n]`, oldest first."""
         rows = np.asarray(features, np.float64) / self._scale
         times = np.asarray(seconds, np.float64)
-        if self.is_trusted:
-            fitted = rows @ (np.array(self.coefficients) * self._scale)
-            times = np.minimum(times, OUTLIER * np.maximum(fitted, _FLOOR_S))
         count = len(times)
         weights = FORGET ** np.arange(count - 1, -1, -1) / np.square(np.maximum(times, _FLOOR_S))
         kept = FORGET**count
@@ -64,9 +61,9 @@ class LinearModel:
         self._fit()
 
     def _fit(self) -> None:
-        """The prior pulls on a feature as a fraction of all samples does, so that one never seen keeps its prior."""
-        pull = _PRIOR_WEIGHT * max(float(self._gram.trace()), 1.0) / len(self._prior)
-        gram = self._gram + pull * np.eye(len(self._prior))
+        """The prior pulls on each feature as a small part of its own samples does; one never seen keeps its prior."""
+        pull = _PRIOR_WEIGHT * self._gram.diagonal() + _LEAST_WEIGHT
+        gram = self._gram + np.diag(pull)
         solution = _non_negative(gram, self._moment + pull * self._prior)
         self.coefficients = tuple((solution / self._scale).tolist())
 

@@ -153,6 +153,9 @@ def test_events_of_before_the_snapshot_are_in_it_already() -> None:
     feed.on_events(events(3, [6]), 0.0)
     feed.on_events(events(4, [7]), 0.0)
     assert held_by(index, ("w", 1)) == {1, 7}
+    feed.on_events(events(4, [8]), 0.0)  # doubled
+    assert held_by(index, ("w", 1)) == {1, 7}
+    assert feed.tick(10.0) is None
 
 
 def test_a_gap_that_closes_in_time_costs_nothing() -> None:

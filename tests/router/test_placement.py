@@ -16,7 +16,7 @@ from engine_core.types import Numerics, Request, Role, SamplingParams, Tier
 from router import pair_costs
 from router.block_index import BlockIndex
 from router.breaker import MAX_FAILURES, BreakerState
-from router.candidate import Candidate
+from router.candidate import Candidate, Work
 from router.cost_model import StepModel, TransferModel
 from router.pair_costs import PlacementConfig
 from router.placement import JointPlacement, Placement
@@ -232,6 +232,19 @@ def test_slow_links_are_avoided_and_hidden_behind_prefill() -> None:
     assert slow.terms.transfer_s > 0.01 > placement.decision.chosen.terms.transfer_s
 
 
+def test_what_is_sent_while_later_chunks_compute_costs_nothing() -> None:
+    fleet = Fleet(1, 1, **REMOTE)
+    for _ in range(30):
+        fleet.transfers.learn(("p0", 1), ("d0", 1), 0, 0.0)
+        fleet.transfers.learn(("p0", 1), ("d0", 1), 1_000_000, 0.05)
+    fleet.transfers.fit()
+    one = fleet.place(text(1, 256))
+    two = fleet.place(text(2, 2048))
+    assert one.transfer_bytes * 8 == two.transfer_bytes == 2 << 20
+    assert one.decision.chosen.terms.transfer_s == pytest.approx(0.0131, rel=0.05)  # a quarter of a megabyte
+    assert two.decision.chosen.terms.transfer_s == pytest.approx(0.0131, rel=0.05)  # its last chunk
+
+
 def test_a_full_decode_worker_is_the_last_choice() -> None:
     fleet = Fleet(1, 2, **REMOTE)
     fleet.workers["d0"].told(load(running=8), fleet.now)
@@ -277,6 +290,8 @@ def test_reservations_cannot_drift(seed: int) -> None:
         assert (worker.reserved_requests, worker.reserved_tokens, worker.kv_tokens(0)) == (0, 0, 0)
         worker.told(load(), fleet.now)
         assert (worker.queue_s(fleet.now), worker.num_rows()) == (0, 0)
+        worker.reserve(0, Work(1, 1000, 0, 0), fleet.now)
+        assert worker.queue_s(fleet.now) == 0.001
 
 
 def test_rows_that_came_and_went_since_the_last_beat_count_for_nothing() -> None:
