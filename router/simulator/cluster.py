@@ -165,6 +165,8 @@ class Cluster:
     def check_integrity(self) -> None:
         """Raise AssertionError where a finished run left something behind."""
         for worker in self.workers.values():
+            assert worker.is_idle, f"{worker.info.worker_id} has requests"
+            assert not isinstance(worker, DecodeWorker) or worker.kv_tokens == 0, f"{worker.info.worker_id} has tokens"
             worker.memory.cache.check_integrity()
             held = dict.fromkeys(worker.memory.cache.pages(), 1)
             worker.memory.cache.pool.check_integrity(held)

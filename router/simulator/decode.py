@@ -98,6 +98,11 @@ class DecodeWorker(Worker):
         """Sequences that do not decode yet."""
         return len(self._to_reserve) + len(self._landing) + len(self._ready) + len(self._readings)
 
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the next step attends to."""
+        return self._kv_tokens
+
     # what others ask
 
     def add(self, attempt: Attempt) -> None:

@@ -67,6 +67,15 @@ def test_batch_of_two_steps_together():
     assert second.last_token_at == pytest.approx(6.0)
 
 
+def test_steps_take_longer_as_the_sequence_grows():
+    """Attending to 11, 12 and 13 tokens, the last of them after a new page, at 0.1 s each beside 0.75 s."""
+    profile = {"decode_token_s": 0.1, "link_bytes_per_s": 1e12}
+    run = cluster(trace_of((0.0, [1], 10, 4)), profile)
+    run.run()
+    assert run.jobs[0].last_token_at - run.jobs[0].first_token_at == pytest.approx(3 * 0.75 + 0.1 * (11 + 12 + 13))
+    run.check_integrity()
+
+
 def test_local_prefill_shares_rounds_with_decoding():
     trace = trace_of((0.0, [1], 10, 4), (1.0, [2, 3], 20, 1))
     run = cluster(trace, {"chunk_tokens": 10}, policy="joint", num_prefill=0)
