@@ -23,16 +23,16 @@ class Mailbox:
     def put(self, index: int, chunk: TokenChunk) -> None:
         """Leave a chunk of choice `index`."""
         self._items.append((index, chunk))
-        waiter = self._waiter
-        if waiter is not None:
-            self._waiter = None
-            waiter.set_result(None)
+        self._wake()
 
     def fail(self, error: BatonError) -> None:
         """Raise `error` in the reader once it has taken what came before."""
         self._error = self._error or error
+        self._wake()
+
+    def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None
-        if waiter is not None:
+        if waiter is not None and not waiter.done():  # done: the reader was cancelled, and has not run since
             waiter.set_result(None)
 
     async def take(self) -> list[Item]:
