@@ -114,7 +114,10 @@ def _fit(spec: ModelSpec, topology: Topology, request: PlanRequest, progress: Pr
     dtype = compute_dtype("auto", spec, "tpu")
     numbers = choose_numbers(dtype, "tpu")
     experts = choose_experts("auto", numbers.weight, "tpu")
-    model = Decoder(spec, numbers, degrees=Degrees(tp=len(devices)), experts=experts, scan=True)
+    try:
+        model = Decoder(spec, numbers, degrees=Degrees(tp=len(devices)), experts=experts, scan=True)
+    except ConfigError as error:
+        raise ConfigError(f"--topology {topology.name} has {len(devices)} devices: {error}") from None
     layout = cache_layout(spec, dtype, 0, "tpu")
     sizes = StepSizes(
         num_slots=request.max_batch,

@@ -87,6 +87,11 @@ class TestCompiled:
         assert result["decode_itl_ms"] > result["steps"]["decode"]["bound_ms"] > 0
         assert result["prefill_tokens_per_s"] > 0
 
+    def test_a_slice_that_would_split_a_head_is_named(self, small):
+        done = run_cli("plan", "--model", str(small), "--topology", "v6e-8")
+        assert done.returncode == 2
+        assert "--topology v6e-8 has 8 devices: tp 8 does not divide the model's num_key_value_heads 4" in done.stderr
+
     def test_one_role_compiles_one_step(self, small):
         _, result = plan(small, "--topology", "v5e-1", "--role", "decode", "--max-batch", "8", "--context", "1024")
         assert list(result["steps"]) == ["decode"]
