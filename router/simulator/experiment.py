@@ -59,6 +59,7 @@ class Results:
             "capacity_rps": self.capacity.rps,
             "prefill_capacity_rps": self.capacity.prefill_rps,
             "decode_capacity_rps": self.capacity.decode_rps,
+            "link_capacity_rps": None if self.capacity.link_rps == float("inf") else self.capacity.link_rps,
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -20,15 +21,17 @@ class Capacity:
     Attributes:
         prefill_rps: all prefill workers busy all the time, with the hits of one cache as large as all of theirs.
         decode_rps: all decode workers' batches as full as slots and memory allow.
+        link_rps: all network interfaces of the smaller pool busy with KV of what the same hits leave to be moved.
     """
 
     prefill_rps: float
     decode_rps: float
+    link_rps: float
 
     @property
     def rps(self) -> float:
-        """The lesser one."""
-        return min(self.prefill_rps, self.decode_rps)
+        """The least of them."""
+        return min(self.prefill_rps, self.decode_rps, self.link_rps)
 
 
 def pooled_hits(trace: Trace, num_blocks: int) -> list[int]:
@@ -94,5 +97,10 @@ def capacity(trace: Trace, profile: WorkerProfile, num_prefill: int, num_decode:
     prefill_s, decode_s = _prefill_s(trace, profile, hits), _decode_s(trace, profile)
     if not num_prefill:
         both = num_decode * _both(prefill_s, decode_s)
-        return Capacity(prefill_rps=both, decode_rps=both)
-    return Capacity(prefill_rps=num_prefill / prefill_s, decode_rps=num_decode / decode_s)
+        return Capacity(prefill_rps=both, decode_rps=both, link_rps=math.inf)
+    moved = (trace.input_tokens - sum(hits)) / len(trace.requests) * profile.kv_token_bytes
+    return Capacity(
+        prefill_rps=num_prefill / prefill_s,
+        decode_rps=num_decode / decode_s,
+        link_rps=min(num_prefill, num_decode) * profile.link_bytes_per_s / max(moved, 1),
+    )

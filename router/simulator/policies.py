@@ -5,6 +5,7 @@ All see the same: the router's `Candidate`s, its index, its learned costs; and r
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
@@ -122,7 +123,7 @@ class Simple:
     Args:
         choose: request, keys of its blocks, usable prefill and decode workers, now -> the pair.
         index: told where blocks will be.
-        joint: asked only whether there is room, so that all policies admit alike.
+        joint: asked only whether there is room, so that all policies admit alike: where prompts could be read.
     """
 
     def __init__(self, choose: Choice, index: BlockIndex, joint: JointPlacement) -> None:
@@ -262,4 +263,5 @@ def make_policy(name: str, index: BlockIndex, transfers: TransferModel, config: 
         "prefix-only": _prefix_only(index),
         "prefill-then-decode": _prefill_then_decode(index),
     }
-    return Simple(choices[name], index, joint)
+    remote = dataclasses.replace(config, local_prefill_tokens=0)
+    return Simple(choices[name], index, JointPlacement(index, transfers, remote))

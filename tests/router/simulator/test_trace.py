@@ -84,6 +84,7 @@ def test_capacity_by_hand():
     can = capacity(trace, PROFILE, 2, 1)
     assert can.prefill_rps == pytest.approx(1.0)
     assert can.decode_rps == pytest.approx(4 / (2 * 1.5))
+    assert can.link_rps == pytest.approx(1.0)  # 10 bytes each at 10 bytes/s
     assert capacity(trace, PROFILE, 0, 1).rps == pytest.approx(1 / (2.0 + 0.75))
 
 
