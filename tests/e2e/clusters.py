@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
+import threading
 import time
 import urllib.request
 from collections import defaultdict
@@ -106,3 +108,54 @@ class Cluster(Baton):
 
     def terminate(self) -> None:
         self.signal(signal.SIGTERM)
+
+
+class Streaming:
+    """A long greedy stream that is read in a thread; begun once this returns.
+
+    Attributes:
+        events: what came so far.
+    """
+
+    def __init__(self, cluster: Cluster, max_tokens: int = 900, **fields: Any) -> None:
+        self.events: list[dict[str, Any]] = []
+        self._failure: Exception | None = None
+        asked = {"prompt": "The lazy dog", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+        self._body = cluster.body(**asked, **fields)
+        self._url = f"{cluster.url}/v1/completions"
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+        until(lambda: len(self.events) > 3 or not self._thread.is_alive(), 60)
+
+    def _read(self) -> None:
+        try:
+            with httpx.stream("POST", self._url, json=self._body, timeout=200) as reply:
+                for line in reply.iter_lines():
+                    if line.startswith("data: {"):
+                        self.events.append(json.loads(line[6:]))
+        except httpx.HTTPError as error:
+            self._failure = error
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def texts(self) -> list[str]:
+        """All of each choice, once all have ended as they should."""
+        self._thread.join(200)
+        assert not self.running and self._failure is None, self._failure
+        assert "error" not in self.events[-1], self.events[-1]
+        texts: dict[int, str] = defaultdict(str)
+        reasons: dict[int, str] = {}
+        for event in self.events:
+            choice = event["choices"][0]
+            texts[choice["index"]] += choice["text"]
+            if choice["finish_reason"] is not None:
+                reasons[choice["index"]] = choice["finish_reason"]
+        assert reasons == dict.fromkeys(texts, "length")
+        return [texts[index] for index in sorted(texts)]
+
+    def text(self) -> str:
+        """The only choice's."""
+        (text,) = self.texts()
+        return text

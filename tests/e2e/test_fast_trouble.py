@@ -16,47 +16,12 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.baton_process import until
-from tests.e2e.clusters import STOP_S, Cluster
+from tests.e2e.clusters import STOP_S, Cluster, Streaming
 from tests.e2e.conftest import NUM_PAGES
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 LONG = 900
-
-
-class Streaming:
-    """A long greedy stream that is read in a thread."""
-
-    def __init__(self, cluster: Cluster, **fields: Any) -> None:
-        self.events: list[dict[str, Any]] = []
-        self.failure: Exception | None = None
-        self._body = cluster.body(prompt="The lazy dog", max_tokens=LONG, ignore_eos=True, stream=True, **fields)
-        self._url = f"{cluster.url}/v1/completions"
-        self._thread = threading.Thread(target=self._read)
-        self._thread.start()
-        until(lambda: len(self.events) > 3 or not self._thread.is_alive(), 60)
-
-    def _read(self) -> None:
-        try:
-            with httpx.stream("POST", self._url, json=self._body, timeout=200) as reply:
-                for line in reply.iter_lines():
-                    if line.startswith("data: {"):
-                        self.events.append(json.loads(line[6:]))
-        except httpx.HTTPError as error:
-            self.failure = error
-
-    @property
-    def running(self) -> bool:
-        return self._thread.is_alive()
-
-    def text(self) -> str:
-        """All of it, once it has ended as it should."""
-        self._thread.join(200)
-        assert not self.running and self.failure is None, self.failure
-        assert "error" not in self.events[-1], self.events[-1]
-        assert self.events[-1]["choices"][0]["finish_reason"] == "length"
-        return "".join(event["choices"][0]["text"] for event in self.events)
 
 
 @pytest.fixture(scope="module")
