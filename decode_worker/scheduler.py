@@ -4,6 +4,7 @@ Life of a sequence here:
     remote: add -> waits for pages -> ticket -> blocks land, are scattered between steps -> landed with its first token
             -> ready -> takes a slot -> running
     local:  add -> (chunk queue) pages and slot -> chunks dispatched -> running as soon as its last chunk is dispatched
+    scored: local, in steps of their own that give log probabilities of the prompt, told with the first token
     running -> one row of each decode step -> stop token, limit or cancel: pages released, at most one wasted row
     preempted (no page for the next token, youngest first): in-flight steps are read, pages released, back to the head
             of the chunk queue with all tokens it has, to be recomputed locally
@@ -27,7 +28,7 @@ from engine_core.chunking import ChunkQueue
 from engine_core.engine import PendingStep
 from engine_core.errors import BatonError, NoFreePages
 from engine_core.messages import PeerAddress, StepSums, TokenChunk
-from engine_core.replica import Replica
+from engine_core.replica import Replica, last_rows
 from engine_core.sequence import Sequence as Seq
 from engine_core.step_meter import StepMeter
 from engine_core.types import Request
@@ -78,10 +79,11 @@ class _Landed:
 
 @dataclass(slots=True)
 class _Flight:
-    """A dispatched step and whose rows it holds: (sequence, row)."""
+    """A dispatched step and whose rows it holds: (sequence, row); of `scores`, a row for each token."""
 
     step: PendingStep
     rows: list[tuple[Seq, int]] = field(default_factory=list)
+    scores: list[tuple[Seq, range]] = field(default_factory=list)
 
 
 class DecodeScheduler:
@@ -98,6 +100,7 @@ class DecodeScheduler:
         self._events = events
         self._depth = 1 if overlap else 0
         self._queue = ChunkQueue(replica.memory)
+        self._scoring = ChunkQueue(replica.memory)
         self._sequences: dict[Key, Seq] = {}
         self._waiting: deque[_Landing] = deque()
         self._landing: dict[Key, _Landing] = {}
@@ -122,7 +125,7 @@ class DecodeScheduler:
     @property
     def queued_tokens(self) -> int:
         """Tokens of local prefill still to be computed."""
-        return self._queue.queued_tokens
+        return self._queue.queued_tokens + self._scoring.queued_tokens
 
     def drain_samples(self) -> list[StepSums]:
         """How long steps took since the last call."""
@@ -135,7 +138,7 @@ class DecodeScheduler:
             return
         self._sequences[sequence.key] = sequence
         if prefill is None:
-            self._queue.add(sequence)
+            (self._scoring if sequence.scores_prompt else self._queue).add(sequence)
         else:
             self._waiting.append(_Landing(sequence, prefill))
 
@@ -204,6 +207,7 @@ class DecodeScheduler:
         if sequence in self._running:
             self._running.remove(sequence)
         self._queue.remove(sequence)
+        self._scoring.remove(sequence)
         self._drop(sequence)
 
     def tick(self) -> bool:
@@ -213,6 +217,7 @@ class DecodeScheduler:
         self._admit_ready()
         before = len(self._inflight)
         self._dispatch_prefill()
+        self._dispatch_scoring()
         self._dispatch_decode()
         dispatched = len(self._inflight) > before
         chunks: list[TokenChunk] = []
@@ -252,26 +257,40 @@ class DecodeScheduler:
 
     def _dispatch_prefill(self) -> None:
         chunks = self._queue.next_chunks(*self._replica.prefill_budget)
+        if chunks:
+            self._begin(chunks)
+            self._fly(self._replica.dispatch_prefill(chunks), chunks, self._replica.output_rows(chunks))
+
+    def _dispatch_scoring(self) -> None:
+        chunks = self._scoring.next_chunks(*self._replica.scoring_budget)
         if not chunks:
             return
+        self._begin(chunks)
+        rows = last_rows(chunks)
+        flight = self._fly(self._replica.dispatch_scoring(chunks), chunks, rows)
+        for last, chunk in zip(rows, chunks, strict=True):
+            scored = range(last + 1 - chunk.count, last if chunk.is_last else last + 1)
+            flight.scores.append((chunk.sequence, scored))
+
+    def _begin(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
             if chunk.start == chunk.sequence.num_cached:
                 self._replica.stats.admitted(chunk.sequence)
                 self._replica.prepare_slot(chunk.sequence)
-        flight = _Flight(self._dispatch_chunks(chunks))
-        for row, chunk in zip(self._replica.output_rows(chunks), chunks, strict=True):
+
+    def _fly(self, step: PendingStep, chunks: list[Chunk], rows: list[int]) -> _Flight:
+        """A step over chunks was dispatched; `rows` of its output hold their sampled tokens."""
+        step.start_copy()
+        self._meter.prefill(chunks)
+        flight = _Flight(step)
+        for row, chunk in zip(rows, chunks, strict=True):
             self._replica.memory.store(chunk.sequence, chunk.sequence.num_dispatched)
             if chunk.is_last:
                 chunk.sequence.token_on_host = False
                 self._running.append(chunk.sequence)
                 flight.rows.append((chunk.sequence, row))
         self._inflight.append(flight)
-
-    def _dispatch_chunks(self, chunks: list[Chunk]) -> PendingStep:
-        step = self._replica.dispatch_prefill(chunks)
-        step.start_copy()
-        self._meter.prefill(chunks)
-        return step
+        return flight
 
     def _dispatch_decode(self) -> None:
         batch = self._with_pages([s for s in self._running if s.wants_more])
@@ -314,6 +333,9 @@ class DecodeScheduler:
         self.num_preemptions += 1
 
     def _read(self, flight: _Flight, chunks: list[TokenChunk]) -> None:
+        for sequence, scored in flight.scores:
+            num_top = sequence.request.sampling.logprobs or 0
+            sequence.prompt_logprobs += [flight.step.logprobs(row, num_top) for row in scored]
         if not flight.rows:
             self._meter.not_read()
             return

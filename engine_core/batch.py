@@ -3,7 +3,8 @@
 Three shapes of batch, each padded to a bucket:
     decode    one token per sequence row, T == B
     prefill   chunks of several sequences packed into T token rows, B sequence rows, T > B
-    strict    the decode shape in its single bucket; a prefill chunk is one row per token of the same sequence
+    rows      the decode shape; a prefill chunk is one row per token of the same sequence (strict numerics, and prompts
+              whose own log probabilities are wanted)
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class BatchBuilder:
         kv_lens[:count] = positions[:count] + 1
         rows = np.full(bucket, bucket, np.int32)
         rows[:count] = np.arange(count, dtype=np.int32)
-        return self._inputs(tokens, token_slots, positions, rows, kv_lens, slots, slots, _cumulative(kv_lens > 0))
+        cumulative = _cumulative(kv_lens > 0)
+        return self._inputs(tokens, token_slots, positions, rows, kv_lens, slots, slots, cumulative)
 
     def prefill(self, chunks: Seq[Chunk], num_tokens: int, num_rows: int) -> StepInputs:
         """Chunks packed one behind the other.
@@ -105,11 +107,16 @@ class BatchBuilder:
                 out_slots[i] = chunk.sequence.slot
             at = end
         token_slots = np.full(num_tokens, table.num_slots, np.int32)
-        return self._inputs(tokens, token_slots, positions, rows, kv_lens, table_rows, out_slots, _cumulative(q_lens))
+        cumulative = _cumulative(q_lens)
+        return self._inputs(tokens, token_slots, positions, rows, kv_lens, table_rows, out_slots, cumulative)
 
-    def strict_prefill(self, chunks: Seq[Chunk], bucket: int) -> StepInputs:
-        """Chunks as decode rows: `chunk.count` rows of the same sequence for each, at most `bucket` together."""
+    def row_prefill(self, chunks: Seq[Chunk], bucket: int) -> StepInputs:
+        """Chunks as decode rows: `chunk.count` rows of the same sequence for each, at most `bucket` together.
+
+        Each row gives the log probability of the prompt token behind its own; the last one, of the token it draws.
+        """
         table = self._table
+        scored = np.full(bucket, table.vocab_size, np.int32)
         tokens = np.zeros(bucket, np.int32)
         positions = np.zeros(bucket, np.int32)
         kv_lens = np.zeros(bucket, np.int32)
@@ -123,15 +130,17 @@ class BatchBuilder:
             positions[at:end] = np.arange(chunk.start, stop, dtype=np.int32)
             kv_lens[at:end] = positions[at:end] + 1
             table_rows[at:end] = chunk.sequence.slot
+            following = chunk.sequence.token_ids[chunk.start + 1 : stop + 1]
+            scored[at : at + len(following)] = following
             if chunk.is_last:
                 out_slots[end - 1] = chunk.sequence.slot
             at = end
         rows = np.full(bucket, bucket, np.int32)
         rows[:at] = np.arange(at, dtype=np.int32)
         token_slots = np.full(bucket, table.num_slots, np.int32)
-        return self._inputs(
-            tokens, token_slots, positions, rows, kv_lens, table_rows, out_slots, _cumulative(kv_lens > 0)
-        )
+        cumulative = _cumulative(kv_lens > 0)
+        inputs = self._inputs(tokens, token_slots, positions, rows, kv_lens, table_rows, out_slots, cumulative)
+        return replace(inputs, sampling=replace(inputs.sampling, scored=scored))
 
     def _inputs(
         self,
@@ -146,6 +155,7 @@ class BatchBuilder:
     ) -> StepInputs:
         draw: HostArray = kv_lens - self._table.num_prompt[table_rows]
         page_table: HostArray = self._table.page_table[table_rows]
+        drawn: HostArray = np.full(len(kv_lens), self._table.vocab_size, np.int32)
         return StepInputs(
             tokens=tokens,
             token_slots=token_slots,
@@ -156,7 +166,7 @@ class BatchBuilder:
             cu_q_lens=cu_q_lens,
             logits_rows=np.maximum(cu_q_lens[1:] - 1, 0),
             slots=out_slots,
-            sampling=replace(self._sampling_rows(table_rows), position=draw),
+            sampling=replace(self._sampling_rows(table_rows), position=draw, scored=drawn),
         )
 
     def _sampling_rows(self, table_rows: HostArray) -> SamplingInputs:
@@ -184,7 +194,8 @@ class BatchBuilder:
             frequency_penalty=frequency,
             repetition_penalty=repetition,
             seed=t.seed[table_rows],
-            position=t.num_prompt[table_rows],  # a place holder: every step brings its own
+            position=t.num_prompt[table_rows],  # a place holder, as the next: every step brings its own
+            scored=t.num_prompt[table_rows],
             bias_ids=bias_ids,
             bias_values=t.bias_values[table_rows],
             any_sampled=(temperature > 0).any(),

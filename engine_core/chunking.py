@@ -44,7 +44,7 @@ class SequenceMemory:
 
     def match_prefix(self, sequence: Sequence) -> None:
         """Give the sequence the cached pages of its known tokens. Sets `pages`, `num_cached` and `num_dispatched`."""
-        if not self._reuse:
+        if not self._reuse or sequence.scores_prompt:  # cached tokens are not computed, so nothing is known of them
             return
         self._extend_hashes(sequence, len(sequence.token_ids))
         sequence.pages = self.cache.match(sequence.hashes)
@@ -135,28 +135,30 @@ class ChunkQueue:
             if sequence in queue:
                 queue.remove(sequence)
 
-    def next_chunks(self, num_tokens: int, num_rows: int) -> list[Chunk]:
+    def next_chunks(self, num_tokens: int, num_rows: int, most: int) -> list[Chunk]:
         """Chunks for one step, and advance their sequences past them.
 
         Args:
             num_tokens: tokens of the step at most.
             num_rows: sequences of the step at most.
+            most: tokens of one sequence at most.
         """
         self._admit(num_rows)
         chunks: list[Chunk] = []
         left = num_tokens
-        while self._active and left > 0 and len(chunks) < num_rows:
-            sequence = self._active[0]
+        for sequence in list(self._active)[:num_rows]:
             total = len(sequence.token_ids)
             start = sequence.num_dispatched
-            count = min(left, total - start)
-            chunks.append(Chunk(sequence, start, count, is_last=start + count == total))
+            count = min(left, most, total - start)
+            if not count:
+                break
+            is_last = start + count == total
+            chunks.append(Chunk(sequence, start, count, is_last))
             sequence.num_dispatched += count
             left -= count
-            if sequence.num_dispatched < total:
-                break
-            sequence.num_sampled += 1
-            self._active.popleft()
+            if is_last:
+                sequence.num_sampled += 1
+                self._active.remove(sequence)
         return chunks
 
     def _admit(self, num_rows: int) -> None:

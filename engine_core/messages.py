@@ -113,6 +113,7 @@ class TokenChunk(msgspec.Struct, frozen=True, array_like=True):
         finish_reason: set on the last chunk.
         logprobs: one per token where the request asked for them, else empty.
         cached_tokens: prompt tokens found in the prefix cache; sent on the first chunk of each worker.
+        prompt_logprobs: with the first token, one per prompt token but the first, where the request asked for them.
     """
 
     request_id: str
@@ -122,6 +123,7 @@ class TokenChunk(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = []
     cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs] = []
 
 
 class Tokens(Message, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,6 @@ from engine_core.messages import PeerAddress, WorkerInfo
 from engine_core.prefix_cache import BlockEvent
 from engine_core.resolve import ResolvedEngine
 from engine_core.sequence import Sequence as Seq
-from engine_core.step_io import StepInputs
 from engine_core.types import Numerics, Role
 from engine_core.worker_stats import StatsRecorder
 
@@ -65,28 +65,40 @@ class Replica:
         return self.memory.cache.hashes()
 
     @property
-    def prefill_budget(self) -> tuple[int, int]:
-        """Tokens and sequences of one prefill step at most."""
+    def prefill_budget(self) -> tuple[int, int, int]:
+        """Of one prefill step at most: tokens, sequences, tokens of one sequence."""
         resolved = self.resolved
         if resolved.numerics is Numerics.STRICT:
-            return resolved.decode_buckets[0], resolved.decode_buckets[0]
-        return resolved.prefill_buckets[-1], resolved.prefill_rows
+            return (resolved.decode_buckets[0],) * 3
+        return resolved.prefill_buckets[-1], resolved.prefill_rows, resolved.prefill_buckets[-1]
+
+    @property
+    def scoring_budget(self) -> tuple[int, int, int]:
+        """The same for `dispatch_scoring`."""
+        rows = self.resolved.decode_buckets[-1]
+        return rows, rows, min(rows, self.resolved.scored_tokens)
 
     def dispatch_prefill(self, chunks: Sequence[Chunk]) -> PendingStep:
         """Queue one prefill step. Row i of its output belongs to `output_rows(chunks)[i]`."""
-        inputs = self._prefill_inputs(chunks)
-        self.stats.prefill_step(sum(chunk.count for chunk in chunks), len(inputs.tokens))
-        return self.engine.dispatch(inputs)
+        if self.resolved.numerics is Numerics.STRICT:
+            return self.dispatch_scoring(chunks)
+        count = sum(chunk.count for chunk in chunks)
+        bucket = self.resolved.prefill_bucket(count)
+        self.stats.prefill_step(count, bucket)
+        return self.engine.dispatch(self.builder.prefill(chunks, bucket, self.resolved.prefill_rows))
 
     def output_rows(self, chunks: Sequence[Chunk]) -> list[int]:
         """Row of the step's output that holds each chunk's sampled token."""
         if self.resolved.numerics is not Numerics.STRICT:
             return list(range(len(chunks)))
-        rows, end = [], 0
-        for chunk in chunks:
-            end += chunk.count
-            rows.append(end - 1)
-        return rows
+        return last_rows(chunks)
+
+    def dispatch_scoring(self, chunks: Sequence[Chunk]) -> PendingStep:
+        """Queue one prefill step with an output row for each token, those of a chunk up to `last_rows(chunks)[i]`."""
+        count = sum(chunk.count for chunk in chunks)
+        bucket = self.resolved.decode_bucket(count)
+        self.stats.prefill_step(count, bucket)
+        return self.engine.dispatch(self.builder.row_prefill(chunks, bucket))
 
     def dispatch_decode(self, sequences: Sequence[Seq]) -> PendingStep:
         """Queue one decode step; row i is `sequences[i]`."""
@@ -122,9 +134,7 @@ class Replica:
             block_namespace=self.memory.block_namespace.hex(),
         )
 
-    def _prefill_inputs(self, chunks: Sequence[Chunk]) -> StepInputs:
-        resolved = self.resolved
-        if resolved.numerics is Numerics.STRICT:
-            return self.builder.strict_prefill(chunks, resolved.decode_buckets[0])
-        bucket = resolved.prefill_bucket(sum(chunk.count for chunk in chunks))
-        return self.builder.prefill(chunks, bucket, resolved.prefill_rows)
+
+def last_rows(chunks: Sequence[Chunk]) -> list[int]:
+    """Each chunk's last row, where every token has one."""
+    return [end - 1 for end in itertools.accumulate(chunk.count for chunk in chunks)]

@@ -34,6 +34,7 @@ class ResolvedEngine:
         decode_buckets: B of each decode step, ascending.
         prefill_buckets: T of each prefill step, ascending; empty in strict numerics.
         prefill_rows: B of a prefill step.
+        scored_tokens: prompt tokens of one sequence whose log probabilities one step gives at most.
         fingerprint: workers whose fingerprints differ never exchange KV.
     """
 
@@ -48,6 +49,7 @@ class ResolvedEngine:
     decode_buckets: tuple[int, ...]
     prefill_buckets: tuple[int, ...]
     prefill_rows: int
+    scored_tokens: int
     fingerprint: str
 
     def decode_bucket(self, count: int) -> int:
@@ -103,6 +105,7 @@ def resolve(config: EngineConfig, spec: ModelSpec, identity: str, devices: list[
         decode_buckets=(_strict_rows(config),) if strict else _decode_buckets(config.batch.num_slots),
         prefill_buckets=() if strict else _prefill_buckets(config.batch.prefill_tokens, config.batch.prefill_seqs),
         prefill_rows=config.batch.prefill_seqs,
+        scored_tokens=1 if platform == "tpu" else max(config.batch.num_slots, 1),
         fingerprint=_fingerprint(spec, identity, layout, config.numerics),
     )
 

@@ -49,7 +49,8 @@ def sample(
     """
     logits = logits.astype(jnp.float32)
     tokens = lax.platform_dependent(logits, slots, slot_ids, inputs, cpu=_pick_one_by_one, default=_pick_together)
-    logprobs, top_ids, top_logprobs = lax.cond(inputs.any_logprobs, _logprobs, _no_logprobs, logits, tokens)
+    scored = jnp.where(inputs.scored < logits.shape[1], inputs.scored, tokens)
+    logprobs, top_ids, top_logprobs = lax.cond(inputs.any_logprobs, _logprobs, _no_logprobs, logits, scored)
     noted = SlotState(
         last_tokens=slots.last_tokens.at[slot_ids].set(tokens, mode="drop", wrap_negative_indices=False),
         output_counts=slots.output_counts.at[slot_ids, tokens].add(1, mode="drop", wrap_negative_indices=False),

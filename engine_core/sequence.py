@@ -24,6 +24,7 @@ class Sequence:
         num_sampled: generated tokens, counting those dispatched and not read yet.
         slot: row of the slot state, -1 while it has none.
         hashes: block hashes of the full blocks of `token_ids`, as far as they have been needed.
+        prompt_logprobs: of prompt tokens 1, 2, ... as far as the host has read them.
         cached_told: its owner has been told `num_cached`.
         token_on_host: the next step's input is the last of `token_ids`; else it is on the device, in the slot.
         finished: no more tokens are wanted; rows of it still in flight are ignored.
@@ -39,6 +40,7 @@ class Sequence:
     slot: int = -1
     pages: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     cached_told: bool = False
     token_on_host: bool = False
     finished: bool = False
@@ -66,6 +68,11 @@ class Sequence:
     def num_generated(self) -> int:
         """Generated tokens that the host has read."""
         return len(self.token_ids) - self.request.num_prompt_tokens
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log probabilities of the prompt are wanted: with the first token, so not once there is one."""
+        return self.request.sampling.prompt_logprobs and not self.num_generated
 
     @property
     def wants_more(self) -> bool:
@@ -103,4 +110,5 @@ class Sequence:
             finish_reason=reason,
             logprobs=[logprobs] if logprobs is not None and not is_stop else [],
             cached_tokens=cached_tokens,
+            prompt_logprobs=self.prompt_logprobs if position == 0 else [],
         )

@@ -27,6 +27,7 @@ class SamplingInputs:
     repetition_penalty: jax.Array  # [B] f32
     seed: jax.Array  # [B, 2] u32, low and high word
     position: jax.Array  # [B] i32, index among generated tokens of the token to draw: the counter
+    scored: jax.Array  # [B] i32, token whose log probability is wanted; V (out of range): the drawn one
     bias_ids: jax.Array  # [B, J] i32, V (out of range) where unused
     bias_values: jax.Array  # [B, J] f32
     any_sampled: jax.Array  # [] bool: some row has temperature > 0 (else the sort-free greedy path runs)

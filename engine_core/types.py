@@ -52,6 +52,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
         ignore_eos: do not stop at the model's own end-of-sequence tokens.
         seed: of the counter-based generator; the draw depends on (seed, position) alone.
         logprobs: None, or the number of alternatives per token, 0 to `MAX_TOP_LOGPROBS`.
+        prompt_logprobs: those of the prompt's own tokens too, but for its first; needs `logprobs`.
     """
 
     max_tokens: int = 16
@@ -67,6 +68,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     ignore_eos: bool = False
     seed: int = 0
     logprobs: int | None = None
+    prompt_logprobs: bool = False
 
     @property
     def has_penalties(self) -> bool:
@@ -79,10 +81,10 @@ MAX_LOGIT_BIAS = 300
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log probabilities of one generated token, before temperature and penalties.
+    """Log probabilities of one token, before temperature and penalties.
 
     Attributes:
-        logprob: natural log probability of the token chosen.
+        logprob: natural log probability of the token.
         top_ids: most likely tokens, best first.
         top_logprobs: theirs.
     """

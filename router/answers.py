@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from engine_core.messages import TokenChunk
 from router.choice import ChatLogprobs, Choice, CompletionLogprobs
@@ -17,13 +17,23 @@ from router.tokenizer import TextCodec
 DONE = b"data: [DONE]\n\n"
 
 
+class Echo(NamedTuple):
+    """A prompt."""
+
+    text: str
+    token_ids: Sequence[int]
+
+
+NO_ECHO = Echo("", ())
+
+
 class Answer:
     """What all parts of one response share.
 
     Args:
         response_id: made by the gateway.
         logprobs: whether the client asked for them.
-        echoes: per choice, text to put before the answer.
+        echoes: per choice, what to put before the answer.
     """
 
     def __init__(
@@ -34,7 +44,7 @@ class Answer:
         choices: Sequence[Choice],
         *,
         logprobs: bool,
-        echoes: Sequence[str] | None,
+        echoes: Sequence[Echo] | None,
     ) -> None:
         self.response_id = response_id
         self.created = int(time.time())
@@ -42,7 +52,7 @@ class Answer:
         self.fingerprint = fingerprint
         self.choices = choices
         self.logprobs = logprobs
-        self.echoes = echoes
+        self.echoes = echoes or [NO_ECHO] * len(choices)
 
     def head(self, kind: str) -> dict[str, Any]:
         """The fields of every object."""
@@ -127,15 +137,15 @@ class CompletionStream:
         self._choices = answer.choices
         self._prefixes = [head + b',"choices":[{"index":%d,"text":' % index for index in range(len(answer.choices))]
         self._text_tail = b',"logprobs":null,"finish_reason":null}]' + self._tail
-        self._logprobs = [CompletionLogprobs(codec) for _ in answer.choices] if answer.logprobs else None
-        self._echoes = list(answer.echoes) if answer.echoes else None
+        self._logprobs = _completion_logprobs(answer, codec)
+        self._echoes = [echo.text for echo in answer.echoes]
         self._include_usage = include_usage
 
     def write(self, index: int, chunk: TokenChunk) -> bytes:
         """See Writer."""
         choice, prefix = self._choices[index], self._prefixes[index]
         text = choice.feed(chunk)
-        if self._echoes and self._echoes[index]:
+        if self._echoes[index]:
             text = self._echoes[index] + text
             self._echoes[index] = ""
         event = b""
@@ -193,8 +203,8 @@ class CompletionWhole:
 
     def __init__(self, answer: Answer, codec: TextCodec) -> None:
         self._answer = answer
-        self._texts = list(answer.echoes or [""] * len(answer.choices))
-        self._logprobs = [CompletionLogprobs(codec) for _ in answer.choices] if answer.logprobs else None
+        self._texts = [echo.text for echo in answer.echoes]
+        self._logprobs = _completion_logprobs(answer, codec)
         self._columns: list[dict[str, list[Any]]] = [{} for _ in answer.choices]
 
     def write(self, index: int, chunk: TokenChunk) -> bytes:
@@ -220,3 +230,7 @@ class CompletionWhole:
         ]
         body["usage"] = usage
         return encode_json(body)
+
+
+def _completion_logprobs(answer: Answer, codec: TextCodec) -> list[CompletionLogprobs] | None:
+    return [CompletionLogprobs(codec, echo.token_ids) for echo in answer.echoes] if answer.logprobs else None

@@ -74,28 +74,45 @@ class ChatLogprobs:
 
 
 class CompletionLogprobs:
-    """Log probabilities in the shape of completions; `text_offset` counts characters of the answer."""
+    """Log probabilities in the shape of completions; `text_offset` counts characters of the text.
 
-    def __init__(self, codec: TextCodec) -> None:
+    Args:
+        prompt_ids: echoed before the answer; the first has no log probability, and is null.
+    """
+
+    def __init__(self, codec: TextCodec, prompt_ids: Sequence[int]) -> None:
         self._codec = codec
         self._offset = 0
+        self._prompt_ids = prompt_ids
 
     def columns(self, chunk: TokenChunk) -> dict[str, list[Any]]:
         """One row per token."""
         columns: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for token_id, entry in zip(chunk.token_ids, chunk.logprobs, strict=False):
+        if self._prompt_ids:
+            self._add(columns, self._prompt_ids, [None, *chunk.prompt_logprobs])
+            self._prompt_ids = ()
+        self._add(columns, chunk.token_ids, chunk.logprobs)
+        return columns
+
+    def _add(
+        self, columns: dict[str, list[Any]], token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None]
+    ) -> None:
+        for token_id, entry in zip(token_ids, entries, strict=False):
             token = self._text(token_id)
+            columns["tokens"].append(token)
+            columns["text_offset"].append(self._offset)
+            self._offset += len(token)
+            if entry is None:
+                columns["token_logprobs"].append(None)
+                columns["top_logprobs"].append(None)
+                continue
             logprob = max(entry.logprob, LOWEST_LOGPROB)
             top = {
                 self._text(alternative): max(value, LOWEST_LOGPROB)
                 for alternative, value in zip(entry.top_ids, entry.top_logprobs, strict=False)
             }
-            columns["tokens"].append(token)
             columns["token_logprobs"].append(logprob)
             columns["top_logprobs"].append(top | {token: logprob} if top else None)
-            columns["text_offset"].append(self._offset)
-            self._offset += len(token)
-        return columns
 
     def _text(self, token_id: int) -> str:
         return self._codec.token_bytes(token_id).decode(errors="replace")

@@ -12,7 +12,7 @@ import msgspec
 
 from engine_core.errors import RequestError
 from engine_core.types import Request, SamplingParams
-from router.answers import Answer, ChatStream, ChatWhole, CompletionStream, CompletionWhole, Writer
+from router.answers import Answer, ChatStream, ChatWhole, CompletionStream, CompletionWhole, Echo, Writer
 from router.choice import Choice
 from router.config import GatewayConfig
 from router.http import HttpError
@@ -101,7 +101,7 @@ class CompletionDialect:
         prompts = await completion_prompts(asked, codec, max_len, service.config.special_tokens_in_prompt)
         samplings = [completion_sampling(asked, len(prompt), max_len, codec.vocab_size) for prompt in prompts]
         requests, choices, n = _requests(service, asked, prompts, samplings, is_chat=False)
-        echoes = [codec.decode(prompt) for prompt in prompts for _ in range(n)] if asked.echo else None
+        echoes = [Echo(codec.decode(prompt), prompt) for prompt in prompts for _ in range(n)] if asked.echo else None
         answer = Answer(
             f"cmpl-{requests[0].request_id}",
             service.config.model_name,
@@ -161,8 +161,6 @@ def model_not_found(model: str) -> HttpError:
 def _check_completion(asked: CompletionBody) -> None:
     if asked.prompt is None:
         raise RequestError("Missing required parameter: 'prompt'.", "prompt", "missing_required_parameter")
-    if asked.echo and asked.logprobs is not None:
-        raise RequestError("echo together with logprobs is not supported", "echo", "unsupported_value")
     if asked.best_of not in (None, asked.n or 1):
         raise RequestError("best_of must equal n", "best_of", "unsupported_value")
     if asked.suffix:

@@ -112,7 +112,8 @@ class JointPlacement:
         targets = _sound(decode, avoid, now, excluded) or _second_best(decode, avoid)
         if not targets:
             raise NoWorkerAvailable("no decode worker is available")
-        sources = _sound(prefill, avoid, now, excluded)
+        scored = request.sampling.prompt_logprobs  # only decode workers have steps for that
+        sources = [] if scored else _sound(prefill, avoid, now, excluded)
         keys = self._keys_of(request, [*sources, *targets])
         held = self._held(keys, len(request.token_ids))
         last = self._sessions.last(session, now)

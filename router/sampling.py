@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import msgspec
+
 from engine_core.errors import RequestError, RequestTooLong
 from engine_core.types import MAX_LOGIT_BIAS, SamplingParams
 from router.openai_types import ChatBody, Common, CompletionBody
@@ -20,7 +22,11 @@ def completion_sampling(body: CompletionBody, prompt_len: int, max_len: int, voc
     """Of /v1/completions."""
     _check_len(prompt_len, max_len, "prompt")
     asked = _check_max_tokens(body.max_tokens, "max_tokens", prompt_len, max_len)
-    return _sampling(body, asked or min(COMPLETION_MAX_TOKENS, max_len - prompt_len), body.logprobs, vocab_size)
+    max_tokens = asked or min(COMPLETION_MAX_TOKENS, max_len - prompt_len)
+    sampling = _sampling(body, max_tokens, body.logprobs, vocab_size)
+    if body.echo and body.logprobs is not None:
+        return msgspec.structs.replace(sampling, prompt_logprobs=True)
+    return sampling
 
 
 def chat_sampling(body: ChatBody, prompt_len: int, max_len: int, vocab_size: int) -> SamplingParams:

@@ -43,10 +43,11 @@ def generate(prompt: Sequence[int], count: int) -> list[int]:
 
 
 class FakeStep:
-    """A step that is done when it is dispatched."""
+    """A step that is done when it is dispatched. The log probability of a token is its negative."""
 
-    def __init__(self, tokens: list[int]) -> None:
+    def __init__(self, tokens: list[int], scored: list[int]) -> None:
         self._tokens = tokens
+        self._scored = scored
 
     def start_copy(self) -> None:
         pass
@@ -58,7 +59,7 @@ class FakeStep:
         return self._tokens
 
     def logprobs(self, row: int, num_top: int) -> TokenLogprobs:
-        return TokenLogprobs(-0.5, tuple(range(num_top)), (-0.5,) * num_top)
+        return TokenLogprobs(-float(self._scored[row]), tuple(range(num_top)), (-0.5,) * num_top)
 
 
 class FakePages:
@@ -99,7 +100,8 @@ class FakeEngine:
         for row, slot in enumerate(inputs.slots):
             if slot < self.resolved.num_slots:
                 self.last_tokens[slot] = sampled[row]
-        return FakeStep(sampled)
+        wanted = inputs.sampling.scored
+        return FakeStep(sampled, [int(w) if w < VOCAB else s for w, s in zip(wanted, sampled, strict=True)])
 
     def init_slot(self, slot, prompt_ids, output_ids) -> None:
         pass
@@ -164,6 +166,7 @@ def fake_replica(
         decode_buckets=(num_slots * 2,) if strict else (1, num_slots),
         prefill_buckets=() if strict else (prefill_tokens,),
         prefill_rows=2,
+        scored_tokens=num_slots,
         fingerprint="00" * 16,
     )
     table = SlotTable(num_slots, resolved.pages_per_seq, num_pages, VOCAB)

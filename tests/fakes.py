@@ -206,4 +206,13 @@ class FakeWorker:
             top = tuple((token + rank) % len(self.answer) for rank in range(sampling.logprobs))
             logprobs = [TokenLogprobs(-0.5, top, tuple(-0.5 - rank for rank in range(sampling.logprobs)))]
         finish = FinishReason.LENGTH if position + 1 == sampling.max_tokens else None
-        return TokenChunk(request.request_id, request.epoch, position, [token], finish, logprobs, self.num_cached)
+        return TokenChunk(
+            request.request_id,
+            request.epoch,
+            position,
+            [token],
+            finish,
+            logprobs,
+            self.num_cached,
+            [TokenLogprobs(-float(token)) for token in request.token_ids[1:]] if sampling.prompt_logprobs else [],
+        )

@@ -49,6 +49,7 @@ class Answer:
 
     tokens: dict[int, int] = field(default_factory=dict)
     logprobs: dict[int, object] = field(default_factory=dict)
+    prompt_logprobs: list = field(default_factory=list)
     cached_tokens: int = 0
     finish_reason: str | None = None
     failure: Failed | None = None
@@ -60,6 +61,7 @@ class Answer:
             self.tokens[chunk.position + i] = token
             if chunk.logprobs:
                 self.logprobs[chunk.position + i] = chunk.logprobs[i]
+        self.prompt_logprobs += chunk.prompt_logprobs
         self.cached_tokens = max(self.cached_tokens, chunk.cached_tokens)
         if chunk.finish_reason is not None:
             self.finish_reason = chunk.finish_reason

@@ -294,3 +294,52 @@ def test_a_landing_is_spread_over_steps_while_others_run():
     assert events.answer("a") == generate([5, 6, 7], 40)
     assert events.answer("b") == generate(prompt, 3)[1:]
     assert_released(replica, scheduler)
+
+
+@pytest.mark.parametrize("numerics", list(Numerics))
+@pytest.mark.parametrize("length", [1, 2, 4, 5, 13])
+def test_a_prompt_is_scored_in_steps_of_its_own_whatever_is_cached(length, numerics):
+    replica, events = fake_replica(numerics=numerics), Events()
+    scheduler = DecodeScheduler(replica, events)
+    prompt = [5 + i for i in range(length)]
+    scheduler.add(request("cached", prompt, 3), None)
+    run(scheduler)
+    for name in ("a", "b"):
+        scheduler.add(request(name, prompt, 5, logprobs=1, prompt_logprobs=True), None)
+    scheduler.add(request("plain", prompt, 7, logprobs=1), None)
+    run(scheduler)
+    for name in ("a", "b"):
+        first, *others = events.chunks[name, 0]
+        assert [entry.logprob for entry in first.prompt_logprobs] == [-float(token) for token in prompt[1:]]
+        assert not any(chunk.prompt_logprobs for chunk in others)
+        assert events.answer(name) == generate(prompt, 5)
+        assert first.logprobs[0].logprob == -float(generate(prompt, 1)[0])
+        assert first.cached_tokens == 0
+    assert not any(chunk.prompt_logprobs for chunk in events.chunks["plain", 0])
+    assert_released(replica, scheduler)
+
+
+def test_a_scored_prompt_that_is_cancelled_half_way_holds_nothing():
+    replica, events = fake_replica(), Events()
+    scheduler = DecodeScheduler(replica, events)
+    scheduler.add(request("a", list(range(5, 25)), 5, logprobs=0, prompt_logprobs=True), None)
+    scheduler.tick()
+    scheduler.tick()
+    assert scheduler.queued_tokens > 0
+    scheduler.cancel(("a", 0))
+    run(scheduler)
+    assert events.answer("a") == []
+    assert_released(replica, scheduler)
+
+
+def test_a_stream_that_goes_on_elsewhere_does_not_score_its_prompt_again():
+    replica, events = fake_replica(), Events()
+    scheduler = DecodeScheduler(replica, events)
+    prompt = list(range(5, 12))
+    said = generate(prompt, 4)
+    sampling = SamplingParams(temperature=0.0, max_tokens=9, logprobs=0, prompt_logprobs=True)
+    scheduler.add(Request("a", [*prompt, *said], len(prompt), sampling, epoch=1), None)
+    run(scheduler)
+    assert said + events.answer("a", 1) == generate(prompt, 9)
+    assert not any(chunk.prompt_logprobs for chunk in events.chunks["a", 1])
+    assert_released(replica, scheduler)

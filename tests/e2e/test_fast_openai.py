@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 
@@ -80,6 +81,21 @@ def test_logprobs(fast: Cluster, client: openai.OpenAI) -> None:
         assert entry.logprob == values[0] and entry.token == entry.top_logprobs[0].token
     text = b"".join(bytes(entry.bytes or []) for entry in entries).decode(errors="replace")
     assert text == reply.choices[0].message.content
+
+
+def test_echo_with_logprobs_says_of_a_text_what_generating_it_said(fast: Cluster, client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": fast.model, "temperature": 0, "logprobs": 3}
+    prompt = list(range(5, 60))
+    said = client.completions.create(**asked, prompt=prompt, max_tokens=41, echo=True).choices[0].logprobs
+    assert said is not None and said.token_logprobs is not None
+    ids = client.completions.create(**asked, prompt=prompt, max_tokens=41, extra_body={"ignore_eos": True})
+    assert ids.choices[0].logprobs is not None and ids.choices[0].logprobs.token_logprobs is not None
+    again = client.completions.create(**asked, prompt=prompt, max_tokens=41, echo=True).choices[0].logprobs
+    assert again is not None and again.token_logprobs is not None
+    assert again.token_logprobs[0] is None and len(again.token_logprobs) == len(said.token_logprobs)
+    np.testing.assert_allclose(again.token_logprobs[1:], said.token_logprobs[1:], atol=1e-4)
+    assert again.top_logprobs is not None and all(len(top) >= 3 for top in again.top_logprobs[1:])
+    fast.until_at_rest(NUM_PAGES)
 
 
 def test_stop_string_ends_the_answer_on_the_workers_too(fast: Cluster, client: openai.OpenAI) -> None:

@@ -54,6 +54,7 @@ def greedy_sampling(rows: int, vocab: int) -> SamplingInputs:
         repetition_penalty=zeros + 1,
         seed=np.zeros((rows, 2), np.uint32),
         position=ids,
+        scored=ids + vocab,
         bias_ids=np.full((rows, 4), vocab, np.int32),
         bias_values=np.zeros((rows, 4), np.float32),
         any_sampled=false,

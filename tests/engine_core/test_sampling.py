@@ -26,7 +26,7 @@ def make_slots(vocab, num_slots=NUM_SLOTS):
     )
 
 
-def make_inputs(rows, vocab, *, seeds=None, positions=None, bias=None, logprobs=False, **given):
+def make_inputs(rows, vocab, *, seeds=None, positions=None, scored=None, bias=None, logprobs=False, **given):
     """Inputs of `rows` rows; a keyword is a number for all or a list with one per row."""
     neutral = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0}
     neutral |= {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}
@@ -44,6 +44,7 @@ def make_inputs(rows, vocab, *, seeds=None, positions=None, bias=None, logprobs=
         **arrays,
         seed=jnp.asarray(seed),
         position=jnp.asarray(np.zeros(rows) if positions is None else positions, jnp.int32),
+        scored=jnp.full(rows, vocab, jnp.int32) if scored is None else jnp.asarray(scored, jnp.int32),
         bias_ids=jnp.asarray(bias_ids),
         bias_values=jnp.asarray(bias_values),
         any_sampled=jnp.asarray(changed["temperature"]),
@@ -287,6 +288,17 @@ def test_penalty_changes_with_what_was_generated():
         output, slots = run(logits, slots, jnp.asarray([3]), inputs)
         tokens.append(int(output.tokens[0]))
     assert tokens == [2, 3, 2, 3]
+
+
+def test_a_row_may_be_asked_for_the_log_probability_of_another_token_than_it_draws():
+    logits = np.random.default_rng(3).normal(size=(3, 50)).astype(np.float32)
+    inputs = make_inputs(3, 50, scored=[7, 50, 49], logprobs=True)
+    output, slots = run(jnp.asarray(logits), make_slots(50), jnp.arange(3, dtype=jnp.int32), inputs)
+    drawn = logits.argmax(-1)
+    np.testing.assert_array_equal(output.tokens, drawn)
+    np.testing.assert_array_equal(slots.last_tokens[:3], drawn)
+    expected = np.asarray(jax.nn.log_softmax(logits))
+    np.testing.assert_allclose(output.logprobs, expected[np.arange(3), [7, drawn[1], 49]], atol=1e-5)
 
 
 def test_logprobs_are_of_the_raw_logits():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 
+import numpy as np
 import pytest
 import pytest_asyncio
 
 from engine_core.types import Numerics, Request, SamplingParams
-from tests.mini_cluster import MiniCluster, tiny_config
+from tests.golden.cases import LENGTH_A
+from tests.mini_cluster import GOLDEN, MiniCluster, tiny_config
 
 VOCAB = 149
 PREFIXES = [[(i * 31 + j * 17) % VOCAB for j in range(40)] for i in range(3)]
@@ -67,6 +69,30 @@ async def test_disaggregated_tokens_equal_colocated_tokens(cluster, record_prope
     assert different == 0 if strict else different / total < 0.1
     await cluster.assert_at_rest()
     assert cluster.num_compiles == compiles, "mixed traffic compiled something that warm-up should have"
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_log_probabilities_of_a_prompt_are_those_of_transformers(cluster):
+    """Also where its blocks are cached, in steps of several prompts, and while others decode."""
+    golden = np.load(GOLDEN / "qwen3" / "expected.npz")
+    texts = [golden[f"tokens_{x}"].tolist() for x in "ab"]
+    sampling = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True, logprobs=4, prompt_logprobs=True)
+    plain = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+    compiles = cluster.num_compiles
+    asked = [Request(f"{0xA000 + i:032x}", texts[i % 2], len(texts[i % 2]), sampling) for i in range(4)]
+    beside = [Request(f"{0xB000 + i:032x}", texts[0], LENGTH_A, plain) for i in range(2)]
+    found = await asyncio.gather(*(cluster.client.run(r, cluster.colocated, None) for r in (*beside, *asked)))
+    for request, answer in zip(asked, found[2:], strict=True):
+        logits = golden["logits_a" if request.token_ids == texts[0] else "logits_b"].astype(np.float64)
+        expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        said = answer.prompt_logprobs
+        assert len(said) == len(request.token_ids) - 1 and len(answer.token_ids) == 3
+        for place, (token, entry) in enumerate(zip(request.token_ids[1:], said, strict=True)):
+            assert entry.logprob == pytest.approx(expected[place, token], abs=2e-4)
+            assert len(entry.top_ids) == 4 and entry.top_logprobs[0] == pytest.approx(expected[place].max(), abs=2e-4)
+        assert answer.logprobs[0].logprob == pytest.approx(expected[-1].max(), abs=2e-4)
+    await cluster.assert_at_rest()
+    assert cluster.num_compiles == compiles
 
 
 def rename(request: Request) -> Request:

@@ -124,7 +124,6 @@ TEXT_ONLY = [
     ({"prompt": ["a"] * 10, "n": 20}, 400, "n", "invalid_value"),
     ({"prompt": "a", "logprobs": 21}, 400, "logprobs", "invalid_value"),
     ({"prompt": "a", "logprobs": -1}, 400, "logprobs", "invalid_value"),
-    ({"prompt": "a", "echo": True, "logprobs": 1}, 400, "echo", "unsupported_value"),
     ({"prompt": "a", "best_of": 2}, 400, "best_of", "unsupported_value"),
     ({"prompt": "a", "suffix": "z"}, 400, "suffix", "unsupported_value"),
     ({"messages": []}, 400, "messages", "unknown_parameter"),

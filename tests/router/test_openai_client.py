@@ -121,6 +121,27 @@ async def test_completion_logprobs(cluster: Cluster) -> None:
     assert offsets == logprobs.text_offset
 
 
+async def test_echo_with_logprobs_scores_the_prompt_where_decode_reads_it(cluster: Cluster) -> None:
+    prompt = [65, 66, 67]
+    asked = {"model": "demo", "prompt": prompt, "temperature": 0, "max_tokens": 2, "logprobs": 0, "echo": True, "n": 2}
+    reply = await cluster.client.completions.create(**asked)
+    assert [request.sampling.prompt_logprobs for request in cluster.decode[0].requests()] == [True, True]
+    assert not cluster.prefill[0].requests()
+    for choice in reply.choices:
+        logprobs = choice.logprobs
+        assert logprobs.token_logprobs == [None, -66.0, -67.0, -0.5, -0.5]
+        assert logprobs.top_logprobs == [None] * 5
+        assert "".join(logprobs.tokens) == choice.text
+        assert logprobs.text_offset[3] == len("".join(logprobs.tokens[:3]))
+    streamed: list[float | None] = []
+    async for chunk in await cluster.client.completions.create(**{**asked, "n": 1}, stream=True):
+        if chunk.choices[0].logprobs:
+            streamed += chunk.choices[0].logprobs.token_logprobs
+    assert streamed == reply.choices[0].logprobs.token_logprobs
+    await cluster.client.completions.create(**{**asked, "echo": False, "n": 1})
+    assert not cluster.decode[0].requests()[-1].sampling.prompt_logprobs
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_stop_string_ends_the_work(cluster: Cluster, stream: bool) -> None:
     cluster.decode[0].step_s = 0.005
