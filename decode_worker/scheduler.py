@@ -334,8 +334,8 @@ class DecodeScheduler:
 
     def _read(self, flight: _Flight, chunks: list[TokenChunk]) -> None:
         for sequence, scored in flight.scores:
-            num_top = sequence.request.sampling.logprobs or 0
-            sequence.prompt_logprobs += [flight.step.logprobs(row, num_top) for row in scored]
+            num_alternatives = sequence.request.sampling.logprobs or 0
+            sequence.prompt_logprobs += [flight.step.logprobs(row, num_alternatives) for row in scored]
         if not flight.rows:
             self._meter.not_read()
             return

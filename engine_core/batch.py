@@ -116,7 +116,7 @@ class BatchBuilder:
         Each row gives the log probability of the prompt token behind its own; the last one, of the token it draws.
         """
         table = self._table
-        scored = np.full(bucket, table.vocab_size, np.int32)
+        scored: HostArray = np.full(bucket, table.vocab_size, np.int32)
         tokens = np.zeros(bucket, np.int32)
         positions = np.zeros(bucket, np.int32)
         kv_lens = np.zeros(bucket, np.int32)

@@ -80,7 +80,7 @@ async def test_log_probabilities_of_a_prompt_are_those_of_transformers(cluster):
     plain = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
     compiles = cluster.num_compiles
     asked = [Request(f"{0xA000 + i:032x}", texts[i % 2], len(texts[i % 2]), sampling) for i in range(4)]
-    beside = [Request(f"{0xB000 + i:032x}", texts[0], LENGTH_A, plain) for i in range(2)]
+    beside = [Request(f"{0xB000 + i:032x}", texts[0][:LENGTH_A], LENGTH_A, plain) for i in range(2)]
     found = await asyncio.gather(*(cluster.client.run(r, cluster.colocated, None) for r in (*beside, *asked)))
     for request, answer in zip(asked, found[2:], strict=True):
         logits = golden["logits_a" if request.token_ids == texts[0] else "logits_b"].astype(np.float64)
