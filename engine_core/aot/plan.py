@@ -118,7 +118,7 @@ def _fit(spec: ModelSpec, topology: Topology, request: PlanRequest, progress: Pr
         model = Decoder(spec, numbers, degrees=Degrees(tp=len(devices)), experts=experts, scan=True)
     except ConfigError as error:
         raise ConfigError(f"--topology {topology.name} has {len(devices)} devices: {error}") from None
-    layout = cache_layout(spec, dtype, 0, "tpu")
+    layout = cache_layout(spec, dtype, 0, "tpu", model.degrees.tp)
     sizes = StepSizes(
         num_slots=request.max_batch,
         pages_per_seq=-(-request.context // layout.page_size),
