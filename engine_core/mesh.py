@@ -60,7 +60,8 @@ def check_divisible(spec: ModelSpec, degrees: Degrees) -> None:
     """
     if degrees.tp % spec.num_kv_heads and spec.num_kv_heads % degrees.tp:
         raise ConfigError(
-            f"tp {degrees.tp} neither divides the model's num_key_value_heads {spec.num_kv_heads} nor is a multiple of it"
+            f"tp {degrees.tp} neither divides the model's num_key_value_heads {spec.num_kv_heads} "
+            "nor is a multiple of it"
         )
     sizes = {"num_attention_heads": spec.num_heads}
     if spec.moe is None or not all(spec.moe.layers):
@@ -70,6 +71,11 @@ def check_divisible(spec: ModelSpec, degrees: Degrees) -> None:
             raise ConfigError(f"tp {degrees.tp} does not divide the model's {name} {size}")
     if degrees.ep > 1 and spec.moe is None:
         raise ConfigError(f"ep is {degrees.ep} but {spec.architecture} has no experts; use tp or dp")
+
+
+def num_row_shards(mesh: Mesh) -> int:
+    """Parts into which rows, slots and pages are split."""
+    return int(mesh.shape[DATA] * mesh.shape[EXPERT])
 
 
 def sharding(mesh: Mesh, axes: Sequence[str | tuple[str, ...] | None]) -> NamedSharding:
