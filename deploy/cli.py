@@ -205,6 +205,9 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--max-batch", type=int, default=128, metavar="N", help="sequences at once (default 128)")
     plan.add_argument("--context", type=int, default=8192, metavar="N", help="prompt plus answer (default 8192)")
     plan.add_argument("--prefill-tokens", type=int, metavar="N", help="of a chunk (default: that of the configuration)")
+    plan.add_argument("--tp", type=int, metavar="N", help="tensor-parallel degree (default: what suits both)")
+    plan.add_argument("--ep", type=int, metavar="N", help="expert-parallel degree (the same)")
+    plan.add_argument("--dp", type=int, metavar="N", help="data-parallel degree (the same)")
     plan.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
 

@@ -53,8 +53,9 @@ def read_request(args: argparse.Namespace) -> dict[str, Any]:
         ("--max-batch", args.max_batch, 1),
         ("--context", args.context, 1),
         ("--prefill-tokens", prefill_tokens, batch.prefill_seqs + 1),
+        *((f"--{name}", getattr(args, name), 1) for name in ("tp", "ep", "dp")),
     ):
-        if value < least:
+        if value is not None and value < least:
             raise ConfigError(f"{flag} must be at least {least}, not {value}")
     try:
         config = read_config(args.model)
@@ -72,6 +73,9 @@ def read_request(args: argparse.Namespace) -> dict[str, Any]:
         "prefill_tokens": prefill_tokens,
         "prefill_rows": batch.prefill_seqs,
         "memory_fraction": CacheConfig().memory_fraction,
+        "tp": args.tp,
+        "ep": args.ep,
+        "dp": args.dp,
     }
 
 
@@ -120,7 +124,7 @@ def describe(name: str, plan: dict[str, Any]) -> str:
     slice_, model = plan["topology"], plan["model"]
     lines = [
         f"{name}: {model['parameters'] / 1e9:.1f} billion parameters in {model['dtype']}, on {slice_['name']} "
-        f"({slice_['chips']} chips, {slice_['devices']} devices, tensor parallel {slice_['tensor_parallel']})",
+        f"({slice_['chips']} chips, {slice_['devices']} devices, split as {_flags(plan['split'])})",
         "",
     ]
     if plan["fits"]:
@@ -132,6 +136,11 @@ def describe(name: str, plan: dict[str, Any]) -> str:
             f"The smallest slice that it fits on is {smallest}." if smallest else "It fits on no known slice.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _flags(split: dict[str, int]) -> str:
+    """The degrees, as flags of `baton serve`."""
+    return " ".join(f"--{name} {degree}" for name, degree in split.items() if degree > 1) or "--tp 1"
 
 
 def _memory(plan: dict[str, Any]) -> list[str]:
@@ -167,7 +176,7 @@ def _speed(plan: dict[str, Any]) -> list[str]:
         )
     if plan["prefill_tokens_per_s"] is not None:
         bound = plan["steps"]["prefill"]["bound_ms"]
-        chunk = plan["assumptions"]["prefill_step_tokens"]
+        chunk = plan["assumptions"]["prefill_chunk_tokens"]
         lines.append(
             f"Prefill: {plan['prefill_tokens_per_s']:.0f} tokens/s (chunks of {chunk} of prompts of {plan['context']} "
             f"tokens; {plan['steps']['prefill']['estimate_ms']:.2f} ms a chunk, at the peaks {bound:.2f} ms)"

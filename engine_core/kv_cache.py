@@ -40,6 +40,7 @@ class CacheLayout:
         head_dim: H, unpadded.
         dtype: "float32" or "bfloat16", in the cache and on the wire.
         head_align: H is padded to a multiple of it; 128 on TPU, 1 elsewhere.
+        kv_copies: how often a page holds each KV head, on as many devices; on the wire it is one.
     """
 
     num_layers: int
@@ -49,12 +50,13 @@ class CacheLayout:
     head_dim: int
     dtype: str
     head_align: int
+    kv_copies: int = 1
 
     def __post_init__(self) -> None:
         """Refuse sizes that no cache can have."""
         if self.dtype not in _ITEM_BYTES:
             raise ConfigError(f"cache dtype must be float32 or bfloat16, not {self.dtype!r}")
-        for name in ("num_layers", "num_pages", "page_size", "num_kv_heads", "head_dim", "head_align"):
+        for name in ("num_layers", "num_pages", "page_size", "num_kv_heads", "head_dim", "head_align", "kv_copies"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"cache {name} must be at least 1, not {getattr(self, name)}")
 
@@ -71,8 +73,8 @@ class CacheLayout:
 
     @property
     def page_shape(self) -> tuple[int, int, int, int]:
-        """`[page_size, align(2K, pack) / pack, pack, align(H, head_align)]`."""
-        heads = _align(2 * self.num_kv_heads, self.pack) // self.pack
+        """`[page_size, align(2K, pack) / pack, pack, align(H, head_align)]`, copies of heads counted in K."""
+        heads = _align(2 * self.num_kv_heads * self.kv_copies, self.pack) // self.pack
         return (self.page_size, heads, self.pack, _align(self.head_dim, self.head_align))
 
     @property
@@ -89,10 +91,12 @@ class KVCache:
     Attributes:
         layers: `[num_pages, *page_shape]` for each layer, or `[L, num_pages, *page_shape]` for each scanned segment.
         head_dim: H where the pages pad it, else 0. Static; a function that returns new layers keeps it (`replace`).
+        kv_copies: of each KV head, behind one another. Static too.
     """
 
     layers: tuple[jax.Array, ...]
     head_dim: int = field(default=0, metadata={"static": True})
+    kv_copies: int = field(default=1, metadata={"static": True})
 
 
 def create_cache(layout: CacheLayout, mesh: Mesh | None, stacked: bool) -> KVCache:
@@ -109,13 +113,16 @@ def create_cache(layout: CacheLayout, mesh: Mesh | None, stacked: bool) -> KVCac
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     dtype = jnp.uint16 if platform == "cpu" and layout.dtype == "bfloat16" else jnp.dtype(layout.dtype)
     shape = (layout.num_pages, *layout.page_shape)
-    if mesh is not None and layout.num_kv_heads % mesh.shape[TENSOR]:
-        raise ConfigError(f"{layout.num_kv_heads} KV heads do not divide over tp = {mesh.shape[TENSOR]}")
+    num_heads = layout.num_kv_heads * layout.kv_copies
+    if mesh is not None and num_heads % mesh.shape[TENSOR]:
+        raise ConfigError(f"{num_heads} KV heads do not divide over tp = {mesh.shape[TENSOR]}")
     place = None if mesh is None else sharding(mesh, cache_axes(stacked))
     head_dim = layout.head_dim if layout.page_shape[-1] > layout.head_dim else 0
     if stacked:
-        return KVCache((jnp.zeros((layout.num_layers, *shape), dtype, device=place),), head_dim)
-    return KVCache(tuple(jnp.zeros(shape, dtype, device=place) for _ in range(layout.num_layers)), head_dim)
+        layers = (jnp.zeros((layout.num_layers, *shape), dtype, device=place),)
+    else:
+        layers = tuple(jnp.zeros(shape, dtype, device=place) for _ in range(layout.num_layers))
+    return KVCache(layers, head_dim, layout.kv_copies)
 
 
 def to_storage(values: jax.Array, storage: jax.typing.DTypeLike) -> jax.Array:
@@ -153,8 +160,9 @@ def gather_pages(cache: KVCache, page_ids: jax.Array) -> tuple[jax.Array, ...]:
         for index in range(array.shape[0]) if array.ndim == _STACKED_NDIM else [None]:
             at = page_ids if index is None else (index, page_ids)
             pages = array.at[at].get(mode="clip", wrap_negative_indices=False)
-            heads = pages.reshape(*pages.shape[:2], -1, pages.shape[-1])
-            blocks.append(from_storage(heads[..., : cache.head_dim or None]))
+            heads = pages.reshape(*pages.shape[:2], -1, cache.kv_copies, 2, pages.shape[-1])[:, :, :, 0]
+            logical = heads.reshape(*pages.shape[:2], -1, pages.shape[-1])
+            blocks.append(from_storage(logical[..., : cache.head_dim or None]))
     return tuple(blocks)
 
 
@@ -174,7 +182,16 @@ def scatter_pages(cache: KVCache, page_ids: jax.Array, blocks: tuple[jax.Array, 
     for array in cache.layers:
         for index in range(array.shape[0]) if array.ndim == _STACKED_NDIM else [None]:
             at = page_ids if index is None else (index, page_ids)
-            packed = to_storage(pack_heads(next(rest), array.shape[-3:]), array.dtype)
+            heads = _copied(next(rest), cache.kv_copies)
+            packed = to_storage(pack_heads(heads, array.shape[-3:]), array.dtype)
             array = array.at[at].set(packed, mode="drop", wrap_negative_indices=False)
         layers.append(array)
     return replace(cache, layers=tuple(layers))
+
+
+def _copied(heads: jax.Array, copies: int) -> jax.Array:
+    """`[n, page_size, 2K, H]` with each K, V pair `copies` times."""
+    if copies == 1:
+        return heads
+    pairs = heads.reshape(*heads.shape[:2], -1, 2, heads.shape[-1])
+    return jnp.repeat(pairs, copies, axis=2).reshape(*heads.shape[:2], -1, heads.shape[-1])

@@ -47,13 +47,23 @@ def make_mesh(degrees: Degrees, devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def kv_copies(num_kv_heads: int, tp: int) -> int:
+    """Devices on the tensor axis that hold the same KV head: more than one where there are more devices than heads."""
+    return max(1, tp // num_kv_heads)
+
+
 def check_divisible(spec: ModelSpec, degrees: Degrees) -> None:
     """Refuse degrees that would split a head or a column of a dense MLP; a MoE layer checks its experts.
 
     Raises:
         ConfigError: naming the first size that a degree does not divide.
     """
-    sizes = {"num_attention_heads": spec.num_heads, "num_key_value_heads": spec.num_kv_heads}
+    if degrees.tp % spec.num_kv_heads and spec.num_kv_heads % degrees.tp:
+        raise ConfigError(
+            f"tp {degrees.tp} neither divides the model's num_key_value_heads {spec.num_kv_heads} "
+            "nor is a multiple of it"
+        )
+    sizes = {"num_attention_heads": spec.num_heads}
     if spec.moe is None or not all(spec.moe.layers):
         sizes["intermediate_size"] = spec.intermediate_size
     for name, size in sizes.items():
@@ -61,6 +71,11 @@ def check_divisible(spec: ModelSpec, degrees: Degrees) -> None:
             raise ConfigError(f"tp {degrees.tp} does not divide the model's {name} {size}")
     if degrees.ep > 1 and spec.moe is None:
         raise ConfigError(f"ep is {degrees.ep} but {spec.architecture} has no experts; use tp or dp")
+
+
+def num_row_shards(mesh: Mesh) -> int:
+    """Parts into which rows, slots and pages are split."""
+    return int(mesh.shape[DATA] * mesh.shape[EXPERT])
 
 
 def sharding(mesh: Mesh, axes: Sequence[str | tuple[str, ...] | None]) -> NamedSharding:

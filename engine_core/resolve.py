@@ -13,6 +13,7 @@ import msgspec
 from engine_core.config import EngineConfig
 from engine_core.errors import CheckpointError, ConfigError
 from engine_core.kv_cache import CacheLayout
+from engine_core.mesh import kv_copies
 from engine_core.messages import PROTOCOL_VERSION
 from engine_core.models.spec import ModelSpec
 from engine_core.types import Numerics
@@ -88,7 +89,7 @@ def resolve(config: EngineConfig, spec: ModelSpec, identity: str, devices: list[
     if max_model_len > spec.max_position:
         raise ConfigError(f"batch.max_model_len is {max_model_len}, the model's context is {spec.max_position}")
     dtype = compute_dtype(config.model.dtype, spec, platform)
-    layout = cache_layout(spec, dtype, config.cache.page_size, platform)
+    layout = cache_layout(spec, dtype, config.cache.page_size, platform, config.tp)
     pages_per_seq = -(-max_model_len // layout.page_size)
     num_pages = _num_pages(config, spec, layout, devices, pages_per_seq)
     strict = config.numerics is Numerics.STRICT
@@ -110,7 +111,7 @@ def resolve(config: EngineConfig, spec: ModelSpec, identity: str, devices: list[
     )
 
 
-def cache_layout(spec: ModelSpec, dtype: str, page_size: int, platform: str) -> CacheLayout:
+def cache_layout(spec: ModelSpec, dtype: str, page_size: int, platform: str, tp: int) -> CacheLayout:
     """The cache of a model on a platform, of one page.
 
     Args:
@@ -118,6 +119,7 @@ def cache_layout(spec: ModelSpec, dtype: str, page_size: int, platform: str) -> 
         dtype: of keys and values.
         page_size: tokens per page; 0: the platform's.
         platform: "cpu", "gpu" or "tpu".
+        tp: devices over which a page's KV heads are split.
     """
     return CacheLayout(
         num_layers=spec.num_layers,
@@ -127,6 +129,7 @@ def cache_layout(spec: ModelSpec, dtype: str, page_size: int, platform: str) -> 
         head_dim=spec.head_dim,
         dtype=dtype,
         head_align=128 if platform == "tpu" else 1,
+        kv_copies=kv_copies(spec.num_kv_heads, tp),
     )
 
 

@@ -173,8 +173,8 @@ def _read_shard(
     shard = (rows.start or 0) // height
     pieces = []
     for source in sources:
-        share = height if len(sources) == 1 else source.rows // num_shards
-        start = min(shard * share, source.rows)
+        share = height if len(sources) == 1 else source.rows * source.copies // num_shards
+        start = min(shard // source.copies * share, source.rows)
         stop = min(start + share, source.rows)
         pieces.append(tensors[source.name][(slice(start, stop), *rest)])
     joined = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)

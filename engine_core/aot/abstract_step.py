@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engine_core.batch import BatchBuilder
 from engine_core.kv_cache import CacheLayout, KVCache, create_cache
-from engine_core.mesh import by_rows, cache_axes, sharding
+from engine_core.mesh import by_rows, cache_axes, num_row_shards, sharding
 from engine_core.models.decoder import Decoder, Params
 from engine_core.slot_table import SlotTable
 from engine_core.step import input_specs
@@ -44,19 +44,23 @@ def abstract_slots(num_slots: int, vocab_size: int, mesh: Mesh) -> SlotState:
 
 
 def decode_inputs(bucket: int, table: SlotTable, mesh: Mesh) -> StepInputs:
-    """Of a decode step of `bucket` sequences, as the engine's warm-up makes them."""
+    """Of a decode step of `bucket` sequences on each row shard, as the engine's warm-up makes them."""
     return _place(BatchBuilder(table).decode((), bucket), mesh)
 
 
 def prefill_inputs(num_tokens: int, num_rows: int, table: SlotTable, mesh: Mesh) -> StepInputs:
-    """Of a prefill step of `num_tokens` tokens of at most `num_rows` sequences."""
+    """Of a prefill step of `num_tokens` tokens of at most `num_rows` sequences on each row shard."""
     return _place(BatchBuilder(table).prefill((), num_tokens, num_rows), mesh)
 
 
 def _place(inputs: StepInputs, mesh: Mesh) -> StepInputs:
-    shapes: StepInputs = jax.tree.map(
-        lambda leaf, spec: _abstract(leaf.shape, leaf.dtype, NamedSharding(mesh, spec)), inputs, input_specs()
-    )
+    """As many of one shard's inputs as there are row shards, behind one another."""
+
+    def place(leaf: Any, spec: PartitionSpec) -> Any:
+        shape = (leaf.shape[0] * num_row_shards(mesh), *leaf.shape[1:]) if leaf.ndim else ()
+        return _abstract(shape, leaf.dtype, NamedSharding(mesh, spec))
+
+    shapes: StepInputs = jax.tree.map(place, inputs, input_specs())
     return shapes
 
 

@@ -55,7 +55,10 @@ def _load(model: Decoder, layout: CacheLayout, *, num_tokens: int, num_rows: int
         if math.prod(leaf.shape) == max(leaf.shape) or (name == _EMBEDDING and not spec.tie_embeddings):
             continue  # norms and biases; a table that is only looked up
         tokens = num_rows if name in (_EMBEDDING, _HEAD) else num_tokens
-        used, hit = _expert_shares(model, tokens) if EXPERT in leaf.axes else (1.0, 1.0)
+        used = hit = 1.0
+        if _has_experts(leaf):  # rows of all devices on the expert axis come here
+            tokens *= model.degrees.ep
+            used, hit = _expert_shares(model, tokens)
         products += 2.0 * tokens * size * used
         read += size * hit * jnp.dtype(leaf.dtype).itemsize
     token_bytes = layout.page_bytes / layout.page_size / tp
@@ -64,7 +67,23 @@ def _load(model: Decoder, layout: CacheLayout, *, num_tokens: int, num_rows: int
         attention_flops=4.0 * pairs * spec.num_heads * spec.head_dim * spec.num_layers / tp,
         weight_bytes=read,
         kv_bytes=kv * token_bytes,
+        exchange_bytes=_exchange_bytes(model, num_tokens),
     )
+
+
+def _has_experts(leaf: WeightPlan) -> bool:
+    return any(EXPERT in (axis if isinstance(axis, tuple) else (axis,)) for axis in leaf.axes)
+
+
+def _exchange_bytes(model: Decoder, num_tokens: int) -> float:
+    """Rows that a device sends to experts and gets back, where tokens choose evenly; few of them stay at home."""
+    moe, degrees = model.spec.moe, model.degrees
+    if moe is None or degrees.ep == 1:
+        return 0.0
+    senders = 1 if model.experts.splits_columns(moe, degrees) else degrees.tp
+    out_and_back = jnp.dtype(model.numbers.weight).itemsize + jnp.dtype(model.numbers.residual).itemsize
+    rows = num_tokens * moe.experts_per_token / senders
+    return sum(moe.layers) * rows * model.spec.hidden_size * out_and_back
 
 
 def _expert_shares(model: Decoder, tokens: int) -> tuple[float, float]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from engine_core.aot import model_load
 from engine_core.aot.compiler import describe_devices
 from engine_core.aot.roofline import ASSUMED, PEAK, StepLoad, step_seconds
+from engine_core.aot.split import AskedDegrees, choose_splits
 from engine_core.aot.step_compile import CompiledStep, OutOfMemory, StepCompiler, StepSizes
 from engine_core.aot.topology import Topology, find_topology, topologies
 from engine_core.config import Degrees
@@ -38,9 +40,10 @@ class PlanRequest:
         roles: what its workers do; both: colocated.
         max_batch: sequences decoding at once.
         context: prompt plus answer, tokens at most; 0: the model's own.
-        prefill_tokens: tokens of one prefill step.
-        prefill_rows: sequences packed into one prefill step.
+        prefill_tokens: tokens of one prefill step, of each row shard.
+        prefill_rows: sequences packed into one prefill step, of each row shard.
         memory_fraction: of HBM, for weights and cache together.
+        tp, ep, dp: how the model is to be split; None: as suits.
     """
 
     config: Mapping[str, Any]
@@ -51,6 +54,9 @@ class PlanRequest:
     prefill_tokens: int
     prefill_rows: int
     memory_fraction: float
+    tp: int | None = None
+    ep: int | None = None
+    dp: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,11 +83,20 @@ class _Fit:
 
     @property
     def kv_bytes(self) -> int:
-        return self.layout.num_pages * self.page_bytes
+        return self.layout.num_pages // self.row_shards * self.page_bytes
 
     @property
     def slot_bytes(self) -> int:
-        return _SLOT_BYTES * self.sizes.num_slots * self.model.spec.vocab_size
+        return _SLOT_BYTES * self.sizes.num_slots // self.row_shards * self.model.spec.vocab_size
+
+    @property
+    def row_shards(self) -> int:
+        return self.model.degrees.row_shards
+
+    @property
+    def num_sequences(self) -> int:
+        """Of `pages_per_seq` pages, that the cache holds at once."""
+        return self.layout.num_pages // self.row_shards // self.sizes.pages_per_seq * self.row_shards
 
     @property
     def workspace_bytes(self) -> int:
@@ -92,7 +107,7 @@ def make_plan(request: PlanRequest, progress: Progress) -> dict[str, Any]:
     """Compile the steps of a model for a slice and judge them.
 
     Returns:
-        Plain JSON: `fits`, `hbm_gib` (per device), `kv_tokens`, `concurrent_sequences`, `decode_itl_ms`,
+        Plain JSON: `fits`, `split`, `hbm_gib` (per device), `kv_tokens`, `concurrent_sequences`, `decode_itl_ms`,
         `prefill_tokens_per_s`, `collectives`, `steps`, `assumptions`; `suggestion`, the smallest slice that fits, where
         this one does not.
 
@@ -110,17 +125,31 @@ def make_plan(request: PlanRequest, progress: Progress) -> dict[str, Any]:
 
 
 def _fit(spec: ModelSpec, topology: Topology, request: PlanRequest, progress: Progress) -> _Fit:
-    devices = describe_devices(topology)
-    dtype = compute_dtype("auto", spec, "tpu")
-    numbers = choose_numbers(dtype, "tpu")
-    experts = choose_experts("auto", numbers.weight, "tpu")
+    """The first split that fits, or the one that lacks least."""
+    asked = AskedDegrees(request.tp, request.ep, request.dp)
     try:
-        model = Decoder(spec, numbers, degrees=Degrees(tp=len(devices)), experts=experts, scan=True)
+        splits = choose_splits(spec.num_kv_heads, topology.num_devices, asked, partial(_build, spec))
     except ConfigError as error:
-        raise ConfigError(f"--topology {topology.name} has {len(devices)} devices: {error}") from None
-    layout = cache_layout(spec, dtype, 0, "tpu")
+        raise ConfigError(f"--topology {topology.name} has {topology.num_devices} devices: {error}") from None
+    fits = []
+    for degrees in splits:
+        fits.append(_fit_model(_build(spec, degrees), topology, request, progress))
+        if fits[-1].steps:
+            return fits[-1]
+    return min(fits, key=lambda fit: fit.short_bytes)
+
+
+def _build(spec: ModelSpec, degrees: Degrees) -> Decoder:
+    numbers = choose_numbers(compute_dtype("auto", spec, "tpu"), "tpu")
+    return Decoder(spec, numbers, degrees=degrees, experts=choose_experts("auto", numbers.weight, "tpu"), scan=True)
+
+
+def _fit_model(model: Decoder, topology: Topology, request: PlanRequest, progress: Progress) -> _Fit:
+    devices = describe_devices(topology)
+    shards = model.degrees.row_shards
+    layout = cache_layout(model.spec, model.numbers.compute, 0, "tpu", model.degrees.tp)
     sizes = StepSizes(
-        num_slots=request.max_batch,
+        num_slots=-(-request.max_batch // shards) * shards,
         pages_per_seq=-(-request.context // layout.page_size),
         prefill_tokens=request.prefill_tokens,
         prefill_rows=request.prefill_rows,
@@ -137,16 +166,18 @@ def _fit(spec: ModelSpec, topology: Topology, request: PlanRequest, progress: Pr
         steps={},
     )
     room = int(topology.generation.hbm_bytes * request.memory_fraction) - weights
-    num_pages = room // fit.page_bytes
+    num_pages = room // fit.page_bytes  # of one row shard
     if num_pages < sizes.pages_per_seq:
         reason = f"weights and the cache of one sequence of {request.context} tokens exceed the HBM of a device"
         return replace(fit, short_bytes=sizes.pages_per_seq * fit.page_bytes - room, reason=reason)
     while num_pages >= sizes.pages_per_seq:
-        held = replace(fit, layout=replace(layout, num_pages=num_pages))
+        held = replace(fit, layout=replace(layout, num_pages=num_pages * shards))
         try:
             return replace(held, steps=_compile(held, devices, request, progress))
         except OutOfMemory as error:
-            progress(f"{num_pages * layout.page_size} tokens of KV leave too little workspace; trying with less")
+            progress(
+                f"{num_pages * shards * layout.page_size} tokens of KV leave too little workspace; trying with less"
+            )
             words = str(error)
             num_pages = num_pages * 3 // 4
     needed = sizes.pages_per_seq * fit.page_bytes
@@ -158,7 +189,7 @@ def _compile(fit: _Fit, devices: list[Any], request: PlanRequest, progress: Prog
     compile_role = {Role.PREFILL: compiler.prefill, Role.DECODE: compiler.decode}
     steps = {}
     for role in request.roles:
-        progress(f"compiling the {role.value} step for {fit.topology.name}")
+        progress(f"compiling the {role.value} step for {fit.topology.name}, {fit.model.degrees}")
         steps[role] = compile_role[role]()
     return steps
 
@@ -180,15 +211,17 @@ def _smallest(spec: ModelSpec, failed: Topology, request: PlanRequest, progress:
 def _report(fit: _Fit, request: PlanRequest) -> dict[str, Any]:
     topology, spec = fit.topology, fit.model.spec
     kv_tokens = fit.layout.num_pages * fit.layout.page_size if fit.steps else 0
-    concurrent = fit.layout.num_pages // fit.sizes.pages_per_seq if fit.steps else 0
+    concurrent = fit.num_sequences if fit.steps else 0
     batch = min(request.max_batch, concurrent)
     loads = {
         Role.PREFILL: model_load.prefill_load(fit.model, fit.layout, request.prefill_tokens, request.context),
-        Role.DECODE: model_load.decode_load(fit.model, fit.layout, batch, request.context),
+        Role.DECODE: model_load.decode_load(fit.model, fit.layout, -(-batch // fit.row_shards), request.context),
     }
     steps = {role.value: _describe_step(fit, step, loads[role]) for role, step in fit.steps.items()}
     decode, prefill = steps.get(Role.DECODE.value), steps.get(Role.PREFILL.value)
     chunk = min(request.prefill_tokens, request.context)
+    step_tokens = chunk * fit.row_shards
+    degrees = fit.model.degrees
     return {
         "fits": bool(fit.steps),
         "reason": fit.reason,
@@ -197,8 +230,8 @@ def _report(fit: _Fit, request: PlanRequest) -> dict[str, Any]:
             "name": topology.name,
             "chips": topology.num_chips,
             "devices": topology.num_devices,
-            "tensor_parallel": fit.model.degrees.tp,
         },
+        "split": {"tp": degrees.tp, "ep": degrees.ep, "dp": degrees.dp},
         "model": {
             "architecture": spec.architecture,
             "parameters": model_load.num_parameters(fit.model),
@@ -219,10 +252,15 @@ def _report(fit: _Fit, request: PlanRequest) -> dict[str, Any]:
         "estimated_batch": batch,
         "decode_itl_ms": decode and decode["estimate_ms"],
         "decode_tokens_per_s": decode and round(1e3 * batch / decode["estimate_ms"], 1),
-        "prefill_tokens_per_s": prefill and round(1e3 * chunk / prefill["estimate_ms"], 1),
+        "prefill_tokens_per_s": prefill and round(1e3 * step_tokens / prefill["estimate_ms"], 1),
         "collectives": {role: step["collectives"] for role, step in steps.items()},
         "steps": steps,
-        "assumptions": {**asdict(ASSUMED), "memory_fraction": request.memory_fraction, "prefill_step_tokens": chunk},
+        "assumptions": {
+            **asdict(ASSUMED),
+            "memory_fraction": request.memory_fraction,
+            "prefill_chunk_tokens": chunk,
+            "prefill_step_tokens": step_tokens,
+        },
     }
 
 
@@ -236,6 +274,7 @@ def _describe_step(fit: _Fit, step: CompiledStep, load: StepLoad) -> dict[str, A
         "flops": load.matmul_flops + load.attention_flops,
         "hbm_bytes": load.weight_bytes + load.kv_bytes,
         "temp_gib": _gib(step.temp_bytes),
+        "layer_kv_gib": _gib(fit.kv_bytes // fit.model.spec.num_layers),
         "compile_s": round(step.compile_s, 1),
         "collectives": {kind: asdict(one) for kind, one in step.collectives.items()},
     }

@@ -6,7 +6,7 @@ The shares of the peaks are assumptions that have not been measured on a TPU; ev
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine_core.aot.hlo import Collective
 from engine_core.aot.topology import Topology
@@ -45,12 +45,14 @@ class StepLoad:
         attention_flops: products with keys and values.
         weight_bytes: read.
         kv_bytes: read and written.
+        exchange_bytes: of rows sent to experts and back; the arrays they land in are sized for the worst case.
     """
 
     matmul_flops: float
     attention_flops: float
     weight_bytes: float
     kv_bytes: float
+    exchange_bytes: float = 0.0
 
 
 def step_seconds(
@@ -62,7 +64,10 @@ def step_seconds(
     arithmetic = load.matmul_flops / (peak * assumed.matmul_share)
     arithmetic += load.attention_flops / (peak * assumed.attention_share)
     memory = (load.weight_bytes + load.kv_bytes) / (generation.hbm_bytes_per_s * assumed.hbm_share)
-    return max(arithmetic, memory) + collective_seconds(collectives, topology, assumed)
+    moved = dict(collectives)
+    if exchanges := moved.get("ragged-all-to-all"):
+        moved["ragged-all-to-all"] = replace(exchanges, num_bytes=int(load.exchange_bytes))
+    return max(arithmetic, memory) + collective_seconds(moved, topology, assumed)
 
 
 def collective_seconds(collectives: Mapping[str, Collective], topology: Topology, assumed: Assumptions) -> float:

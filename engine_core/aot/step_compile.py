@@ -35,10 +35,10 @@ class StepSizes:
     """Static sizes of the steps of one replica.
 
     Attributes:
-        num_slots: S, and B of the largest decode step.
+        num_slots: S, and B of the largest decode step, of all row shards together: a multiple of their number.
         pages_per_seq: P.
-        prefill_tokens: T of the largest prefill step.
-        prefill_rows: B of a prefill step.
+        prefill_tokens: T of the largest prefill step of one row shard.
+        prefill_rows: B of a prefill step of one row shard.
     """
 
     num_slots: int
@@ -77,7 +77,7 @@ class StepCompiler:
     Args:
         model: scanned.
         mesh: of the slice's devices.
-        layout: of the cache; `num_pages` is what the compiled steps have.
+        layout: of the cache; `num_pages` is what the compiled steps have, all row shards together.
         sizes: static sizes.
     """
 
@@ -86,7 +86,9 @@ class StepCompiler:
         self._mesh = mesh
         self._layout = layout
         self._sizes = sizes
-        self._table = SlotTable(sizes.num_slots, sizes.pages_per_seq, layout.num_pages, model.spec.vocab_size)
+        shards = model.degrees.row_shards
+        self._slots = sizes.num_slots // shards  # of a row shard
+        self._table = SlotTable(self._slots, sizes.pages_per_seq, layout.num_pages // shards, model.spec.vocab_size)
 
     def decode(self) -> CompiledStep:
         """The decode step of all slots.
@@ -94,7 +96,7 @@ class StepCompiler:
         Raises:
             OutOfMemory: it does not fit.
         """
-        return self._compile(decode_inputs(self._sizes.num_slots, self._table, self._mesh))
+        return self._compile(decode_inputs(self._slots, self._table, self._mesh))
 
     def prefill(self) -> CompiledStep:
         """The largest prefill step.

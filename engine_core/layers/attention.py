@@ -13,6 +13,7 @@ from engine_core.layers.linear import ColumnLinear, Numbers, RowLinear
 from engine_core.layers.norm import RMSNorm
 from engine_core.layers.params import Source
 from engine_core.layers.rotary import rotate, rotation
+from engine_core.mesh import kv_copies
 from engine_core.models.spec import ModelSpec
 from engine_core.step_io import StepInputs
 
@@ -42,13 +43,17 @@ def attention_inputs(inputs: StepInputs, frequencies: np.ndarray, page_size: int
 
 
 class Attention(nnx.Module):
-    """Projections, head norms, rotation, cache write, attention, output projection; heads over the tensor axis."""
+    """Projections, head norms, rotation, cache write, attention, output projection; heads over the tensor axis.
+
+    Where it has more devices than there are KV heads, neighbours hold the same one, for different query heads.
+    """
 
     def __init__(self, spec: ModelSpec, numbers: Numbers, tp: int) -> None:
         heads, kv_heads, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         rows = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
-        weights = [Source(f"self_attn.{x}_proj.weight", rows[x]) for x in rows]
-        biases = [Source(f"self_attn.{x}_proj.bias", rows[x]) for x in rows] if spec.qkv_bias else []
+        copies = {"q": 1, "k": kv_copies(kv_heads, tp), "v": kv_copies(kv_heads, tp)}
+        weights = [Source(f"self_attn.{x}_proj.weight", rows[x], copies=copies[x]) for x in rows]
+        biases = [Source(f"self_attn.{x}_proj.bias", rows[x], copies=copies[x]) for x in rows if spec.qkv_bias]
         self.qkv = ColumnLinear(weights, spec.hidden_size, biases, numbers, tp)
         self.out = RowLinear(Source("self_attn.o_proj.weight", spec.hidden_size), rows["q"], numbers, tp)
         eps = spec.rms_norm_eps

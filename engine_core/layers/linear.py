@@ -78,16 +78,16 @@ class ColumnLinear(nnx.Module):
     def __init__(
         self, sources: Sequence[Source], in_size: int, biases: Sequence[Source], numbers: Numbers, tp: int
     ) -> None:
-        out_size = sum(source.rows for source in sources)
+        out_size = sum(source.rows * source.copies for source in sources)
         self.weight = declare(
             ParamSpec((out_size, in_size), numbers.weight, (mesh.TENSOR, None), tuple(sources)),
         )
         self.bias = declare(ParamSpec((out_size,), "float32", (mesh.TENSOR,), tuple(biases))) if biases else None
         self.min_rows = numbers.min_rows
-        self.splits = tuple(source.rows // tp for source in sources)
+        self.splits = tuple(source.rows * source.copies // tp for source in sources)
 
     def __call__(self, x: jax.Array) -> list[jax.Array]:
-        """[T, in] -> one [T, rows / tp] f32 per source."""
+        """[T, in] -> one [T, rows * copies / tp] f32 per source."""
         y = matmul(x, self.weight[...], self.min_rows)
         if self.bias is not None:
             y = y + self.bias[...]

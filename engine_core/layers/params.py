@@ -43,16 +43,18 @@ class Source:
 
     Attributes:
         fused: where to look when the checkpoint has no tensor of that name.
+        copies: neighbouring shards that hold the same rows.
     """
 
     name: str
     rows: int
     fused: FusedSource | None = None
+    copies: int = 1
 
     def under(self, prefix: str) -> Source:
         """The same with absolute names."""
         fused = None if self.fused is None else replace(self.fused, name=prefix + self.fused.name)
-        return Source(prefix + self.name, self.rows, fused)
+        return replace(self, name=prefix + self.name, fused=fused)
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,7 @@ class Decoder:
         self.spec = spec
         self.numbers = numbers
         self.degrees = degrees
+        self.experts = experts
         self.scan = scan
         self.shell = Template(Shell(spec, numbers, degrees.tp))
         self.segments = _segments(spec)

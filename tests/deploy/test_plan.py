@@ -36,6 +36,7 @@ def small(tmp_path):
         (["--topology", "v6e-1", "--context", "-5"], "--context must be at least 1, not -5"),
         (["--topology", "v6e-1", "--context", "8192"], "--context is 8192, the model's context is 4096"),
         (["--topology", "v6e-1", "--context", "64", "--prefill-tokens", "4"], "--prefill-tokens must be at least 5"),
+        (["--topology", "v6e-1", "--context", "64", "--ep", "0"], "--ep must be at least 1, not 0"),
     ],
 )
 def test_bad_flags_are_named(small, flags, message):
@@ -87,10 +88,46 @@ class TestCompiled:
         assert result["decode_itl_ms"] > result["steps"]["decode"]["bound_ms"] > 0
         assert result["prefill_tokens_per_s"] > 0
 
-    def test_a_slice_that_would_split_a_head_is_named(self, small):
-        done = run_cli("plan", "--model", str(small), "--topology", "v6e-8")
+    def test_more_devices_than_kv_heads_make_row_shards(self, small):
+        status, result = plan(small, "--topology", "v6e-8", "--role", "decode", "--max-batch", "9", "--context", "1024")
+        assert (status, result["split"]) == (0, {"tp": 4, "ep": 1, "dp": 2})
+        counts = {kind: one["count"] for kind, one in result["collectives"]["decode"].items()}
+        assert counts == {"all-reduce": 2 * SMALL["num_hidden_layers"] + 1, "all-gather": 1}
+        token_gib = SMALL["num_hidden_layers"] * 2 * 4 * 128 * 2 / 4 / 2**30
+        assert result["hbm_gib"]["kv"] == pytest.approx(result["kv_tokens"] / 2 * token_gib, abs=1e-3)
+        assert result["concurrent_sequences"] == result["kv_tokens"] // 2 // 1024 * 2
+        assert result["steps"]["decode"]["temp_gib"] < result["steps"]["decode"]["layer_kv_gib"] / 10
+
+    def test_copies_of_kv_heads_where_asked_for(self, small):
+        flags = ["--role", "decode", "--max-batch", "8", "--context", "1024"]
+        status, result = plan(small, "--topology", "v6e-8", "--tp", "8", *flags)
+        assert (status, result["split"]) == (0, {"tp": 8, "ep": 1, "dp": 1})
+        token_gib = SMALL["num_hidden_layers"] * 2 * 1 * 128 * 2 / 2**30  # one head on each device
+        assert result["hbm_gib"]["kv"] == pytest.approx(result["kv_tokens"] * token_gib, abs=1e-3)
+        assert result["steps"]["decode"]["temp_gib"] < result["steps"]["decode"]["layer_kv_gib"] / 10
+
+    def test_a_split_that_is_impossible_names_its_flags(self, small):
+        done = run_cli("plan", "--model", str(small), "--topology", "v6e-8", "--tp", "3", "--context", "1024")
         assert done.returncode == 2
-        assert "--topology v6e-8 has 8 devices: tp 8 does not divide the model's num_key_value_heads 4" in done.stderr
+        assert "--topology v6e-8 has 8 devices: --tp 3: no split of that kind takes 8 devices" in done.stderr
+        done = run_cli("plan", "--model", str(small), "--topology", "v6e-8", "--ep", "2", "--context", "1024")
+        assert done.returncode == 2
+        assert "--ep 2: ep is 2 but Qwen3ForCausalLM has no experts" in done.stderr
+
+    def test_experts_take_the_devices_that_heads_leave(self, tmp_path):
+        changes = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 16, "num_experts_per_tok": 2}
+        moe = {**SMALL, **changes, "moe_intermediate_size": 512, "decoder_sparse_step": 1, "mlp_only_layers": []}
+        (tmp_path / "config.json").write_text(json.dumps(moe))
+        flags = ["--role", "decode", "--max-batch", "16", "--context", "1024"]
+        status, result = plan(tmp_path, "--topology", "v6e-8", *flags)
+        assert (status, result["split"]) == (0, {"tp": 4, "ep": 2, "dp": 1})
+        layers, found = SMALL["num_hidden_layers"], result["collectives"]["decode"]
+        # Of rows per layer two, of the embedding one, of counts per layer one (as a gather or a sum), of logits one.
+        assert found["all-reduce"]["count"] + found["all-gather"]["count"] == 3 * layers + 2
+        assert found["ragged-all-to-all"]["count"] == 2 * layers
+        one_expert, one_layer_kv = 3 * 512 * 512 * 2, result["steps"]["decode"]["layer_kv_gib"] * 2**30
+        gathered = found["all-gather"]["largest_bytes"]
+        assert gathered < one_expert and gathered < one_layer_kv / 10  # logits and counts: no weights, no cache
 
     def test_one_role_compiles_one_step(self, small):
         _, result = plan(small, "--topology", "v5e-1", "--role", "decode", "--max-batch", "8", "--context", "1024")

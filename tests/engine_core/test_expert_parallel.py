@@ -79,7 +79,7 @@ def test_a_layer_equals_that_of_one_device(results: list[dict]) -> None:
         ("qwen3_moe", Degrees(ep=3), "ep 3 does not divide the model's number of experts 8"),
         ("mixtral", Degrees(ep=2), "number of experts 5"),
         ("qwen3", Degrees(ep=2), "has no experts"),
-        ("qwen3_moe", Degrees(tp=4), "num_key_value_heads"),
+        ("qwen3_moe", Degrees(tp=3), "num_key_value_heads"),
     ],
 )
 def test_refuses_a_degree_that_splits_an_expert(case: str, degrees: Degrees, message: str) -> None:

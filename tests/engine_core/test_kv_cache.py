@@ -43,6 +43,16 @@ def test_pages_come_back_and_others_stay(dtype, stacked, head_align):
     check_round_trip(make_layout(dtype=dtype, head_align=head_align), None, stacked)
 
 
+def test_copies_of_heads_are_in_the_pages_and_never_outside():
+    layout = make_layout(kv_copies=3, dtype="bfloat16")
+    check_round_trip(layout, None, stacked=False)
+    cache = create_cache(layout, None, stacked=False)
+    blocks = np.arange(4 * 4 * 8, dtype=np.float32).reshape(1, 4, 4, 8)
+    cache = scatter_pages(cache, np.int32([1]), (blocks,) * 3)
+    pairs = np.asarray(cache.layers[2][1]).reshape(4, 2, 3, 2, 8)  # [page_size, K, copies, (k, v), H]
+    assert pairs.any() and (pairs == pairs[:, :, :1]).all()
+
+
 def check_round_trip(layout, mesh, stacked):
     """Scatter, with ids out of range dropped; gather gives the same bits; pages not named stay as they were."""
     cache = create_cache(layout, mesh, stacked)
@@ -90,6 +100,7 @@ def split_over_two():
         for dtype in ("float32", "bfloat16"):
             layout = make_layout(dtype=dtype)
             check_round_trip(layout, mesh, stacked)
+            check_round_trip(make_layout(dtype=dtype, num_kv_heads=1, kv_copies=2), mesh, stacked)
             cache = create_cache(layout, mesh, stacked)
             assert cache.layers[0].addressable_shards[0].data.size * 2 == cache.layers[0].size
             compiled = jax.jit(gather_pages).lower(cache, jnp.zeros(2, jnp.int32)).compile().as_text()

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def test_weights_and_cache_are_split(results: list[dict]) -> None:
     for result in results:
         assert result["split_leaves"] == result["sharded_leaves"] > 4, result
         kv_heads = 4 if result["case"] == "mistral" else 2
-        assert result["cache_shard"][-3] == 2 * kv_heads // result["tp"], result
+        assert result["cache_shard"][-3] == 2 * max(1, kv_heads // result["tp"]), result
 
 
 def test_collectives_are_those_of_the_source(results: list[dict]) -> None:
@@ -65,13 +66,17 @@ def test_compiles_once_per_bucket(results: list[dict]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "tp", "name"),
-    [("qwen3", 3, "num_attention_heads"), ("qwen3", 4, "num_key_value_heads")],
+    ("heads", "kv_heads", "tp", "message"),
+    [
+        (4, 4, 3, "tp 3 neither divides the model's num_key_value_heads 4 nor is a multiple of it"),
+        (6, 6, 4, "num_key_value_heads 6"),
+        (6, 2, 4, "tp 4 does not divide the model's num_attention_heads 6"),
+    ],
 )
-def test_refuses_a_degree_that_splits_heads(case: str, tp: int, name: str) -> None:
-    with pytest.raises(ConfigError, match=name):
+def test_refuses_a_degree_that_splits_heads(heads: int, kv_heads: int, tp: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         Decoder(
-            load_spec(GOLDEN / case),
+            replace(load_spec(GOLDEN / "qwen3"), num_heads=heads, num_kv_heads=kv_heads),
             choose_numbers("float32", "cpu"),
             degrees=Degrees(tp=tp),
             experts=choose_experts("auto", "float32", "cpu"),
