@@ -161,7 +161,8 @@ def _plan(arguments: argparse.Namespace, trace: Trace) -> int:
     tried: list[StaticFleet] = []
     if arguments.static:
         tried = smallest_static(trace, scenario, config.attainment, WINDOWS_MET, arguments.budget, arguments.jobs)
-    best = max(tried, key=lambda fleet: (fleet.windows_met >= WINDOWS_MET, -fleet.slice_hours), default=None)
+    met = [fleet for fleet in tried if not fleet.gave_up and fleet.windows_met >= WINDOWS_MET]
+    best = min(met, key=lambda fleet: (fleet.slice_hours, -fleet.windows_met), default=None)
     if arguments.json:
         answer = {
             "planner": dataclasses.asdict(bill),
@@ -172,16 +173,23 @@ def _plan(arguments: argparse.Namespace, trace: Trace) -> int:
         return 0
     if arguments.advise:
         sys.stdout.write("\n".join(bill.plans) + "\n\n")
-    sys.stdout.write(_describe_bill(trace, bill, outcome, best))
+    sys.stdout.write(_describe_bill(trace, bill, outcome, tried, best))
     return 0
 
 
-def _describe_bill(trace: Trace, bill: Bill, outcome: Outcome, best: StaticFleet | None) -> str:
+def _describe_bill(
+    trace: Trace, bill: Bill, outcome: Outcome, tried: Sequence[StaticFleet], best: StaticFleet | None
+) -> str:
     lines = [
         _describe(trace),
         f"planner: {bill.slice_hours:.2f} slice-hours, at most {bill.peak_slices} slices, {len(bill.plans)} changes; "
         f"objective met in {bill.windows_met:.1%} of the windows of {JUDGED_S:.0f} s; "
         f"{outcome.goodput_rps:.2f} good requests/s",
+    ]
+    lines += [
+        f"fixed {fleet.prefill}P{fleet.decode}D: {fleet.slice_hours:.2f} slice-hours, objective met in "
+        f"{'less than ' if fleet.gave_up else ''}{WINDOWS_MET if fleet.gave_up else fleet.windows_met:.1%}"
+        for fleet in tried
     ]
     if best is not None:
         lines.append(

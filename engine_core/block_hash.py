@@ -24,8 +24,8 @@ KEY_BYTES = 8
 
 _TOKEN_BYTES = 4
 _ROOT_PARENT = bytes(HASH_BYTES)
-_PACKED = 2048  # tokens
-_PACK_MANY = struct.Struct(f"<{_PACKED}i").pack
+_PIECE = 8192  # tokens
+_PACK_PIECE = struct.Struct(f"<{_PIECE}i").pack
 
 Tokens = Sequence[int] | npt.NDArray[np.integer]
 Keys = npt.NDArray[np.uint64]
@@ -62,15 +62,25 @@ class BlockHasher:
             OverflowError: a token id does not fit int32.
         """
         assert parent is None or len(parent) == HASH_BYTES, parent
+        encryptor = Cipher(self._cipher, modes.CBC(parent or _ROOT_PARENT)).encryptor()
         num_blocks = len(token_ids) // self.page_size
-        content = _int32_bytes(token_ids, num_blocks * self.page_size)
+        tags = np.empty((num_blocks, HASH_BYTES), np.uint8)
+        step = max(1, _PIECE // self.page_size)  # small pieces stay in the processor's caches
+        for start in range(0, num_blocks, step):
+            end = min(start + step, num_blocks)
+            content = self._packed(token_ids[start * self.page_size : end * self.page_size])
+            ciphertext = np.frombuffer(encryptor.update(content), np.uint8)
+            tags[start:end] = ciphertext.reshape(end - start, self._padded_bytes)[:, -HASH_BYTES:]
+        return tags
+
+    def _packed(self, token_ids: Tokens) -> bytes:
+        """Whole blocks, each padded."""
+        content = _int32_bytes(token_ids)
         padding = self._padded_bytes // _TOKEN_BYTES - self.page_size
         if padding:  # every block has the same length, so that zeros at its end are unambiguous
-            blocks = np.frombuffer(content, "<i4").reshape(num_blocks, self.page_size)
+            blocks = np.frombuffer(content, "<i4").reshape(-1, self.page_size)
             content = np.pad(blocks, ((0, 0), (0, padding))).tobytes()
-        encryptor = Cipher(self._cipher, modes.CBC(parent or _ROOT_PARENT)).encryptor()
-        tags = np.frombuffer(encryptor.update(content), np.uint8)
-        return tags.reshape(num_blocks, self._padded_bytes)[:, -HASH_BYTES:]
+        return content
 
     def keys(self, token_ids: Tokens) -> Keys:
         """Index keys `[num_blocks] u64` of a chain that starts with `token_ids`. Raises as `chain` does."""
@@ -102,18 +112,14 @@ def block_hashes(
     return BlockHasher(page_size, salt, namespace).extend(parent, token_ids)
 
 
-def _int32_bytes(token_ids: Tokens, count: int) -> bytes:
-    """The first `count` tokens, little-endian. Packing a list in small pieces is twice as fast as NumPy."""
+def _int32_bytes(token_ids: Tokens) -> bytes:
+    """Tokens, little-endian. Packing a list is twice as fast as NumPy."""
     if isinstance(token_ids, np.ndarray):
-        tokens = token_ids[:count]
         limits = np.iinfo(np.int32)
-        if count and (tokens.min() < limits.min or tokens.max() > limits.max):
+        if len(token_ids) and (token_ids.min() < limits.min or token_ids.max() > limits.max):
             raise OverflowError("a token id does not fit int32")
-        return tokens.astype("<i4").tobytes()
-    whole = count // _PACKED * _PACKED
+        return token_ids.astype("<i4").tobytes()
     try:
-        pieces = [_PACK_MANY(*token_ids[start : start + _PACKED]) for start in range(0, whole, _PACKED)]
-        pieces.append(struct.pack(f"<{count - whole}i", *token_ids[whole:count]))
+        return _PACK_PIECE(*token_ids) if len(token_ids) == _PIECE else struct.pack(f"<{len(token_ids)}i", *token_ids)
     except struct.error as error:
         raise OverflowError(f"a token id does not fit int32: {error}") from None
-    return b"".join(pieces)

@@ -52,6 +52,12 @@ class SequenceMemory:
         sequence.num_dispatched = sequence.num_cached
         sequence.num_stored = len(sequence.pages)
 
+    def touch(self, sequence: Sequence) -> None:
+        """The sequence waits: what is cached of its known tokens shall still be there when its turn has come."""
+        if self._reuse:
+            self._extend_hashes(sequence, len(sequence.token_ids))
+            self.cache.touch(sequence.hashes)
+
     def grow(self, sequence: Sequence, num_tokens: int) -> None:
         """Make sure the sequence has pages for `num_tokens` tokens.
 
@@ -124,6 +130,7 @@ class ChunkQueue:
 
     def add(self, sequence: Sequence, *, first: bool = False) -> None:
         """Queue a sequence; `first` is for one that was preempted."""
+        self._memory.touch(sequence)
         if first:
             self._waiting.appendleft(sequence)
         else:
@@ -143,30 +150,33 @@ class ChunkQueue:
             num_rows: sequences of the step at most.
             most: tokens of one sequence at most.
         """
-        self._admit(num_rows)
         chunks: list[Chunk] = []
-        left = num_tokens
-        for sequence in list(self._active)[:num_rows]:
+        left, at = num_tokens, 0
+        while left > 0 and len(chunks) < num_rows and (at < len(self._active) or self._admit()):
+            sequence = self._active[at]
             total = len(sequence.token_ids)
             start = sequence.num_dispatched
             count = min(left, most, total - start)
-            if not count:
-                break
             is_last = start + count == total
             chunks.append(Chunk(sequence, start, count, is_last))
             sequence.num_dispatched += count
             left -= count
             if is_last:
                 sequence.num_sampled += 1
-                self._active.remove(sequence)
+                del self._active[at]
+            else:
+                at += 1
         return chunks
 
-    def _admit(self, num_rows: int) -> None:
-        while self._waiting and len(self._active) < num_rows and self._memory.table.num_free > 0:
-            sequence = self._waiting[0]
-            if not self._reserve(sequence):
-                return
-            self._active.append(self._waiting.popleft())
+    def _admit(self) -> bool:
+        """The first of those that wait gets its pages and a slot, if there are any.
+
+        As late as possible: what was stored meanwhile is found in the cache.
+        """
+        if not self._waiting or not self._memory.table.num_free or not self._reserve(self._waiting[0]):
+            return False
+        self._active.append(self._waiting.popleft())
+        return True
 
     def _reserve(self, sequence: Sequence) -> bool:
         memory = self._memory

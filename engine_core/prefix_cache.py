@@ -110,6 +110,10 @@ class PrefixCache:
         self.pool.retain(pages)
         return pages
 
+    def touch(self, hashes: Sequence[bytes]) -> None:
+        """Somebody waits for this prefix: what is cached of it shall be the last to be evicted."""
+        self.pool.release(self.match(hashes))
+
     def insert(self, hashes: Sequence[bytes], pages: Sequence[int], start: int = 0) -> list[int]:
         """Cache a chain of computed blocks. The caller holds `pages`, and goes on holding them.
 

@@ -330,7 +330,8 @@ def _descend(bits: Masks, alive: int, start: int, depth_of: list[int], word: int
     held = np.bitwise_and.accumulate(np.concatenate((np.array([alive], np.uint64), bits)))
     changes = np.flatnonzero(held[1:] != held[:-1])
     for at in changes.tolist():
-        _set_depth(int(held[at]) & ~int(held[at + 1]), start + at, depth_of, word)
+        if start + at:  # else they hold nothing, as it says there
+            _set_depth(int(held[at]) & ~int(held[at + 1]), start + at, depth_of, word)
     last = int(held[-1])
     _set_depth(last, start + len(bits), depth_of, word)
     return last if len(bits) == _MATCH_BLOCKS else 0

@@ -10,10 +10,9 @@ import math
 from typing import NamedTuple
 
 from engine_core.messages import Load, WorkerInfo
-from router.breaker import Breaker
+from router.breaker import Breaker, BreakerState
 from router.cost_model import Average, StepModel
-
-WINDOW_S = 10.0  # over which recent work is averaged
+from router.standing import WINDOW_S, Standing
 
 
 class Work(NamedTuple):
@@ -33,22 +32,22 @@ class Work(NamedTuple):
 
 
 class Recent:
-    """A sum that decays: what was added during about the last `WINDOW_S` seconds."""
+    """A sum that decays: what was added during about the last `WINDOW_S` seconds.
 
-    __slots__ = ("_at", "_sum")
+    Attributes:
+        total: as it was at `at`.
+    """
+
+    __slots__ = ("at", "total")
 
     def __init__(self) -> None:
-        self._sum = 0.0
-        self._at = 0.0
+        self.total = 0.0
+        self.at = 0.0
 
     def add(self, amount: float, now: float) -> None:
         """Count `amount`."""
-        self._sum = self.value(now) + amount
-        self._at = now
-
-    def value(self, now: float) -> float:
-        """What is left of all that was added."""
-        return self._sum * math.exp((self._at - now) / WINDOW_S) if self._sum else 0.0
+        self.total = self.total * math.exp((self.at - now) / WINDOW_S) + amount
+        self.at = now
 
 
 class Candidate:
@@ -71,6 +70,8 @@ class Candidate:
         "_recent_rows",
         "_recent_s",
         "_rows",
+        "_standing",
+        "_standing_of",
         "_unheard",
         "_unheard_rows",
         "_unheard_tokens",
@@ -113,11 +114,18 @@ class Candidate:
         self._gone_rows = 0  # that ended since the last beat, which still counts them
         self._recent_s = Recent()
         self._recent_rows = Recent()
+        self._standing: Standing | None = None  # None: it has changed
+        self._standing_of: tuple[WorkerInfo, tuple[float, ...]] | None = None
 
     @property
     def name(self) -> str:
         """For logs, metrics and people."""
         return f"{self.info.worker_id}.{self.info.incarnation}"
+
+    @property
+    def is_sound(self) -> bool:
+        """Nothing speaks against it."""
+        return self.usable and not self.suspect and self.breaker.state is BreakerState.CLOSED
 
     @property
     def reserved_requests(self) -> int:
@@ -126,6 +134,7 @@ class Candidate:
 
     def reserve(self, number: int, work: Work, now: float) -> None:
         """Enter a request under a number that nothing here has."""
+        self._standing = None
         if work.prefill_tokens:
             if not self._work:
                 self._head_since = now
@@ -143,6 +152,7 @@ class Candidate:
 
     def release_prefill(self, number: int, now: float) -> None:
         """The prompt has been read, or never will be. Again is fine."""
+        self._standing = None
         is_head = number == next(iter(self._work), None)
         work = self._work.pop(number, None)
         if work is not None:
@@ -179,6 +189,7 @@ class Candidate:
         self._hear()
 
     def _hear(self) -> None:
+        self._standing = None
         self._unheard.clear()
         self._unheard_us = self._unheard_rows = self._unheard_tokens = 0
         self._gone_rows = 0
@@ -188,19 +199,55 @@ class Candidate:
         self._unheard_rows += sign * work.rows
         self._unheard_tokens += sign * work.kv_tokens
 
-    def queue_s(self, now: float) -> float:
-        """Seconds of prefill that a new prompt would wait for.
+    def standing(self) -> Standing:
+        """What placement weighs of this worker; the same object until something changes."""
+        of = self._standing_of
+        if self._standing is None or of is None or of[0] is not self.info or of[1] is not self.steps.coefficients:
+            self._standing_of = self.info, self.steps.coefficients
+            self._standing = self._stand()
+        return self._standing
 
-        This gateway knows its own part to the moment, other gateways' only from beats: whichever is more.
-        """
-        own = 0.0
-        if self._work:
-            head = next(iter(self._work.values())).prefill_us / 1e6
-            own = self._prefill_us / 1e6 - min(head, now - self._head_since)
-        if self.load is None or not self.load.queued_tokens:
-            return own
-        told = self.steps.prefill_s(self.load.queued_tokens, 0, self.info.chunk_tokens) - (now - self.load_at)
-        return max(own, told + self._unheard_us / 1e6, 0.0)
+    def _stand(self) -> Standing:
+        info, load, rows = self.info, self.load, self.num_rows()
+        told_s, free_pages = -math.inf, math.inf
+        if load is not None:
+            if load.queued_tokens:
+                told_s = self.steps.prefill_s(load.queued_tokens, 0, info.chunk_tokens) + self._unheard_us / 1e6
+            free_pages = load.free_pages + -self._unheard_tokens // info.page_size
+        head = next(iter(self._work.values()), None)
+        prefill_step_s, prefill_token_s, prefill_pair_s, decode_step_s, decode_row_s, decode_token_s = (
+            self.steps.coefficients
+        )
+        return Standing(
+            prefill_step_s=prefill_step_s,
+            prefill_token_s=prefill_token_s,
+            prefill_pair_s=prefill_pair_s,
+            decode_step_s=decode_step_s,
+            decode_row_s=decode_row_s,
+            decode_token_s=decode_token_s,
+            chunk_tokens=info.chunk_tokens or math.inf,
+            page_size=info.page_size,
+            block_bytes=info.block_bytes,
+            num_slots=max(info.num_slots, 1),
+            num_pages=max(info.num_pages, 1),
+            placed_s=self._prefill_us / 1e6,
+            head_s=head.prefill_us / 1e6 if head else 0.0,
+            head_since=self._head_since,
+            told_s=told_s,
+            told_at=self.load_at,
+            busy_s=self._recent_s.total,
+            busy_at=self._recent_s.at,
+            mean_prefill_s=self.mean_prefill_s.value,
+            rows=rows,
+            kv_tokens=self.kv_tokens(rows),
+            arrivals=self._recent_rows.total,
+            arrived_at=self._recent_rows.at,
+            free_pages=free_pages,
+        )
+
+    def queue_s(self, now: float) -> float:
+        """Seconds of prefill that a new prompt would wait for."""
+        return float(self.standing().queue_s(now))
 
     def num_rows(self) -> int:
         """Sequences that decode here or soon will."""
@@ -214,18 +261,3 @@ class Candidate:
         if not self._rows:
             return 0.0
         return self._kv_tokens * max(num_rows / len(self._rows), 1.0)
-
-    def missing_pages(self, num_pages: int) -> int:
-        """Pages short of `num_pages`, after what was placed since the last beat."""
-        if self.load is None:
-            return 0
-        placed = -(-self._unheard_tokens // self.info.page_size)
-        return max(0, num_pages + placed - self.load.free_pages)
-
-    def utilization(self, now: float) -> float:
-        """Share of the recent past that the prefill placed here fills, 0 to about 1."""
-        return self._recent_s.value(now) / WINDOW_S
-
-    def arrivals(self, now: float) -> float:
-        """Decoding requests placed here per second, lately."""
-        return self._recent_rows.value(now) / WINDOW_S

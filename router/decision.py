@@ -20,6 +20,7 @@ class Terms(msgspec.Struct, frozen=True, gc=False):
         itl_s: what this sequence adds to its own and its neighbours' later steps; for local prefill, the neighbours'
             steps that it holds up, too.
         crowding_s: expected wait behind requests still to come, from how busy the prefill worker was lately.
+        followers_s: what reading it adds to the waits of prompts still to come, at the fleet's recent utilization.
         affinity_s: negative where the session was here before.
     """
 
@@ -29,6 +30,7 @@ class Terms(msgspec.Struct, frozen=True, gc=False):
     slot_wait_s: float
     itl_s: float
     crowding_s: float
+    followers_s: float
     affinity_s: float
 
     @property
@@ -41,6 +43,7 @@ class Terms(msgspec.Struct, frozen=True, gc=False):
             + self.slot_wait_s
             + self.itl_s
             + self.crowding_s
+            + self.followers_s
             + self.affinity_s
         )
 

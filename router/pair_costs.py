@@ -6,20 +6,25 @@ pair, large ones as a matrix; the formula is the same code.
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from engine_core.types import Request
 from router.candidate import Candidate
 from router.cost_model import TransferModel
 from router.decision import Option, Terms
 from router.sessions import Pair
+from router.standing import Standing, Standings, larger, smaller
+
+Floats = npt.NDArray[np.float64]
 
 NUM_RANKED = 4  # the best pair and some runners-up, for people
-MAX_UTILIZATION = 0.95
 SAME_S = 1e-6  # costs that differ by less are equal
 SMALL = 64  # pairs that are weighed one by one
 
@@ -42,6 +47,7 @@ class PlacementConfig:
     slot_wait: float = 1.0
     itl: float = 1.0
     crowding: float = 1.0
+    followers: float = 1.0
     affinity_s: float = 0.005
     local_prefill_tokens: int = -1
     overcommit: float = 0.25
@@ -49,17 +55,21 @@ class PlacementConfig:
 
 
 class Reader(NamedTuple):
-    """A worker that could read the prompt: tokens it holds and would compute, and what that costs, in seconds."""
+    """A worker that could read the prompt: tokens it holds and would compute, and what that costs, in seconds.
 
-    worker: Candidate
-    held: int
-    missing: int
-    chunks: int
-    queue_s: float
-    prefill_s: float
-    crowding_s: float
-    affinity_s: float
-    total_s: float
+    Of many workers at once, `worker` is a list and all else `[n] f64` arrays; so in `Writer`.
+    """
+
+    worker: Any
+    held: Any
+    missing: Any
+    chunks: Any
+    queue_s: Any
+    prefill_s: Any
+    crowding_s: Any
+    followers_s: Any
+    affinity_s: Any
+    total_s: Any
 
 
 class Writer(NamedTuple):
@@ -71,14 +81,14 @@ class Writer(NamedTuple):
         stall_s: what reading locally adds to the steps of the sequences that decode there now.
     """
 
-    worker: Candidate
+    worker: Any
     local: Reader
-    num_bytes: int
-    slot_wait_s: float
-    itl_s: float
-    stall_s: float
-    affinity_s: float
-    total_s: float
+    num_bytes: Any
+    slot_wait_s: Any
+    itl_s: Any
+    stall_s: Any
+    affinity_s: Any
+    total_s: Any
 
 
 class Choice(NamedTuple):
@@ -93,7 +103,6 @@ class PairCosts:
     """Of one request, at one moment.
 
     Args:
-        sources, targets: prefill and decode workers that may be used; at least one target.
         held: worker -> leading tokens of the prompt that it holds; a worker that is not in it holds none.
         last: where the session's last request went.
         output_tokens: of an answer, on average.
@@ -118,23 +127,30 @@ class PairCosts:
         left = request.sampling.max_tokens - (self._num_tokens - request.num_prompt_tokens)
         self._output_tokens = min(left, output_tokens)
         self._now = now
+        self._followers = 0.0
 
-    def rank(self, sources: Sequence[Candidate], targets: Sequence[Candidate]) -> tuple[list[Choice], int]:
-        """The cheapest pairs, best first, and how many were weighed. Of equals, the one that waited longest."""
-        readers = [self._reader(source, 0) for source in sources]
-        writers = [self._writer(target) for target in targets]
-        if len(readers) * len(writers) <= SMALL:
+    def rank(
+        self, sources: Sequence[Candidate], targets: Sequence[Candidate], of_sources: Standings, of_targets: Standings
+    ) -> tuple[list[Choice], int]:
+        """The cheapest pairs, best first, and how many were weighed. Of equals, the one that waited longest.
+
+        Args:
+            sources, targets: prefill and decode workers that may be used; at least one target.
+            of_sources, of_targets: used where there are many.
+        """
+        if len(sources) * len(targets) <= SMALL:
+            busy = [worker.standing().busy(self._now) for worker in sources or targets]
+            self._followers = self._config.followers * _num_followers(sum(busy) / len(busy))
+            readers = [self._reader_of(source, 0) for source in sources]
+            writers = [self._writer_of(target) for target in targets]
             choices = [choice for reader in readers for writer in writers if (choice := self._pair(reader, writer))]
-            num_weighed = len(choices)
+            local = [self._local(writer) for writer in writers if not choices or self._may_read(writer)]
+            num_weighed = len(choices) + len(local)
         else:
-            choices, num_weighed = self._best_of_many(readers, writers)
-        limit = self._config.local_prefill_tokens
-        for writer in writers:
-            if limit < 0 or writer.local.missing <= limit or not num_weighed:
-                choices.append(self._local(writer))
-        num_weighed += len([choice for choice in choices if choice.reader is None])
-        choices.sort(key=_order)
-        return choices[:NUM_RANKED], num_weighed
+            choices, local, num_weighed = self._best_of_many(
+                sources, targets, of_sources.of(sources), of_targets.of(targets)
+            )
+        return sorted(choices + local, key=_order)[:NUM_RANKED], num_weighed
 
     def option(self, choice: Choice) -> Option:
         """For people."""
@@ -148,6 +164,7 @@ class PairCosts:
             slot_wait_s=writer.slot_wait_s,
             itl_s=writer.itl_s + (writer.stall_s if reader is None else 0.0),
             crowding_s=reading.crowding_s,
+            followers_s=reading.followers_s,
             affinity_s=reading.affinity_s + writer.affinity_s,
         )
         return Option(
@@ -160,43 +177,53 @@ class PairCosts:
 
     # one worker
 
-    def _reader(self, worker: Candidate, last_index: int) -> Reader:
-        config, info, num_tokens = self._config, worker.info, self._num_tokens
-        held = self._held.get(worker.key, 0)
-        if held >= num_tokens:  # the last block at the least is computed, for its logits
-            held = (num_tokens - 1) // info.page_size * info.page_size
-        missing = num_tokens - held
-        queue_s = config.queue * worker.queue_s(self._now)
-        prefill_s = config.prefill * worker.steps.prefill_s(missing, held, info.chunk_tokens)
-        crowding_s = config.crowding * _expected_wait(worker, self._now)
-        affinity_s = self._affinity_s(worker, last_index)
-        chunks = num_chunks(worker, missing)
-        total_s = queue_s + prefill_s + crowding_s + affinity_s
-        return Reader(worker, held, missing, chunks, queue_s, prefill_s, crowding_s, affinity_s, total_s)
+    def _reader_of(self, worker: Candidate, role: int) -> Reader:
+        affinity_s = self._affinity_s if self._last is not None and self._last[role] == worker.key else 0.0
+        return self._reader(worker, worker.standing(), self._held.get(worker.key, 0), affinity_s)
 
-    def _writer(self, worker: Candidate) -> Writer:
+    def _writer_of(self, worker: Candidate) -> Writer:
+        return self._writer(worker.standing(), self._reader_of(worker, 1))
+
+    @property
+    def _affinity_s(self) -> float:
+        """Each of the session's last two workers is worth half of it."""
+        return -self._config.affinity_s / 2
+
+    # one worker or many
+
+    def _reader(self, worker: Any, standing: Standing, held: Any, affinity_s: Any) -> Reader:
+        config, now, num_tokens, page_size = self._config, self._now, self._num_tokens, standing.page_size
+        held = smaller(held, (num_tokens - 1) // page_size * page_size)  # the last token is computed, for its logits
+        missing = num_tokens - held
+        queue_s = config.queue * standing.queue_s(now)
+        prefill_s = config.prefill * standing.prefill_s(missing, held)
+        crowding_s = config.crowding * standing.expected_wait_s(now)
+        followers_s = self._followers * prefill_s
+        total_s = queue_s + prefill_s + crowding_s + followers_s + affinity_s
+        chunks = standing.num_steps(missing)
+        terms = queue_s, prefill_s, crowding_s, followers_s, affinity_s
+        return Reader(worker, held, missing, chunks, *terms, total_s)
+
+    def _writer(self, standing: Standing, local: Reader) -> Writer:
         """The sequence's own steps get longer by its neighbours, theirs by it; a full worker makes it wait."""
-        config, info, num_tokens = self._config, worker.info, self._num_tokens
-        local = self._reader(worker, 1)
-        per_step, per_row, per_token = worker.steps.coefficients[3:]
-        rows = worker.num_rows()
-        alone_s = per_step + per_row + per_token * num_tokens
-        crowd = max(rows, worker.arrivals(self._now) * self._output_tokens * alone_s)  # Little's law
-        slower_s = per_row * crowd + per_token * worker.kv_tokens(rows)
-        itl_s = config.itl * self._output_tokens * (slower_s + crowd * (per_row + per_token * num_tokens))
-        over = max(0, rows + 1 - info.num_slots) / max(info.num_slots, 1)
-        over = max(over, worker.missing_pages(-(-num_tokens // info.page_size)) / max(info.num_pages, 1))
+        config, num_tokens, page_size, rows = self._config, self._num_tokens, standing.page_size, standing.rows
+        row_s = standing.decode_row_s + standing.decode_token_s * num_tokens
+        alone_s = standing.decode_step_s + row_s
+        crowd = larger(rows, standing.arrivals_per_s(self._now) * self._output_tokens * alone_s)  # Little's law
+        slower_s = standing.decode_row_s * crowd + standing.decode_token_s * standing.kv_tokens
+        itl_s = config.itl * self._output_tokens * (slower_s + crowd * row_s)
+        over = larger((rows + 1 - standing.num_slots) / standing.num_slots, 0.0)
+        num_pages = -(-num_tokens // page_size)
+        over = larger(over, (num_pages - standing.free_pages) / standing.num_pages)
         wait_s = config.slot_wait * over * self._mean_output_tokens * (alone_s + slower_s)
         stall_s = config.itl * rows * local.prefill_s
-        num_bytes = transfer_bytes(worker, local.held, num_tokens)
+        num_bytes = (num_pages - local.held // page_size) * standing.block_bytes
         total_s = wait_s + itl_s + local.affinity_s
-        return Writer(worker, local, num_bytes, wait_s, itl_s, stall_s, local.affinity_s, total_s)
+        return Writer(local.worker, local, num_bytes, wait_s, itl_s, stall_s, local.affinity_s, total_s)
 
-    def _affinity_s(self, worker: Candidate, index: int) -> float:
-        """Each of the session's last two workers is worth half of it."""
-        if self._last is None or self._last[index] != worker.key:
-            return 0.0
-        return -self._config.affinity_s / 2
+    def _may_read(self, writer: Writer) -> Any:
+        limit = self._config.local_prefill_tokens
+        return writer.local.missing <= (limit if limit >= 0 else math.inf)
 
     # pairs
 
@@ -208,43 +235,47 @@ class PairCosts:
         return Choice((total_s, reader.worker.turn + writer.worker.turn), reader, writer)
 
     def _local(self, writer: Writer) -> Choice:
-        total_s = writer.local.total_s + writer.total_s + writer.stall_s
-        return Choice((total_s, 2 * writer.worker.turn), None, writer)
+        return Choice((_local_s(writer), 2 * writer.worker.turn), None, writer)
 
     def _transfer_s(self, reader: Reader, writer: Writer) -> float:
         fixed_s, byte_s = self._transfers.link(reader.worker.key, writer.worker.key)
         return fixed_s + float(_left_s(byte_s * writer.num_bytes, reader.chunks, reader.prefill_s))
 
-    def _best_of_many(self, readers: Sequence[Reader], writers: Sequence[Writer]) -> tuple[list[Choice], int]:
-        """The best pairs, and those as good as the best; and how many may be paired."""
-        fixed_s, byte_s = self._transfers.links(
-            [reader.worker.key for reader in readers], [writer.worker.key for writer in writers]
-        )
-        chunks = np.array([reader.chunks for reader in readers])[:, None]
-        prefill_s = np.array([reader.prefill_s for reader in readers])[:, None]
-        moving_s = byte_s * np.array([float(writer.num_bytes) for writer in writers])
-        total_s = fixed_s + _left_s(moving_s, chunks, prefill_s)
-        total_s *= self._config.transfer
-        total_s += np.array([reader.total_s for reader in readers])[:, None]
-        total_s += np.array([writer.total_s for writer in writers])
-        _forbid_strangers(total_s, readers, writers)
-        flat_s = total_s.reshape(-1)
-        best = np.argpartition(flat_s, min(NUM_RANKED, len(flat_s) - 1))[:NUM_RANKED]
-        equal = np.flatnonzero(flat_s <= flat_s[best].min() + SAME_S)
-        pairs = [divmod(at, len(writers)) for at in {*best.tolist(), *equal.tolist()}]
+    def _best_of_many(
+        self, sources: Sequence[Candidate], targets: Sequence[Candidate], of_sources: Standing, of_targets: Standing
+    ) -> tuple[list[Choice], list[Choice], int]:
+        """The best pairs and the best local ones, and how many there are."""
+        busy = (of_sources if sources else of_targets).busy(self._now)
+        self._followers = self._config.followers * _num_followers(float(busy.mean()))
+        reader = self._reader(sources, of_sources, *self._of_all(sources, 0))
+        writer = self._writer(of_targets, self._reader(targets, of_targets, *self._of_all(targets, 1)))
+        fixed_s, byte_s = self._transfers.links([one.key for one in sources], [one.key for one in targets])
+        left_s = _left_s(byte_s * writer.num_bytes, reader.chunks[:, None], reader.prefill_s[:, None])
+        total_s = self._config.transfer * (fixed_s + left_s) + reader.total_s[:, None] + writer.total_s
+        _forbid_strangers(total_s, sources, targets)
+        local_s = np.where(self._may_read(writer), _local_s(writer), np.inf)
+        num_pairs = int(np.isfinite(total_s).sum())
+        if not num_pairs:
+            local_s = _local_s(writer)
+        turns = np.array([one.turn for one in sources])[:, None], np.array([one.turn for one in targets])
+        pairs = [divmod(at, len(targets)) for at in _least(total_s.reshape(-1), (turns[0] + turns[1]).reshape(-1))]
+        readers = {row: self._reader_of(sources[row], 0) for row, _ in pairs}
+        locals_ = _least(local_s, turns[1])
+        writers = {at: self._writer_of(targets[at]) for at in {*locals_, *(column for _, column in pairs)}}
         choices = [self._pair(readers[row], writers[column]) for row, column in pairs]
-        return [choice for choice in choices if choice], int(np.isfinite(flat_s).sum())
+        return (
+            [choice for choice in choices if choice],
+            [self._local(writers[at]) for at in locals_],
+            num_pairs + int(np.isfinite(local_s).sum()),
+        )
 
-
-def num_chunks(worker: Candidate, num_tokens: int) -> int:
-    """Steps in which a prefill worker computes so many tokens."""
-    return max(1, -(-num_tokens // worker.info.chunk_tokens)) if worker.info.chunk_tokens else 1
-
-
-def transfer_bytes(worker: Candidate, held_tokens: int, num_tokens: int) -> int:
-    """KV bytes of a prompt that a decode worker lacks."""
-    page_size = worker.info.page_size
-    return (-(-num_tokens // page_size) - held_tokens // page_size) * worker.info.block_bytes
+    def _of_all(self, workers: Sequence[Candidate], role: int) -> tuple[Floats, Floats]:
+        """Per worker: tokens held, and what affinity is worth."""
+        held = np.array([float(self._held.get(worker.key, 0)) for worker in workers])
+        affinity_s = np.zeros(len(workers))
+        if self._last is not None:
+            affinity_s[[worker.key == self._last[role] for worker in workers]] = self._affinity_s
+        return held, affinity_s
 
 
 def _left_s(moving_s: Any, chunks: Any, prefill_s: Any) -> Any:
@@ -257,27 +288,38 @@ def _left_s(moving_s: Any, chunks: Any, prefill_s: Any) -> Any:
     return (last_s + late_s + abs(last_s - late_s)) / 2
 
 
-def _forbid_strangers(total_s: Any, readers: Sequence[Reader], writers: Sequence[Writer]) -> None:
+def _num_followers(busy: float) -> float:
+    """Seconds that others wait for each second of prefill that is added to a worker with so much of it.
+
+    Where arrivals wait `busy / (1 - busy) / 2` mean prompts, as in `Standing.expected_wait_s`, all of them together wait
+    `busy ** 2 / (1 - busy) / 2` seconds per second; this is its derivative.
+    """
+    return 0.5 * busy * (2 - busy) / (1 - busy) ** 2
+
+
+def _local_s(writer: Writer) -> Any:
+    """Of a worker that does both."""
+    return writer.local.total_s + writer.total_s + writer.stall_s
+
+
+def _least(costs_s: Floats, turns: npt.NDArray[np.int64]) -> list[int]:
+    """Where the `NUM_RANKED` least costs are, of equals those with the earliest turns; infinite ones left out."""
+    count = min(NUM_RANKED, len(costs_s))
+    limit_s = np.partition(costs_s, count - 1)[count - 1] + SAME_S
+    close = np.flatnonzero(costs_s <= min(limit_s, sys.float_info.max))
+    order = np.lexsort((turns[close], np.rint(costs_s[close] / SAME_S)))
+    found: list[int] = close[order[:count]].tolist()
+    return found
+
+
+def _forbid_strangers(total_s: Floats, sources: Sequence[Candidate], targets: Sequence[Candidate]) -> None:
     """Workers of unequal fingerprints never exchange KV."""
-    sources = [reader.worker.info.fingerprint for reader in readers]
-    targets = [writer.worker.info.fingerprint for writer in writers]
-    if len({*sources, *targets}) > 1:
-        total_s[np.array(sources)[:, None] != np.array(targets)] = np.inf
+    of_sources = [worker.info.fingerprint for worker in sources]
+    of_targets = [worker.info.fingerprint for worker in targets]
+    if len({*of_sources, *of_targets}) > 1:
+        total_s[np.array(of_sources)[:, None] != np.array(of_targets)] = np.inf
 
 
 def _order(choice: Choice) -> tuple[int, int]:
     total_s, turn = choice.key
     return round(total_s / SAME_S), turn
-
-
-def _expected_wait(worker: Candidate, now: float) -> float:
-    """Mean wait at this utilization, as in an M/M/1 queue with half its service time left on average.
-
-    Requests that come one at a time find every queue empty; without this term the worker that holds the most popular
-    prefix would get all of them until it is saturated.
-    """
-    mean_s = worker.mean_prefill_s.value
-    if not mean_s:
-        return 0.0
-    busy = min(worker.utilization(now), MAX_UTILIZATION)
-    return 0.5 * busy / (1 - busy) * mean_s

@@ -10,7 +10,7 @@ Plain Python without I/O; choose and reserve are one step.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from engine_core.block_hash import BlockHasher, Keys
 from engine_core.errors import NoWorkerAvailable
@@ -19,8 +19,9 @@ from router.block_index import BlockIndex
 from router.candidate import Candidate, Work
 from router.cost_model import Average, TransferModel
 from router.decision import Decision
-from router.pair_costs import Choice, PairCosts, PlacementConfig, Reader, num_chunks
+from router.pair_costs import Choice, PairCosts, PlacementConfig, Reader
 from router.sessions import Sessions
+from router.standing import Standings
 
 __all__ = ["JointPlacement", "Placement", "PlacementConfig"]
 
@@ -87,6 +88,7 @@ class JointPlacement:
         self._hashers: dict[tuple[int, bytes, str], BlockHasher] = {}
         self._numbers = itertools.count(1)
         self._output_tokens = Average(FIRST_OUTPUT_TOKENS, 64)
+        self._sources, self._targets = Standings(), Standings()
 
     def place(
         self,
@@ -118,7 +120,7 @@ class JointPlacement:
         held = self._held(keys, len(request.token_ids))
         last = self._sessions.last(session, now)
         costs = PairCosts(self._config, self._transfers, request, held, last, self._output_tokens.value, now)
-        ranked, num_weighed = costs.rank(sources, targets)
+        ranked, num_weighed = costs.rank(sources, targets, self._sources, self._targets)
         decision = Decision(
             request_id=request.request_id,
             epoch=request.epoch,
@@ -132,29 +134,26 @@ class JointPlacement:
         placement = self._reserve(request, ranked[0], decision, now)
         source = placement.prefill
         self._sessions.went(session, (source.key if source else None, placement.decode.key), now)
-        chosen = [placement.decode] if source is None else [source, placement.decode]
-        for worker in chosen:
-            of_worker = keys.get(_kind(worker))
-            if of_worker is not None:
-                self._index.predict(worker.key, of_worker[held.get(worker.key, 0) // worker.info.page_size :])
+        self._predict(source or placement.decode, keys, held)
         return placement
 
     def has_room(self, prefill: Sequence[Candidate], decode: Sequence[Candidate], now: float) -> bool:
         """Whether a request placed now would begin soon; else it had better wait where order can still be changed."""
-        config = self._config
-        if not any(
-            worker.usable and worker.num_rows() < (1 + config.overcommit) * max(worker.info.num_slots, 1)
-            for worker in decode
-        ):
-            return False
-        return self.least_queue_s(prefill, decode, now) <= config.max_backlog_s
+        share, backlog_s = 1 + self._config.overcommit, self._config.max_backlog_s
+        return any(
+            worker.usable and worker.num_rows() < share * max(worker.info.num_slots, 1) for worker in decode
+        ) and any(worker.queue_s(now) <= backlog_s for worker in self._readers(prefill, decode))
 
     def least_queue_s(self, prefill: Sequence[Candidate], decode: Sequence[Candidate], now: float) -> float:
         """Seconds of prompts before a new one, at the worker with the fewest."""
-        readers = [worker for worker in prefill if worker.usable]
-        if not readers or self._config.local_prefill_tokens:
-            readers += [worker for worker in decode if worker.usable]
-        return min((worker.queue_s(now) for worker in readers), default=0.0)
+        return min((worker.queue_s(now) for worker in self._readers(prefill, decode)), default=0.0)
+
+    def _readers(self, prefill: Sequence[Candidate], decode: Sequence[Candidate]) -> Iterator[Candidate]:
+        """Where a prompt could be read."""
+        sources = [worker for worker in prefill if worker.usable]
+        yield from sources
+        if not sources or self._config.local_prefill_tokens:
+            yield from (worker for worker in decode if worker.usable)
 
     def handed_over(self, placement: Placement, seconds: float) -> None:
         """The decode worker's first token came so long after the prefill worker's."""
@@ -165,7 +164,7 @@ class JointPlacement:
         if rows > target.info.num_slots:  # it may have waited for a slot
             return
         waited_s = target.steps.decode_s(rows, target.kv_tokens(rows))
-        chunks = num_chunks(source, placement.prefill_tokens)
+        chunks = max(1, round(source.standing().num_steps(placement.prefill_tokens)))
         self._transfers.learn(source.key, target.key, placement.transfer_bytes // chunks, max(0.0, seconds - waited_s))
 
     def expected_tokens(self, request: Request) -> float:
@@ -181,9 +180,8 @@ class JointPlacement:
     def _keys_of(self, request: Request, workers: Sequence[Candidate]) -> dict[tuple[int, str], Keys]:
         """Hash the prompt, once for each kind of block hash in use: one, as a rule."""
         keys: dict[tuple[int, str], Keys] = {}
-        for worker in workers:
-            kind = _kind(worker)
-            if kind not in keys and worker.info.block_namespace:
+        for kind in {(worker.info.page_size, worker.info.block_namespace) for worker in workers}:
+            if kind[1]:
                 keys[kind] = self._hasher(kind, request.salt).keys(request.token_ids)
         return keys
 
@@ -204,6 +202,15 @@ class JointPlacement:
             for worker, depth in self._index.match(of_kind).items():
                 held[worker] = depth * page_size
         return held
+
+    def _predict(self, reader: Candidate, keys: dict[tuple[int, str], Keys], held: dict[object, int]) -> None:
+        """Prompts are read in the order of placement, so what comes behind this one will find its blocks there.
+
+        Nothing is foretold of a decode worker that waits for them: who reads there would come before they do.
+        """
+        of_worker = keys.get(_kind(reader))
+        if of_worker is not None:
+            self._index.predict(reader.key, of_worker[held.get(reader.key, 0) // reader.info.page_size :])
 
     # the outcome
 
@@ -235,7 +242,7 @@ def _reserve(worker: Candidate, number: int, work: Work, now: float) -> None:
 
 
 def _reading(reader: Reader) -> Work:
-    seconds = reader.worker.steps.prefill_s(reader.missing, reader.held, reader.worker.info.chunk_tokens)
+    seconds = reader.worker.standing().prefill_s(reader.missing, reader.held)
     return Work(reader.missing, round(1e6 * seconds), 0, 0)
 
 
@@ -243,14 +250,12 @@ def _sound(
     workers: Sequence[Candidate], avoid: Collection[WorkerKey], now: float, excluded: dict[str, str]
 ) -> list[Candidate]:
     """Those that nothing speaks against."""
-    sound = []
-    for worker in workers:
-        objection = _objection(worker, avoid, now)
-        if objection:
-            excluded[worker.name] = objection
-        else:
-            sound.append(worker)
-    return sound
+    sound = [worker for worker in workers if worker.is_sound and worker.key not in avoid]
+    if len(sound) == len(workers):
+        return sound
+    objections = [(worker, _objection(worker, avoid, now)) for worker in workers]
+    excluded.update((worker.name, objection) for worker, objection in objections if objection)
+    return [worker for worker, objection in objections if not objection]
 
 
 def _second_best(workers: Sequence[Candidate], avoid: Collection[WorkerKey]) -> list[Candidate]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -225,25 +226,69 @@ def play(trace: Trace, scenario: Scenario, config: PlannerConfig) -> tuple[Bill,
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StaticFleet:
-    """A fleet that stays as it is."""
+    """A fleet that stays as it is.
+
+    Attributes:
+        slice_hours: of the whole trace.
+        windows_met: share of the windows; where `gave_up`, at most so many.
+        gave_up: the run was stopped when it could not meet the objective in enough windows any more.
+    """
 
     prefill: int
     decode: int
     slice_hours: float
     windows_met: float
-    goodput_rps: float
+    gave_up: bool
 
 
-def play_static(trace: Trace, scenario: Scenario, attainment: float) -> StaticFleet:
-    """Run a scenario as it is."""
+class Hope:
+    """Whether a fleet may still meet the objective in a share of all windows, looked at once per window."""
+
+    def __init__(self, cluster: Cluster, slo: Slo, attainment: float, windows: float) -> None:
+        self._cluster = cluster
+        self._slo = slo
+        self._attainment = attainment
+        count = int(cluster.jobs[-1].arrival_s // JUDGED_S) + 1
+        self._may_lose = count - math.ceil(windows * count - 1e-9)
+        self._count = count
+        self.num_lost = 0
+        self._windows: list[list[Job]] = [[] for _ in range(count)]
+        for job in cluster.jobs:
+            self._windows[int(job.arrival_s // JUDGED_S)].append(job)
+        self._next = 0
+        cluster.events.at(JUDGED_S + slo.ttft_s, self._look)
+
+    @property
+    def is_lost(self) -> bool:
+        """More windows than allowed have missed the objective."""
+        return self.num_lost > self._may_lose
+
+    @property
+    def windows_met(self) -> float:
+        """At most, as far as first tokens tell."""
+        return 1 - self.num_lost / self._count
+
+    def _look(self) -> None:
+        jobs = self._windows[self._next]
+        late = sum(not 0 <= job.first_token_at <= job.arrival_s + self._slo.ttft_s for job in jobs)
+        self.num_lost += bool(jobs) and len(jobs) - late < self._attainment * len(jobs)
+        self._next += 1
+        if self._next < self._count:
+            self._cluster.events.after(JUDGED_S, self._look)
+
+
+def play_static(trace: Trace, scenario: Scenario, attainment: float, windows: float) -> StaticFleet:
+    """Run a scenario as it is, until it is over or cannot meet the objective in a share `windows` any more."""
     cluster = Cluster(trace, hash_trace(trace), scenario)
-    outcome = cluster.run()
+    hope = Hope(cluster, scenario.slo, attainment, windows)
+    cluster.play(lambda: hope.is_lost)
+    num_slices = scenario.num_prefill + scenario.num_decode
     return StaticFleet(
         prefill=scenario.num_prefill,
         decode=scenario.num_decode,
-        slice_hours=paid_s(cluster) / 3600,
-        windows_met=windows_met(cluster, scenario.slo, attainment),
-        goodput_rps=outcome.goodput_rps,
+        slice_hours=num_slices * cluster.jobs[-1].arrival_s / 3600,
+        windows_met=hope.windows_met if hope.is_lost else windows_met(cluster, scenario.slo, attainment),
+        gave_up=hope.is_lost,
     )
 
 
@@ -265,7 +310,7 @@ def smallest_static(
                 dataclasses.replace(scenario, num_prefill=total - decode, num_decode=decode)
                 for decode in range(1, total)
             ]
-            of_size = list(pool.map(play_static, *zip(*((trace, fleet, attainment) for fleet in fleets), strict=True)))
+            of_size = list(pool.map(play_static, *zip(*((trace, fleet, attainment, windows) for fleet in fleets), strict=True)))
             tried += of_size
             if max(fleet.windows_met for fleet in of_size) >= windows:
                 break

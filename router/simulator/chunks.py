@@ -74,6 +74,7 @@ class Readings:
 
     def add(self, reading: Reading, *, first: bool) -> None:
         """Queue a prompt; `first` is for one that was preempted."""
+        self._memory.cache.touch(reading.attempt.job.hashes)
         if first:
             self._waiting.appendleft(reading)
         else:
@@ -89,10 +90,9 @@ class Readings:
 
     def next_step(self) -> Step | None:
         """Chunks for one step, dispatched."""
-        self._admit()
         chunks: list[tuple[Reading, int, int]] = []
         left, num_pairs = self._chunk_tokens, 0
-        while self._active and left > 0 and len(chunks) < self._max_rows:
+        while left > 0 and len(chunks) < self._max_rows and (self._active or self._admit()):
             reading = self._active[0]
             start = reading.num_done
             count = min(left, reading.num_tokens - start)
@@ -100,23 +100,26 @@ class Readings:
             num_pairs += count * start + count * (count + 1) // 2
             left -= count
             reading.num_done += count
-            reading.num_stored = self._memory.store(
-                reading.attempt.job.hashes, reading.pages, reading.num_stored, reading.num_done
-            )
             if reading.num_done < reading.num_tokens:
                 break
             self._active.popleft()
+        for reading, _, _ in chunks:
+            reading.num_stored = self._memory.store(
+                reading.attempt.job.hashes, reading.pages, reading.num_stored, reading.num_done
+            )
         return Step(chunks, self._chunk_tokens - left, num_pairs) if chunks else None
 
-    def _admit(self) -> None:
-        while self._waiting and len(self._active) < self._max_rows:
-            reading = self._waiting[0]
-            hashes = reading.attempt.job.hashes
-            reserved = self._memory.reserve(hashes, reading.num_tokens - 1, reading.num_tokens)
-            if reserved is None:
-                return
-            reading.pages, num_cached = reserved
-            reading.num_cached = num_cached * self._memory.page_size
-            reading.num_done = reading.num_computed = reading.num_cached
-            reading.num_stored = num_cached
-            self._active.append(self._waiting.popleft())
+    def _admit(self) -> bool:
+        """The first of those that wait gets pages, if there are any: as late as possible, to find what is cached."""
+        if not self._waiting:
+            return False
+        reading = self._waiting[0]
+        reserved = self._memory.reserve(reading.attempt.job.hashes, reading.num_tokens - 1, reading.num_tokens)
+        if reserved is None:
+            return False
+        reading.pages, num_cached = reserved
+        reading.num_cached = num_cached * self._memory.page_size
+        reading.num_done = reading.num_computed = reading.num_cached
+        reading.num_stored = num_cached
+        self._active.append(self._waiting.popleft())
+        return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -133,13 +133,17 @@ class Cluster:
     def run(self) -> Outcome:
         """Play the whole trace."""
         began = time.perf_counter()
+        self.play(lambda: False)
+        assert self._num_open == 0, f"{self._num_open} requests were lost"
+        return self._outcome(time.perf_counter() - began)
+
+    def play(self, give_up: Callable[[], bool]) -> None:
+        """Play the trace until its last answer, or until `give_up` says so."""
         self.events.at(self.jobs[0].arrival_s, self._arrive)
         for crash in self.scenario.crashes:
             self.events.at(crash.at_s, self._crash, crash)
         self.events.after(BEAT_S, self._beat)
-        self.events.run(lambda: self._num_open == 0)
-        assert self._num_open == 0, f"{self._num_open} requests were lost"
-        return self._outcome(time.perf_counter() - began)
+        self.events.run(lambda: self._num_open == 0 or give_up())
 
     # the fleet
 

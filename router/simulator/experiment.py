@@ -21,6 +21,7 @@ TERMS = {
     "slot-wait": "slot_wait",
     "itl": "itl",
     "crowding": "crowding",
+    "followers": "followers",
     "local-prefill": "local_prefill_tokens",
 }
 

@@ -28,12 +28,15 @@ class Cluster(Baton):
         model: what clients call it.
     """
 
-    def __init__(self, home: Path, model_dir: Path, compile_cache: Path, *flags: str) -> None:
+    def __init__(
+        self, home: Path, model_dir: Path, compile_cache: Path, *flags: str, module: str | None = None
+    ) -> None:
         port = free_port()
         self.model = model_dir.name
         self.started_at = time.monotonic()
-        common = ["--model", str(model_dir), "--port", str(port), "--compile_cache", str(compile_cache), "--verbose"]
-        super().__init__(home, port, "-m", "deploy.cli", "serve", *common, *flags)
+        common = ["--model", str(model_dir), "--port", str(port), "--compile_cache", str(compile_cache)]
+        command = [module] if module else ["deploy.cli", "serve", "--verbose"]
+        super().__init__(home, port, "-m", *command, *common, *flags)
 
     @property
     def url(self) -> str:

@@ -19,7 +19,9 @@ FLAGS = {
     "fast": ("--cache.num_pages", str(NUM_PAGES), *APART),
     "strict": (*STRICT, "--prefill", "1", "--decode", "2", *APART),
     "colocated": (*STRICT, "--colocated"),
+    "pairs": ("--prefill", "2", "--decode", "2", "--cache.num_pages", str(NUM_PAGES), *APART),
 }
+MODULES = {"pairs": "tests.e2e.lossy_gateway"}  # where it is not the command line
 
 
 class Clusters:
@@ -39,7 +41,7 @@ class Clusters:
         self._count += 1
         home = self._directory / f"{name}-{self._count}"
         home.mkdir()
-        cluster = Cluster(home, self._model_dir, self._directory / "xla", *FLAGS[name])
+        cluster = Cluster(home, self._model_dir, self._directory / "xla", *FLAGS[name], module=MODULES.get(name))
         self._running = name, cluster
         assert cluster.wait_ready() == f"Baton is ready: {cluster.url}/v1\n", cluster.log.read_text()
         return cluster

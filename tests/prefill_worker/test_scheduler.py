@@ -105,6 +105,39 @@ def test_prefix_hit_is_reported_and_only_wanted_blocks_are_sent():
     assert_released(replica)
 
 
+def test_a_prompt_that_waits_behind_its_prefix_finds_it():
+    """Two at once: the second one's turn comes when the blocks of the first are there."""
+    replica, events = fake_replica(), Events()
+    scheduler = PrefillScheduler(replica, events)
+    shared = list(range(10, 34))
+    for name, rest in (("a", [40, 41]), ("b", [50, 51])):
+        scheduler.add(request(name, shared + rest))
+        scheduler.grant((name, 0), [])
+    run(scheduler)
+    assert events.first["a"].cached_tokens == 0
+    assert events.first["b"].cached_tokens == len(shared)
+
+
+def test_what_a_waiting_prompt_will_find_is_evicted_last():
+    """Room for nearly three prompts of four blocks: the third one read pushes out the one that nobody waits for."""
+    replica, events = fake_replica(num_pages=11, max_model_len=32), Events()
+    scheduler = PrefillScheduler(replica, events)
+    old, other, new = ([start + i for i in range(16)] for start in (10, 40, 70))
+
+    def read(*prompts: list[int]) -> list[int]:
+        names = [f"{len(events.first)}-{place}" for place in range(len(prompts))]
+        for name, prompt in zip(names, prompts, strict=True):
+            scheduler.add(request(name, prompt))
+            scheduler.grant((name, 0), [])
+        run(scheduler)
+        return [events.first[name].cached_tokens for name in names]
+
+    read(old)
+    read(other)
+    assert read(new, [*old, 9]) == [0, 16]
+    assert_released(replica)
+
+
 def test_no_block_wanted_still_finishes_with_the_first_token():
     replica, events = fake_replica(), Events()
     scheduler = PrefillScheduler(replica, events)

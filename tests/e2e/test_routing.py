@@ -1,0 +1,149 @@
+"""Placement on a real cluster of two prefill and two decode workers, through HTTP alone.
+
+In order: the last test stops the cluster.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+
+from router.block_index import PREDICTION_S
+from tests.baton_process import until
+from tests.e2e.clusters import STOP_S, Cluster
+from tests.e2e.conftest import NUM_PAGES
+from tests.e2e.lossy_gateway import LOSE
+from tests.e2e.model import VOCAB
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+PAGE = 16
+PREFIX = 50 * PAGE
+
+
+class Told(NamedTuple):
+    """What one answer says of itself.
+
+    Attributes:
+        prefill, decode: worker ids.
+        held_prefill, held_decode: prompt tokens that placement knew to be there.
+        cached: `cached_tokens` of its usage.
+    """
+
+    text: str
+    prefill: str
+    decode: str
+    held_prefill: int
+    held_decode: int
+    cached: int
+
+
+def text(seed: int, num_tokens: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(3, VOCAB) for _ in range(num_tokens)]
+
+
+def ask(cluster: Cluster, prompt: list[int]) -> Told:
+    body = cluster.body(prompt=prompt, max_tokens=4, ignore_eos=True)
+    reply = httpx.post(f"{cluster.url}/v1/completions", json=body, headers={"x-baton-debug": "1"}, timeout=120)
+    assert reply.status_code == 200, reply.text
+    answer = reply.json()
+    chosen = cluster.get(f"/explain/{answer['id']}")["attempts"][-1]["chosen"]
+    prefill, decode = (chosen[role].rpartition(".")[0] for role in ("prefill", "decode"))
+    assert f"prefill={chosen['prefill']}; decode={chosen['decode']};" in reply.headers["x-baton-placement"]
+    return Told(
+        answer["choices"][0]["text"],
+        prefill,
+        decode,
+        chosen["held_prefill_tokens"],
+        chosen["held_decode_tokens"],
+        answer["usage"]["prompt_tokens_details"]["cached_tokens"],
+    )
+
+
+def gaps(cluster: Cluster) -> float:
+    return cluster._sum("block_feed_gaps_total")
+
+
+@pytest.fixture
+def pairs(clusters: Any) -> Cluster:
+    return clusters.get("pairs")
+
+
+@pytest.fixture(scope="module")
+def step_times(clusters: Any) -> None:
+    """What prompts cost is learned from some of different lengths."""
+    for seed in range(16):
+        ask(clusters.get("pairs"), text(1000 + seed, 1 + 60 * seed))
+
+
+@pytest.mark.usefixtures("step_times")
+def test_shared_prefixes_land_where_their_blocks_are(pairs: Cluster) -> None:
+    """Two prefixes, asked for in turns: each has its home, and usage says what was found there."""
+    prefixes = [text(1, PREFIX), text(2, PREFIX)]
+    told = [[ask(pairs, prefix + text(10 + seed, 5)) for prefix in prefixes] for seed in range(6)]
+    assert [one.cached for one in told[0]] == [0, 0]
+    for of_prefix in zip(*told, strict=True):
+        for one in of_prefix:
+            assert one.cached >= one.held_prefill
+            assert one.cached in (0, PREFIX)
+        assert sum(one.cached == PREFIX for one in of_prefix[1:]) >= 4, of_prefix
+        assert sum(one.held_decode == PREFIX for one in of_prefix[1:]) >= 3, of_prefix
+
+
+def test_a_hot_prefix_spreads_though_requests_come_one_at_a_time(pairs: Cluster) -> None:
+    """One block that all share must not draw everything to the worker that had it first: no queue is ever seen."""
+    shared = text(3, PAGE)
+    told = [ask(pairs, shared + text(100 + seed, PREFIX)) for seed in range(20)]
+    for role in ("prefill", "decode"):
+        counts = Counter(getattr(one, role) for one in told)
+        assert len(counts) == 2, counts
+        assert min(counts.values()) >= 4, counts
+
+
+def test_lost_events_are_noticed_and_made_good(pairs: Cluster) -> None:
+    lose = pairs.home / LOSE
+    prompts = [text(200 + seed, PREFIX + 5) for seed in range(6)]
+    before = gaps(pairs)
+    lose.touch()
+    answers = [ask(pairs, prompt) for prompt in prompts]
+    time.sleep(2 * PREDICTION_S)  # what was foretold at placement is forgotten by now
+    assert all(ask(pairs, prompt).held_prefill == 0 for prompt in prompts[:2]), "events were not lost"
+    lose.unlink()
+    for seed in range(6):  # later events show the gaps
+        ask(pairs, text(300 + seed, PREFIX))
+    until(lambda: gaps(pairs) >= before + 4, 10)
+    time.sleep(0.5)  # for the snapshots
+    again = [ask(pairs, prompt) for prompt in prompts]
+    assert [one.text for one in again] == [one.text for one in answers]
+    assert sum(one.held_prefill == one.cached == PREFIX for one in again) >= 5, again
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_worker_that_restarts_is_empty_and_fills_again(pairs: Cluster, role: str) -> None:
+    prompts = [text(400 + seed + (50 if role == "decode" else 0), PREFIX + 5) for seed in range(6)]
+    before = [ask(pairs, prompt) for prompt in prompts]
+    victim = pairs.member(getattr(before[0], role))
+    lost = [place for place, one in enumerate(before) if getattr(one, role) == victim["worker_id"]]
+    os.kill(victim["pid"], signal.SIGKILL)
+    assert ask(pairs, text(500, PREFIX)).text  # while it is away, the other one serves
+    life = victim["incarnation"] + 1
+    pairs.until_life(victim["worker_id"], life)
+    until(lambda: pairs.metrics().get(victim["worker_id"], {}).get("worker_incarnation") == life, 30)
+    for place in lost:
+        empty, full = ask(pairs, prompts[place]), ask(pairs, prompts[place])
+        assert empty.text == full.text == before[place].text
+        assert getattr(empty, f"held_{role}") == 0
+        assert full.cached == PREFIX
+
+
+def test_nothing_stays_held(pairs: Cluster) -> None:
+    pairs.until_at_rest(NUM_PAGES)
+    assert pairs.stop(pairs.terminate, STOP_S) == 0
