@@ -15,6 +15,7 @@ from engine_core.device_memory import device_memory
 from engine_core.engine import Engine
 from engine_core.models.registry import load_spec
 from engine_core.page_pool import PagePool
+from engine_core.platform_choice import choose_platforms
 from engine_core.prefix_cache import PrefixCache
 from engine_core.replica import Replica
 from engine_core.resolve import checkpoint_identity, resolve
@@ -37,6 +38,7 @@ def open_replica(config: EngineConfig, model_dir: Path, progress: Callable[[str]
     Raises:
         ConfigError, CheckpointError: it cannot work.
     """
+    choose_platforms()
     use_compile_cache(config.compile_cache)
     progress("reading the checkpoint")
     resolved = resolve(config, load_spec(model_dir), checkpoint_identity(model_dir), jax.local_devices())
