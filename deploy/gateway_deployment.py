@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 import importlib
 import logging
+import os
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,17 +21,20 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from deploy.checkpoint import on_node
+from deploy.config import AutoscaleMode
 from deploy.fleet import FleetClient
 from deploy.fleet_types import FleetStatus, GatewayPlan, Membership, WorkerLost
 from deploy.log import log_to_file
 from engine_core.messages import WorkerInfo
 from router.fleet_view import FleetView, MemberView
+from router.load_meter import LoadTotals
 
 logger = logging.getLogger(__name__)
 
 APP = "baton"
 POLL_S = 30.0
 RETRY_S = 1.0
+TOLD_PER_WINDOW = 5
 ANY = -1  # no fleet's version: the next answer comes at once
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
@@ -46,6 +51,9 @@ class Gateway(Protocol):
     def describe_fleet(self, fleet: FleetView) -> None:
         """What people want to see of the fleet."""
 
+    def measure(self) -> LoadTotals:
+        """What the autoscaler wants to know."""
+
     def check_health(self) -> None:
         """Raise when it no longer listens."""
 
@@ -61,6 +69,9 @@ class FleetFollower(Protocol):
 
     async def watch(self, version: int, timeout_s: float) -> FleetStatus:
         """See FleetCore."""
+
+    async def heard(self, gateway: str, totals: LoadTotals) -> None:
+        """See FleetActor."""
 
 
 async def follow_fleet(fleet: FleetFollower, gateway: Gateway, retry_s: float) -> None:
@@ -94,12 +105,20 @@ async def follow_status(fleet: FleetFollower, gateway: Gateway, retry_s: float) 
         gateway.describe_fleet(view(status))
 
 
+async def tell_load(fleet: FleetFollower, gateway: Gateway, name: str, interval_s: float) -> None:
+    """Let the autoscaler know this gateway's load, for ever."""
+    while True:
+        await asyncio.sleep(interval_s)
+        with contextlib.suppress(WorkerLost):  # `follow_fleet` tells
+            await fleet.heard(name, gateway.measure())
+
+
 def view(status: FleetStatus) -> FleetView:
     """What of it people want to see."""
     members = tuple(
         MemberView(m.worker_id, str(m.role), m.incarnation, m.state.value, m.progress, m.pid) for m in status.members
     )
-    return FleetView(status.wanted, members, status.events)
+    return FleetView(status.wanted, members, status.events, status.autoscale)
 
 
 class NamedFleet:
@@ -119,6 +138,12 @@ class NamedFleet:
         client = await self._find()
         with self._forgetting_the_lost():
             return await client.watch(version, timeout_s)
+
+    async def heard(self, gateway: str, totals: LoadTotals) -> None:
+        """See FleetActor."""
+        client = await self._find()
+        with self._forgetting_the_lost():
+            await client.heard(gateway, totals)
 
     async def _find(self) -> FleetClient:
         if self._client is None:
@@ -155,7 +180,12 @@ class GatewayReplica:
         await self._gateway.start()
         fleet = NamedFleet()
         self._following = asyncio.create_task(follow_fleet(fleet, self._gateway, RETRY_S))
-        self._describing = asyncio.create_task(follow_status(fleet, self._gateway, RETRY_S))
+        self._others = [asyncio.create_task(follow_status(fleet, self._gateway, RETRY_S))]
+        scaling = plan.config.autoscale
+        if scaling.mode is not AutoscaleMode.OFF:
+            name = f"{socket.gethostname()}-{os.getpid()}"
+            telling = tell_load(fleet, self._gateway, name, scaling.window_s / TOLD_PER_WINDOW)
+            self._others.append(asyncio.create_task(telling))
         logger.info("listening; event loop %s", type(asyncio.get_running_loop()))
 
     def check_health(self) -> None:
@@ -167,7 +197,7 @@ class GatewayReplica:
     async def __del__(self) -> None:
         """Called by Serve when the replica shall go."""
         await self._gateway.drain(self._plan.drain_timeout_s)
-        for task in (self._following, self._describing):
+        for task in (self._following, *self._others):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task

@@ -22,6 +22,7 @@ from router.clients import MakeClient, connect_with
 from router.config import GatewayConfig
 from router.fleet_view import FleetView
 from router.http_protocol import HttpProtocol
+from router.load_meter import LoadTotals
 from router.service import Service
 from router.tokenizer import TextCodec
 
@@ -100,7 +101,11 @@ class Gateway:
 
     def describe_fleet(self, fleet: FleetView) -> None:
         """What the dashboard shows of the fleet."""
-        self.service.fleet = fleet
+        self.service.fleet = self.service.metrics.fleet = fleet
+
+    def measure(self) -> LoadTotals:
+        """What it tells the autoscaler."""
+        return self.service.measure()
 
     def check_health(self) -> None:
         """Raises if the server has ended."""

@@ -30,6 +30,7 @@ from router.cost_model import TransferModel
 from router.decision import Decisions, Option
 from router.fleet_view import FleetView
 from router.history import History
+from router.load_meter import LoadMeter, LoadTotals
 from router.loop_lag import watch_loop
 from router.mailbox import Item, Mailbox
 from router.metrics import Metrics
@@ -105,6 +106,7 @@ class Service:
         self.metrics = Metrics(config, version())
         self.history = History(self.metrics, time.time)
         self.slow_requests = SlowRequests(time.time)
+        self.meter = LoadMeter(config.slo_ttft_s, config.slo_itl_s)
         self.fleet: FleetView | None = None
         self.decisions = Decisions()
         self.index = BlockIndex(INDEX_BLOCKS)
@@ -177,6 +179,7 @@ class Service:
         """
         if self.draining:
             raise CapacityError("the gateway is shutting down")
+        self.meter.arrived(len(requests))
         if len(self._streams) + len(requests) > self.config.max_concurrent_choices:
             raise Overloaded("too many requests in progress", "too_many_requests", 1.0)
         mailbox = Mailbox()
@@ -196,6 +199,11 @@ class Service:
         for request in requests:
             self.metrics.accepted(request.num_prompt_tokens)
         return generation
+
+    def measure(self) -> LoadTotals:
+        """What this gateway tells the autoscaler."""
+        refused = sum(self.metrics.refused.values())
+        return self.meter.read(self._now(), self._streams.values(), refused, self.registry.candidates[Role.DECODE])
 
     def cancel(self, stream: Stream, reason: str) -> None:
         """Free everything that the stream holds, here and on the workers; ended streams hold nothing."""
@@ -335,6 +343,7 @@ class Service:
             else:
                 stream.first_at = now
                 metrics.ttft.observe(now - stream.arrived_at)
+                self.meter.first_token(now - stream.arrived_at)
             stream.last_at = now
             metrics.generated_tokens += len(chunk.token_ids)
             stream.mailbox.put(stream.index, chunk)
@@ -358,6 +367,8 @@ class Service:
         stream.sent_at = now
         self.decisions.record(placement.decision)
         self.metrics.placed(prefill.info.worker_id if prefill else None, decode.info.worker_id)
+        if not stream.journal.epoch:
+            self.meter.placed(placement.decision.chosen.terms.prefill_s, self._placement.network_s(placement))
         try:
             if prefill is not None:
                 prefill.client.send(Prefill(request, deadline_ms))
@@ -439,6 +450,8 @@ class Service:
         if self._waiting:
             self.on_room(self._now())
         self.metrics.ended(stream, reason)
+        if reason != "cancelled":
+            self.meter.ended(stream)
         self.slow_requests.record(stream, reason, self._now())
         self.registry.forget_idle()
 

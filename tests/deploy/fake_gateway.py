@@ -12,6 +12,7 @@ from engine_core.messages import WorkerInfo
 from engine_core.types import Role
 from router.config import GatewayConfig
 from router.fleet_view import FleetView
+from router.load_meter import LoadMeter, LoadTotals
 
 
 class FakeGateway:
@@ -29,6 +30,9 @@ class FakeGateway:
         self._workers = workers
 
     def describe_fleet(self, fleet: FleetView) -> None: ...
+
+    def measure(self) -> LoadTotals:
+        return LoadMeter(1.0, 1.0).read(0.0, (), 0, ())
 
     def check_health(self) -> None:
         assert self._server is not None and self._server.is_serving()

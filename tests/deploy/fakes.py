@@ -47,6 +47,9 @@ class FakeHandle:
         self.killed = False
         self.dead: str | None = None
 
+        self.place_gate = asyncio.Event()
+        self.place_gate.set()
+
     def become_ready(self) -> None:
         self.started.set_result(worker_info(self.spec.worker_id, self.spec.incarnation, self.spec.role))
 
@@ -54,6 +57,9 @@ class FakeHandle:
         self.dead = reason
         if not self.started.done():
             self.started.set_exception(WorkerLost(reason))
+
+    async def place(self) -> None:
+        await self.place_gate.wait()
 
     async def start(self) -> WorkerInfo:
         return await self.started

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
-from deploy.secret_files import write_secret
-from tests.baton_process import ROOT, Baton, free_port, until
+from tests.baton_process import ROOT, Baton, free_port
+from tests.deploy.ray_head import Head
 from tests.e2e.clusters import Cluster
 from tests.e2e.model import make_checkpoint
 
@@ -28,57 +26,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 RESOURCES = {"baton-gateway": 1, "baton-prefill": 1, "baton-decode": 1}
 
 
-class Head:
-    """`ray start --head` with the settings of deploy/ray; its processes are known by their directory."""
-
-    def __init__(self, home: Path) -> None:
-        write_secret(home / "ray-token")
-        self.port = free_port()
-        self.address = f"127.0.0.1:{self.port}"
-        self._directory = f"/tmp/ray-{self.port}"
-        self.settings = {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(home / "ray-token"),
-            "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
-            "RAY_gcs_storage": "rocksdb",
-            "RAY_gcs_storage_path": str(home / "gcs"),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "PYTHONPATH": str(ROOT),
-        }
-        self._command = [
-            str(Path(sys.executable).with_name("ray")),
-            *("start", "--head", f"--port={self.port}", "--node-ip-address=127.0.0.1", "--num-cpus=2"),
-            *("--include-dashboard=false", f"--resources={json.dumps(RESOURCES)}", "--object-store-memory=100000000"),
-            *("--disable-usage-stats", f"--temp-dir={self._directory}", "--dashboard-agent-listen-port=0"),
-        ]
-        done = subprocess.run(
-            self._command, env={**os.environ, **self.settings}, capture_output=True, text=True, timeout=180
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    def processes(self, name: str) -> list[int]:
-        """Ids of its processes that run this program; all for an empty name."""
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                if any(self._directory.encode() in word for word in words) and words[0].endswith(name.encode()):
-                    found.append(int(entry.name))
-        return found
-
-    def stop(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for pid in self.processes(""):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
-            with contextlib.suppress(AssertionError):
-                until(lambda: not self.processes(""), 10)
-        shutil.rmtree(self._directory, ignore_errors=True)
-
-
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    running = Head(tmp_path_factory.mktemp("head"))
+    running = Head(tmp_path_factory.mktemp("head"), RESOURCES)
     yield running
     running.stop()
 

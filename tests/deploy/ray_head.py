@@ -1,0 +1,110 @@
+"""A Ray head of a test's own: `ray start --head` with the settings of deploy/ray, and an end that leaves nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deploy.secret_files import write_secret
+from tests.baton_process import ROOT, free_port, until
+
+FAKE_HEAD_ID = "f" * 51 + "00000"  # what Ray's fake node provider takes for the head's
+
+
+class Head:
+    """Its processes are known by their directory.
+
+    Args:
+        resources: of the head.
+        node_types: as in a cluster file; Ray's own autoscaler then starts such nodes as processes of this machine.
+    """
+
+    def __init__(self, home: Path, resources: Mapping[str, float], node_types: Mapping[str, Any] | None = None) -> None:
+        write_secret(home / "ray-token")
+        self.port = free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self._directory = f"/tmp/ray-{self.port}"
+        self.settings = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(home / "ray-token"),
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+            "RAY_gcs_storage": "rocksdb",
+            "RAY_gcs_storage_path": str(home / "gcs"),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PYTHONPATH": str(ROOT),
+        }
+        self._command = [
+            str(Path(sys.executable).with_name("ray")),
+            *("start", "--head", f"--port={self.port}", "--node-ip-address=127.0.0.1", "--num-cpus=2"),
+            *("--include-dashboard=false", f"--resources={json.dumps(resources)}", "--object-store-memory=100000000"),
+            *("--disable-usage-stats", f"--temp-dir={self._directory}", "--dashboard-agent-listen-port=0"),
+        ]
+        environment = {**os.environ, **self.settings}
+        if node_types is not None:
+            (home / "cluster.json").write_text(json.dumps(self._cluster(resources, node_types)))
+            self._command.append(f"--autoscaling-config={home / 'cluster.json'}")
+            environment |= {
+                "RAY_FAKE_CLUSTER": "1",
+                "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+                "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_ID,
+            }
+        done = subprocess.run(self._command, env=environment, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def _cluster(self, resources: Mapping[str, float], node_types: Mapping[str, Any]) -> dict[str, Any]:
+        commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+        return {
+            "cluster_name": "fake",
+            "max_workers": 8,
+            "idle_timeout_minutes": 0.05,
+            "upscaling_speed": 100.0,
+            "provider": {
+                "type": "fake_multinode",
+                "gcs_address": self.address,
+                "use_node_id_as_ip": True,
+                "disable_node_updaters": True,
+                "disable_launch_config_check": True,
+                "foreground_node_launch": True,
+                "launch_multiple": True,
+            },
+            "auth": {},
+            "docker": {},
+            "file_mounts": {},
+            "cluster_synced_files": [],
+            "file_mounts_sync_continuously": False,
+            "rsync_exclude": [],
+            "rsync_filter": [],
+            "head_node_type": "ray.head.default",
+            "available_node_types": {
+                "ray.head.default": {"resources": dict(resources), "node_config": {}, "max_workers": 0},
+                **node_types,
+            },
+            **{f"{name}_commands": [] for name in commands},
+        }
+
+    def processes(self, name: str) -> list[int]:
+        """Ids of its processes that run this program; all for an empty name."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if any(self._directory.encode() in word for word in words) and words[0].endswith(name.encode()):
+                    found.append(int(entry.name))
+        return found
+
+    def stop(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for pid in self.processes(""):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            with contextlib.suppress(AssertionError):
+                until(lambda: not self.processes(""), 10)
+        shutil.rmtree(self._directory, ignore_errors=True)
