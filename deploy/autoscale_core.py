@@ -20,6 +20,7 @@ from router.planner import Observation, Plan, Planner, PlannerConfig, SliceSampl
 from router.pool_model import DecodeCosts
 
 MAX_DECISIONS = 20
+MAX_PAUSES = 8  # times node_timeout_s
 _NOBODY = "no gateway has told its load yet"
 _UNMEASURED = "too few decode steps have been measured yet"
 
@@ -39,6 +40,15 @@ class Step:
     decision: ScaleDecision | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Scarcity:
+    """A role for which no node came: `placed` workers had one then, and no more are asked for until then."""
+
+    until: float
+    pause_s: float
+    placed: int
+
+
 class AutoscaleCore:
     """See the module. `now` is any clock that never goes back, in seconds.
 
@@ -52,7 +62,7 @@ class AutoscaleCore:
         self._planner = Planner(planner_config)
         self._windows = LoadWindows(planner_config.window_s)
         self._since: dict[tuple[str, int, MemberState], float] = {}  # when a life was first seen in a state
-        self._scarce_until: dict[Role, float] = {}
+        self._scarce: dict[Role, _Scarcity] = {}
         self._decode_costs: DecodeCosts | None = None
         self._waits_for = _NOBODY
         self._target: dict[Role, int] = {}
@@ -126,8 +136,8 @@ class AutoscaleCore:
             decode=decode,
             available={
                 role: max(_placed(fleet, role), self._least(role))
-                for role, until in self._scarce_until.items()
-                if now < until
+                for role, scarcity in self._scarce.items()
+                if now < scarcity.until
             },
         )
 
@@ -144,15 +154,23 @@ class AutoscaleCore:
     # nodes that do not come
 
     def _give_up(self, fleet: FleetStatus, now: float) -> list[str]:
-        """Mark the roles whose workers have waited too long; what to say about it."""
+        """Mark the roles whose workers have waited too long; what to say about it.
+
+        As long as none comes, each time for twice as long as the time before: to ask again may cost the other role one.
+        """
         said = []
         limit_s = self._config.node_timeout_s
+        self._scarce = {role: one for role, one in self._scarce.items() if _placed(fleet, role) <= one.placed}
         for member in fleet.members:
             key = (member.worker_id, member.incarnation, member.state)
             late = member.state is MemberState.PENDING and now - self._since[key] >= limit_s
             if late and fleet.wanted[member.role] > self._least(member.role):
-                self._scarce_until[member.role] = now + limit_s
-                text = f"no node came for {member.worker_id} within {limit_s:g} s: given up for as long"
+                last = self._scarce.get(member.role)
+                if last is not None and now < last.until:
+                    continue
+                pause_s = limit_s if last is None else min(2 * last.pause_s, MAX_PAUSES * limit_s)
+                self._scarce[member.role] = _Scarcity(now + pause_s, pause_s, _placed(fleet, member.role))
+                text = f"no node came for {member.worker_id} within {limit_s:g} s: given up for {pause_s:g} s"
                 said.append(f"{member.role}: {text}")
         return said
 

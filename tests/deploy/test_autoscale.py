@@ -20,7 +20,14 @@ from tests.fakes import make_model_dir
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
 TTFT_S = 2.0
-NODE_TYPES = {"prefill": {"resources": {"CPU": 0, "baton-prefill": 1}, "node_config": {}, "max_workers": 2}}
+NODE_TYPES = {
+    "prefill": {
+        "resources": {"CPU": 0, "baton-prefill": 1},
+        "node_config": {},
+        "min_workers": 1,
+        "max_workers": 3,
+    }
+}
 SETTINGS = {
     "gateway.slo_ttft_s": TTFT_S,
     "gateway.local_prefill_tokens": 0,
@@ -74,7 +81,7 @@ class Clients:
 
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[Head]:
-    running = Head(tmp_path, {"baton-gateway": 1, "baton-prefill": 1, "baton-decode": 1}, NODE_TYPES)
+    running = Head(tmp_path, {"baton-gateway": 1, "baton-decode": 1}, NODE_TYPES)
     yield running
     running.stop()
 
@@ -93,21 +100,21 @@ def test_pools_follow_the_load_onto_new_nodes_and_back(
     try:
         assert baton.wait_ready(), baton.log.read_text()
         clients = Clients(port)
-        time.sleep(4)
-        assert pools(baton) == {"prefill": 1, "decode": 1} and len(head.processes("raylet")) == 1
+        time.sleep(3)
+        assert pools(baton) == {"prefill": 1, "decode": 1} and len(head.processes("raylet")) == 2
 
         (model / FULL).touch()  # decode wants another worker, too, for which no node will ever come
         clients.rate = 6.0  # a prefill worker reads four a second
         until(lambda: state_of(baton, "decode-1") == "pending", 60)
         until(lambda: pools(baton)["prefill"] >= 2, 60)
-        assert len(head.processes("raylet")) >= 2, "on a node that did not exist"
+        assert len(head.processes("raylet")) >= 3, "on a node that did not exist"
         recovered(clients)
         until(lambda: "no node came for decode-1 within 8 s" in reasons(baton), 30)
 
         (model / FULL).unlink()
         clients.rate = 0.5
         until(lambda: pools(baton) == {"prefill": 1, "decode": 1} and not others(baton), 90)
-        until(lambda: len(head.processes("raylet")) == 1, 30)
+        until(lambda: len(head.processes("raylet")) == 2, 30)
         clients.stop()
         assert len(clients.answers) > 60 and {status for _, status, _ in clients.answers} == {200}
 

@@ -174,6 +174,9 @@ def test_a_node_that_never_comes_is_given_up_and_its_budget_serves_the_other_poo
     for _ in range(6):
         story.window(9.0, met=0.2)
     assert [m for m in story.members if m.state is MemberState.PENDING], "after a while it is tried again"
+    for _ in range(6):
+        story.window(9.0, met=0.2)
+    assert any("given up for 120 s" in why for one in story.decisions for why in one.reasons)
 
 
 def test_a_worker_below_the_minimum_is_waited_for() -> None:
