@@ -113,6 +113,8 @@ class TokenChunk(msgspec.Struct, frozen=True, array_like=True):
         finish_reason: set on the last chunk.
         logprobs: one per token where the request asked for them, else empty.
         cached_tokens: prompt tokens found in the prefix cache; sent on the first chunk of each worker.
+        stage_s: how long this worker's stages took: queue, prefill or hand-over, decode. On the first token of a prompt
+            that it computed and on the last chunk; else empty.
     """
 
     request_id: str
@@ -122,6 +124,7 @@ class TokenChunk(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = []
     cached_tokens: int = 0
+    stage_s: tuple[float, ...] = ()
 
 
 class Tokens(Message, frozen=True):

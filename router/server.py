@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import hashlib
+import importlib
 import logging
 import os
 import socket
@@ -70,6 +71,9 @@ class Gateway:
             ConfigError: the address cannot be had.
         """
         self.service = Service(self._config, self._codec, self._make_client, self._salt)
+        if self._config.trace_endpoint:
+            tracing = importlib.import_module("router.tracing").Tracing
+            self.service.tracing = tracing.to(self._config.trace_endpoint, self._config.model_name)
         self.service.start()
         self._socket = _listen(self._config.host, self._config.port)
         self.port = self._socket.getsockname()[1]
@@ -120,6 +124,8 @@ class Gateway:
         self._server.should_exit = True
         await self._serving
         await self.service.close()
+        if self.service.tracing is not None:
+            await asyncio.to_thread(self.service.tracing.close)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def stop(self) -> None:

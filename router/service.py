@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -43,6 +44,9 @@ from router.stream import Stage, Stream
 from router.tokenizer import TextCodec
 from router.version import version
 from router.wishes import Wishes
+
+if TYPE_CHECKING:  # the library is optional
+    from router.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +110,7 @@ class Service:
         self.metrics = Metrics(config, version())
         self.history = History(self.metrics, time.time)
         self.slow_requests = SlowRequests(time.time)
+        self.tracing: Tracing | None = None
         self.meter = LoadMeter(config.slo_ttft_s, config.slo_itl_s)
         self.fleet: FleetView | None = None
         self.decisions = Decisions()
@@ -184,6 +189,8 @@ class Service:
             raise Overloaded("too many requests in progress", "too_many_requests", 1.0)
         mailbox = Mailbox()
         streams = [Stream(request, i, mailbox, arrived_at, wishes.session) for i, request in enumerate(requests)]
+        for stream in streams:
+            stream.traceparent = wishes.traceparent
         generation = Generation(self, streams, mailbox)
         for stream in streams:
             self._streams[stream.request.request_id] = stream
@@ -336,6 +343,8 @@ class Service:
         following: TokenChunk | None = chunk
         while following is not None:
             chunk = following
+            if chunk.stage_s and self.tracing is not None:
+                stream.heard_stages(chunk, now)
             if stream.stage is not Stage.DECODING:
                 self._advance(stream, chunk, now)
             if stream.last_at:
@@ -365,6 +374,8 @@ class Service:
         deadline_ms = max(1, int(1000 * (stream.arrived_at + self.config.request_timeout_s - now)))
         stream.attach(placement, prefill, decode)
         stream.sent_at = now
+        if self.tracing is not None:
+            stream.begin_attempt()
         self.decisions.record(placement.decision)
         self.metrics.placed(prefill.info.worker_id if prefill else None, decode.info.worker_id)
         if not stream.journal.epoch:
@@ -452,6 +463,8 @@ class Service:
         self.metrics.ended(stream, reason)
         if reason != "cancelled":
             self.meter.ended(stream)
+        if self.tracing is not None:
+            self.tracing.ended(stream, reason, self._now())
         self.slow_requests.record(stream, reason, self._now())
         self.registry.forget_idle()
 

@@ -32,6 +32,9 @@ class Head:
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         self._directory = f"/tmp/ray-{self.port}"
+        self._head_processes: list[int] = []
+        self._control_store: tuple[list[bytes], dict[bytes, bytes]] = ([], {})
+        self._restarted: subprocess.Popen[bytes] | None = None
         self.settings = {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(home / "ray-token"),
@@ -90,6 +93,50 @@ class Head:
             **{f"{name}_commands": [] for name in commands},
         }
 
+    def add_node(self, resources: Mapping[str, float]) -> None:
+        """Another node of the same cluster, on this machine, too."""
+        self._head_processes = self.processes("")
+        done = subprocess.run(
+            [
+                *(
+                    self._command[0],
+                    "start",
+                    f"--address={self.address}",
+                    "--node-ip-address=127.0.0.1",
+                    "--num-cpus=2",
+                ),
+                *(f"--resources={json.dumps(resources)}", "--object-store-memory=100000000"),
+                *("--disable-usage-stats", "--dashboard-agent-listen-port=0"),
+            ],
+            env={**os.environ, **self.settings},
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def kill(self) -> None:
+        """End every process of the head's node at once, actors included; the other node stays."""
+        raylets = {pid for pid in self.processes("raylet") if pid in self._head_processes}
+        actors = [int(e.name) for e in Path("/proc").glob("[0-9]*") if _parent(int(e.name)) in raylets]
+        for pid in [*self.processes("gcs_server"), *self._head_processes, *actors]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def kill_control_store(self) -> None:
+        """End the GCS; the rest of the head stays."""
+        pid = self.processes("gcs_server")[0]
+        words, settings = (
+            (Path(f"/proc/{pid}") / name).read_bytes().split(b"\0")[:-1] for name in ("cmdline", "environ")
+        )
+        self._control_store = (words, dict(setting.split(b"=", 1) for setting in settings))
+        os.kill(pid, signal.SIGKILL)
+
+    def restart_control_store(self) -> None:
+        """Start the GCS that was killed: the same command and environment, and so the same store on the disk."""
+        words, settings = self._control_store
+        self._restarted = subprocess.Popen(words, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
     def processes(self, name: str) -> list[int]:
         """Ids of its processes that run this program; all for an empty name."""
         found = []
@@ -106,5 +153,14 @@ class Head:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
             with contextlib.suppress(AssertionError):
-                until(lambda: not self.processes(""), 10)
+                until(lambda: not self.processes(""), 5)
+        if self._restarted is not None:
+            self._restarted.wait()
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0

@@ -13,13 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.baton_process import ROOT, Baton, free_port
 from tests.deploy.ray_head import Head
-from tests.e2e.clusters import Cluster
-from tests.e2e.model import make_checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -52,6 +49,13 @@ def test_serve_joins_and_leaves(head: Head, tmp_path: Path, monkeypatch: pytest.
         scaled = baton.cli("scale", "--decode", "2", "--timeout", "3")
         assert scaled.returncode == 1, "the cluster offers one baton-decode: a second worker finds no place"
         assert baton.cli("scale", "--decode", "1", "--no-wait").returncode == 0
+        (tmp_path / "doctor.toml").write_text("[fleet]\npool_resources = true\ndecode = 2\n")
+        doctor = baton.cli("doctor", "--ray-address", head.address, "--config", f"{tmp_path / 'doctor.toml'}", "--json")
+        found = {finding["check"]: finding for finding in json.loads(doctor.stdout)}
+        assert doctor.returncode == 1 and found["baton-decode"]["fix"].startswith("more nodes that offer baton-decode")
+        assert found["ray everywhere"]["text"].endswith("on 1 nodes")
+        assert not [check for check in found if check.endswith(("clock skew", "answers"))]
+        assert any(check.startswith("127.0.0.1/") and check.endswith(" jax") for check in found)
         logs = baton.cli("logs", "--worker", "fleet", "-n", "5")
         assert logs.returncode == 0 and "decode-0 (incarnation 1) is ready" in logs.stdout
         assert "has no log of 'nobody', but of: " in baton.cli("logs", "--worker", "nobody").stderr
@@ -96,37 +100,3 @@ def test_the_serve_application(head: Head, tmp_path: Path) -> None:
         app.wait()
         app.stdin.close()
         app.stdout.close()
-
-
-def test_streams_outlive_the_heads_control_store(head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last test here: the head does not come back."""
-    for name, value in head.settings.items():
-        monkeypatch.setenv(name, value)
-    model = make_checkpoint(tmp_path / "tiny")
-    flags = ("--ray-address", head.address, "--cache.num_pages", "128", "--batch.num_slots", "1")
-    flags += ("--batch.prefill_tokens", "32", "--batch.prefill_seqs", "1")
-    cluster = Cluster(tmp_path, model, tmp_path / "xla", *flags)
-    try:
-        assert cluster.wait_ready() == f"Baton is ready: {cluster.url}/v1\n", cluster.log.read_text()
-        asked = {"prompt": [7, 8, 9], "max_tokens": 900, "ignore_eos": True}
-        expected = cluster.complete(**asked)["choices"][0]["text"]
-        pieces: list[str] = []
-        body = cluster.body(**asked, stream=True)
-        with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=60) as reply:
-            for line in reply.iter_lines():
-                if line.startswith("data: {"):
-                    pieces += [choice["text"] for choice in json.loads(line[6:])["choices"]]
-                if len(pieces) == 20:
-                    for pid in head.processes("gcs_server"):
-                        os.kill(pid, signal.SIGKILL)
-        assert "".join(pieces) == expected
-        assert not head.processes("gcs_server")
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            short = cluster.complete(**{**asked, "max_tokens": 50})["choices"][0]["text"]
-            assert short and expected.startswith(short)
-        assert httpx.get(f"{cluster.url}/readiness").status_code == 200
-    finally:
-        cluster.signal(signal.SIGKILL)
-        cluster.process.wait()
-        Baton.close(cluster)
