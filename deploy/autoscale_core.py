@@ -111,7 +111,8 @@ class AutoscaleCore:
             return Step((), {}, decision)
         flipping = Counter(target for _, target in plan.flips)
         flipping.update(member.becomes for member in fleet.members if member.becomes is not None)
-        return Step(plan.flips, {role: plan.wanted(role) - flipping[role] for role in Role}, decision)
+        wanted = {role: max(plan.wanted(role) - flipping[role], self._least(role)) for role in Role}
+        return Step(plan.flips, wanted, decision)
 
     # seeing
 

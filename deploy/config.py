@@ -23,6 +23,8 @@ class FleetConfig:
     decode: int = 1  # decode workers
     colocated: bool = False  # no prefill workers: decode workers read the prompts themselves
     gateways: int = 1  # HTTP servers; those of one machine share its port
+    max_gateways: int = 0  # up to so many, as the choices in progress grow; 0: always `gateways`
+    streams_per_gateway: int = 500  # choices in progress that one gateway shall carry, where max_gateways is set
     host: str = "127.0.0.1"  # where workers listen for gateways and each other; "node": at their machine's address
     pool_resources: bool = False  # each process takes one Ray resource baton-gateway, baton-prefill or baton-decode
     pin_cores: bool = False  # give each worker its own CPU cores, prefill workers first (for benchmarks)
@@ -39,7 +41,7 @@ class FleetConfig:
         """Refuse what can never work."""
         if self.prefill < 0:
             raise ConfigError(f"fleet.prefill must not be negative, not {self.prefill}")
-        for name in ("decode", "gateways", "start_attempts"):
+        for name in ("decode", "gateways", "streams_per_gateway", "start_attempts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"fleet.{name} must be at least 1, not {getattr(self, name)}")
         for name, seconds in (
@@ -50,6 +52,8 @@ class FleetConfig:
         ):
             if seconds <= 0:
                 raise ConfigError(f"fleet.{name} must be positive, not {seconds}")
+        if self.max_gateways and self.max_gateways < self.gateways:
+            raise ConfigError(f"fleet.max_gateways must be 0 or at least fleet.gateways, not {self.max_gateways}")
         if self.drain_timeout_s < 0:
             raise ConfigError(f"fleet.drain_timeout_s must not be negative, not {self.drain_timeout_s}")
 
@@ -77,7 +81,7 @@ class AutoscaleConfig:
     max_prefill: int = 4  # and at most
     min_decode: int = 1  # decode workers at least
     max_decode: int = 4  # and at most
-    budget: int = 8  # workers in all
+    budget: int = 8  # workers in all, without those that drain
     attainment: float = 0.95  # share of requests that shall meet each objective
     window_s: float = 15.0  # the load is looked at so often
     start_s: float = 180.0  # from the order of a worker until it serves: its node, weights, compilation

@@ -107,7 +107,10 @@ class RayWorkerHandle:
 
 
 def _is_placed(group: PlacementGroup) -> bool:
-    return bool(placement_group_table(group)["state"] == "CREATED")
+    try:
+        return bool(placement_group_table(group)["state"] == "CREATED")
+    except RayError:  # the head is away for a moment
+        return False
 
 
 def worker_resources(config: FleetConfig, role: Role) -> dict[str, float]:

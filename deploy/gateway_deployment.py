@@ -18,12 +18,14 @@ from typing import Any, Protocol
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.handle import DeploymentHandle
 
 from deploy.checkpoint import on_node
-from deploy.config import AutoscaleMode
+from deploy.config import AutoscaleMode, FleetConfig
 from deploy.fleet import FleetClient
 from deploy.fleet_types import FleetStatus, GatewayPlan, Membership, WorkerLost
+from deploy.gateway_scaling import DOWNSCALE_DELAY_S, LOOK_BACK_S, STREAMS, UPSCALE_DELAY_S, StreamsPolicy
 from deploy.log import log_to_file
 from engine_core.messages import WorkerInfo
 from router.fleet_view import FleetView, MemberView
@@ -50,6 +52,10 @@ class Gateway(Protocol):
 
     def describe_fleet(self, fleet: FleetView) -> None:
         """What people want to see of the fleet."""
+
+    @property
+    def num_streams(self) -> int:
+        """Choices in progress."""
 
     def measure(self) -> LoadTotals:
         """What the autoscaler wants to know."""
@@ -188,6 +194,10 @@ class GatewayReplica:
             self._others.append(asyncio.create_task(telling))
         logger.info("listening; event loop %s", type(asyncio.get_running_loop()))
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, for `StreamsPolicy`."""
+        return {STREAMS: float(self._gateway.num_streams)}
+
     def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises."""
         if self._following.done():
@@ -207,9 +217,12 @@ def gateway_app(plan: GatewayPlan, keeper: Application | None) -> Application:
     """The gateways as a Serve application, and `keeper` as a part of it."""
     fleet = plan.config.fleet
     resources = {"resources": {"baton-gateway": 1}} if fleet.pool_resources else {}
+    number: dict[str, Any] = {"num_replicas": fleet.gateways}
+    if fleet.max_gateways > fleet.gateways:
+        number = {"autoscaling_config": _scaling(fleet)}
     deployment = serve.deployment(
         name="gateway",
-        num_replicas=fleet.gateways,
+        **number,
         ray_actor_options={"num_cpus": 0, **resources},
         graceful_shutdown_timeout_s=plan.drain_timeout_s + 5,
         graceful_shutdown_wait_loop_s=0.1,
@@ -219,6 +232,19 @@ def gateway_app(plan: GatewayPlan, keeper: Application | None) -> Application:
         logging_config=QUIET,
     )(GatewayReplica)
     return deployment.bind(plan, keeper)
+
+
+def _scaling(fleet: FleetConfig) -> AutoscalingConfig:
+    return AutoscalingConfig(
+        min_replicas=fleet.gateways,
+        max_replicas=fleet.max_gateways,
+        upscale_delay_s=UPSCALE_DELAY_S,
+        downscale_delay_s=DOWNSCALE_DELAY_S,
+        look_back_period_s=LOOK_BACK_S,
+        policy=AutoscalingPolicy(
+            policy_function=StreamsPolicy, policy_kwargs={"streams_per_gateway": fleet.streams_per_gateway}
+        ),
+    )
 
 
 def start_gateways(plan: GatewayPlan) -> None:

@@ -107,6 +107,11 @@ class Gateway:
         """What the dashboard shows of the fleet."""
         self.service.fleet = self.service.metrics.fleet = fleet
 
+    @property
+    def num_streams(self) -> int:
+        """Choices in progress."""
+        return self.service.metrics.running_streams
+
     def measure(self) -> LoadTotals:
         """What it tells the autoscaler."""
         return self.service.measure()

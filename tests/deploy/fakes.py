@@ -45,6 +45,7 @@ class FakeHandle:
         self.drain_gate = asyncio.Event()
         self.drain_gate.set()
         self.killed = False
+        self.load = IDLE
         self.dead: str | None = None
 
         self.place_gate = asyncio.Event()
@@ -69,7 +70,7 @@ class FakeHandle:
             raise WorkerLost(self.dead)
         if self.silent:
             await asyncio.Event().wait()
-        return WorkerReport(self.healthy, 4711, self.progress, IDLE)
+        return WorkerReport(self.healthy, 4711, self.progress, self.load)
 
     async def drain(self, timeout_s: float) -> None:
         self.drained_with = timeout_s
