@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import sys
+import time
 from typing import Any
 
 import msgspec
@@ -18,8 +19,10 @@ from deploy.progress import Progress
 from deploy.run_file import RunFile
 from engine_core.errors import ConfigError
 from engine_core.types import Role
+from router.fleet_view import AutoscaleView
 
 WATCH_S = 5.0
+SHOWN_DECISIONS = 3
 
 
 def status(run: RunFile, as_json: bool) -> int:
@@ -82,7 +85,20 @@ def describe(run: RunFile, answer: FleetStatus) -> str:
     rows += [_row(member) for member in answer.members]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if answer.autoscale is not None:
+        lines += _autoscale(answer.autoscale)
     return "\n".join(lines) + "\n"
+
+
+def _autoscale(view: AutoscaleView) -> list[str]:
+    """What the autoscaler wants, and its last decisions with their reasons, the latest first."""
+    target = ", ".join(f"{count} {role}" for role, count in view.target.items())
+    wants = view.waits_for or f"wants {target}"
+    lines = [f"autoscale: {view.mode}, {wants}"]
+    for decision in reversed(view.decisions[-SHOWN_DECISIONS:]):
+        at = time.strftime("%H:%M:%S", time.localtime(decision.at))
+        lines += [f"  {at}  {decision.text}", *(f"            {reason}" for reason in decision.reasons)]
+    return lines
 
 
 def _row(member: MemberStatus) -> tuple[str, ...]:

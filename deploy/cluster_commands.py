@@ -43,6 +43,7 @@ Exit status: 0 when Baton can run here, 1 when not.
 examples:
   baton doctor                                  this machine, for what `baton serve` does by default
   baton doctor --config baton.toml --secret-file secret
+  baton doctor --config baton.toml --ray-address auto --plan plan.json     every node of a Ray cluster, on its head
   baton doctor --json | jq '.[] | select(.level != "ok")'"""
 
 Command = Callable[[str, str, str, object], argparse.ArgumentParser]
@@ -67,9 +68,11 @@ def add_commands(command: Command) -> None:
     logs.add_argument("--follow", action="store_true", help="go on with what they write from now on")
     logs.add_argument("--cluster", type=Path, metavar="FILE", help="on the head of this cluster")
     logs.add_argument("--port", type=int, metavar="N", help="of which Baton (needed only where several run here)")
-    doctor = command("doctor", "check this machine, and say what to fix", DOCTOR_EPILOG, _doctor)
+    doctor = command("doctor", "check this machine or a cluster, and say what to fix", DOCTOR_EPILOG, _doctor)
     doctor.add_argument("--config", type=Path, metavar="FILE", help="configuration that shall run here")
     doctor.add_argument("--secret-file", type=Path, metavar="FILE", help="as for `baton serve`")
+    doctor.add_argument("--ray-address", metavar="ADDRESS", help="check every node of this Ray cluster, too")
+    doctor.add_argument("--plan", type=Path, metavar="FILE", help="output of `baton plan --json`, for their memory")
     doctor.add_argument("--json", action="store_true", help="a JSON array instead of lines")
     secret = command("secret", "write a new random secret into a file that only you can read", "", _secret)
     secret.add_argument("file", type=Path, help="must not exist")
@@ -118,10 +121,25 @@ def _doctor(known: argparse.Namespace, unknown: list[str]) -> int:
     secret = (
         importlib.import_module("deploy.secret_files").read_secret(known.secret_file) if known.secret_file else None
     )
-    findings = doctor.examine(doctor.Machine(Path("/")), config, secret)
+    if known.plan is not None and known.ray_address is None:
+        raise ConfigError("--plan needs --ray-address: it is compared with a cluster's nodes")
+    if known.ray_address is None:
+        findings = doctor.examine(doctor.Machine(Path("/")), config, secret)
+    else:
+        findings = _examine_cluster(known.ray_address, known.plan, config, secret)
     text = msgspec.json.encode(findings).decode() + "\n" if known.json else doctor.describe(findings)
     sys.stdout.write(text)
     return int(doctor.exit_status(findings))
+
+
+def _examine_cluster(address: str, plan_path: Path | None, config: Any, secret: bytes | None) -> list[Any]:
+    """The nodes of a cluster, and of this machine what concerns the start of Baton."""
+    doctor, cluster = (importlib.import_module(f"deploy.{name}") for name in ("doctor", "cluster_doctor"))
+    plan = None if plan_path is None else cluster.read_plan(plan_path)
+    with contextlib.redirect_stdout(io.StringIO()):  # Ray's own remarks
+        nodes, failures = importlib.import_module("deploy.cluster_probe").probe(address, config)
+    here = doctor.examine_start(doctor.Machine(Path("/")), config, secret)
+    return [*here, *cluster.judge(nodes, config, plan, failures)]
 
 
 def _secret(known: argparse.Namespace, unknown: list[str]) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from deploy.config import NODE, ServeConfig
+from deploy.config import NODE, AutoscaleMode, ServeConfig
 from deploy.launch import read_config
 from deploy.secret_files import read_keys, read_secret
 from engine_core.errors import BatonError, ConfigError
@@ -147,6 +147,8 @@ class ClusterFile:
         types = self.content.get("available_node_types")
         if types is None:  # machines that are there anyway: their `ray start` says what they offer
             return
+        if config.autoscale.mode is AutoscaleMode.ACT:
+            wanted |= {"baton-prefill": config.autoscale.max_prefill, "baton-decode": config.autoscale.max_decode}
         for resource, count in wanted.items():
             offered = sum(
                 int(kind.get("resources", {}).get(resource, 0)) * self._most(name, kind) for name, kind in types.items()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from engine_core.config import EngineConfig
 from engine_core.errors import ConfigError
 from engine_core.types import Role
 from router.config import GatewayConfig
+from router.planner import PlannerConfig
 
 NODE = "node"  # `fleet.host`: the address of the machine a worker runs on
 DEMO = "demo"  # name of the embedded model
@@ -21,6 +23,8 @@ class FleetConfig:
     decode: int = 1  # decode workers
     colocated: bool = False  # no prefill workers: decode workers read the prompts themselves
     gateways: int = 1  # HTTP servers; those of one machine share its port
+    max_gateways: int = 0  # up to so many, as the choices in progress grow; 0: always `gateways`
+    streams_per_gateway: int = 500  # choices in progress that one gateway shall carry, where max_gateways is set
     host: str = "127.0.0.1"  # where workers listen for gateways and each other; "node": at their machine's address
     pool_resources: bool = False  # each process takes one Ray resource baton-gateway, baton-prefill or baton-decode
     pin_cores: bool = False  # give each worker its own CPU cores, prefill workers first (for benchmarks)
@@ -37,7 +41,7 @@ class FleetConfig:
         """Refuse what can never work."""
         if self.prefill < 0:
             raise ConfigError(f"fleet.prefill must not be negative, not {self.prefill}")
-        for name in ("decode", "gateways", "start_attempts"):
+        for name in ("decode", "gateways", "streams_per_gateway", "start_attempts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"fleet.{name} must be at least 1, not {getattr(self, name)}")
         for name, seconds in (
@@ -48,6 +52,8 @@ class FleetConfig:
         ):
             if seconds <= 0:
                 raise ConfigError(f"fleet.{name} must be positive, not {seconds}")
+        if self.max_gateways and self.max_gateways < self.gateways:
+            raise ConfigError(f"fleet.max_gateways must be 0 or at least fleet.gateways, not {self.max_gateways}")
         if self.drain_timeout_s < 0:
             raise ConfigError(f"fleet.drain_timeout_s must not be negative, not {self.drain_timeout_s}")
 
@@ -58,6 +64,65 @@ class FleetConfig:
         return self.decode
 
 
+class AutoscaleMode(StrEnum):
+    """What the planner may do."""
+
+    OFF = "off"
+    ADVISE = "advise"  # say what it would do
+    ACT = "act"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AutoscaleConfig:
+    """How pools grow and shrink by themselves; `router.planner` decides, by the gateway's objectives."""
+
+    mode: AutoscaleMode = AutoscaleMode.OFF  # advise: only say what it would do
+    min_prefill: int = 1  # prefill workers at least
+    max_prefill: int = 4  # and at most
+    min_decode: int = 1  # decode workers at least
+    max_decode: int = 4  # and at most
+    budget: int = 8  # workers in all, without those that drain
+    attainment: float = 0.95  # share of requests that shall meet each objective
+    window_s: float = 15.0  # the load is looked at so often
+    start_s: float = 180.0  # from the order of a worker until it serves: its node, weights, compilation
+    cooldown_s: float = 0.0  # between two changes of a pool; 0: as start_s
+    flip_s: float = 0.0  # how long a worker takes to change its role; 0: none does
+    node_timeout_s: float = 900.0  # a worker without a node for so long is given up, and for as long not asked for
+
+    def __post_init__(self) -> None:
+        """Refuse what can never work."""
+        for name in ("window_s", "start_s", "node_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"autoscale.{name} must be positive, not {getattr(self, name)}")
+        if self.flip_s < 0:
+            raise ConfigError(f"autoscale.flip_s must not be negative, not {self.flip_s}")
+        if self.min_prefill < 1:
+            raise ConfigError(f"autoscale.min_prefill must be at least 1, not {self.min_prefill}")
+        try:
+            self.planner(ttft_s=1.0, itl_s=1.0, local_share=0.0)
+        except ConfigError as error:
+            raise ConfigError(f"autoscale.{error}") from None
+
+    def planner(self, *, ttft_s: float, itl_s: float, local_share: float) -> PlannerConfig:
+        """The planner's configuration for these objectives."""
+        return PlannerConfig(
+            ttft_s=ttft_s,
+            itl_s=itl_s,
+            start_s=self.start_s,
+            cooldown_s=self.cooldown_s or self.start_s,
+            min_prefill=self.min_prefill,
+            max_prefill=self.max_prefill,
+            min_decode=self.min_decode,
+            max_decode=self.max_decode,
+            budget=self.budget,
+            attainment=self.attainment,
+            window_s=self.window_s,
+            flip_s=self.flip_s,
+            cold_s=min(30.0, self.start_s),
+            local_share=local_share,
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
     """Everything `baton serve` needs."""
@@ -65,4 +130,25 @@ class ServeConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    autoscale: AutoscaleConfig = field(default_factory=AutoscaleConfig)
     log_dir: str = ""  # directory for logs; empty: a temporary one, removed after a clean stop
+
+    def __post_init__(self) -> None:
+        """Refuse what only the sections together make impossible."""
+        if self.autoscale.mode is AutoscaleMode.OFF:
+            return
+        if self.fleet.count(Role.PREFILL) == 0:
+            raise ConfigError("autoscale.mode needs prefill workers, and this fleet has none")
+        for role in Role:
+            count = self.fleet.count(role)
+            least, most = getattr(self.autoscale, f"min_{role}"), getattr(self.autoscale, f"max_{role}")
+            if not least <= count <= most:
+                raise ConfigError(f"fleet.{role} must be in autoscale's {least}..{most}, not {count}")
+        if sum(self.fleet.count(role) for role in Role) > self.autoscale.budget:
+            raise ConfigError(f"fleet.prefill + fleet.decode must be at most autoscale.budget, {self.autoscale.budget}")
+
+    def planner(self) -> PlannerConfig:
+        """How the autoscaler plans: by the gateway's objectives."""
+        gateway = self.gateway
+        share = 0.0 if gateway.local_prefill_tokens == 0 else 0.5
+        return self.autoscale.planner(ttft_s=gateway.slo_ttft_s, itl_s=gateway.slo_itl_s, local_share=share)

@@ -27,6 +27,7 @@ MIN_PYTHON = (3, 11)
 MIN_OPEN_FILES = 8192
 COMPILE_CACHE_GIB, SHM_GIB = 5.0, 1.0
 TPU_VENDOR = "0x1ae0"  # Google's PCI vendor id
+TPU_DEVICES = {"0x0062": "v5p", "0x0063": "v5e", "0x006f": "v6e", "0x0076": "tpu7x"}  # PCI device ids
 NEEDED = {"jax": "0.10.2", "flax": "0.12.8", "ray": "2.60", "uvicorn": "0.40", "fastapi": "0.130"}
 
 
@@ -68,6 +69,12 @@ class Machine:
         """PCI devices of Google's that are accelerators."""
         devices = (self._root / "sys/bus/pci/devices").glob("*")
         return sum(_text(d / "vendor") == TPU_VENDOR and _text(d / "class").startswith("0x1200") for d in devices)
+
+    def tpu_generation(self) -> str:
+        """What its chips are, such as v6e; empty where there are none or they are unknown."""
+        devices = (self._root / "sys/bus/pci/devices").glob("*")
+        names = {TPU_DEVICES.get(_text(d / "device"), "") for d in devices if _text(d / "vendor") == TPU_VENDOR}
+        return max(names, default="")
 
     def tpu_users(self) -> list[str]:
         """Processes that hold a TPU open, as "name (pid)"; only those of this user can be seen."""
@@ -128,6 +135,24 @@ def examine(machine: Machine, config: ServeConfig, secret: bytes | None) -> list
         lambda: _check_network(machine, config, secret),
     )
     return [finding for check in checks for finding in check()]
+
+
+def examine_start(machine: Machine, config: ServeConfig, secret: bytes | None) -> list[Finding]:
+    """What of these checks concerns the machine that starts Baton on a cluster."""
+    return list(_check_network(machine, config, secret))
+
+
+def examine_node(machine: Machine, config: ServeConfig, is_worker: bool) -> list[Finding]:
+    """What of these checks concerns any node of a cluster.
+
+    Args:
+        is_worker: whether prefill or decode workers run there: only they need chips and a compilation cache.
+    """
+    checks: list[Iterable[Finding]] = [_check_python(machine), _check_packages(machine)]
+    if is_worker:
+        checks += [_check_tpu(machine, config), _check_disk(machine, config)]
+    checks += [_check_limits(machine), _check_clock(machine)]
+    return [finding for check in checks for finding in check]
 
 
 def _check_python(machine: Machine) -> Iterable[Finding]:

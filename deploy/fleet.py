@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from collections.abc import Awaitable
@@ -11,8 +12,16 @@ from typing import Any
 import msgspec
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from deploy.config import FleetConfig, ServeConfig
+from deploy.autoscale import Autoscaler
+from deploy.config import AutoscaleMode, FleetConfig, ServeConfig
 from deploy.fleet_core import FleetCore
 from deploy.fleet_types import FleetStatus, Membership, StartFailed, WorkerLost, WorkerReport, WorkerSpec
 from deploy.log import log_to_file
@@ -20,11 +29,13 @@ from deploy.worker_actor import WorkerActor, WorkerPlan
 from engine_core.errors import ConfigError
 from engine_core.messages import WorkerInfo
 from engine_core.types import Role
+from router.load_meter import LoadTotals
 
 logger = logging.getLogger(__name__)
 
 FLEET = "baton-fleet"
 NAMESPACE = "baton"
+PLACE_POLL_S = 0.25
 
 
 class FleetPlan(msgspec.Struct, frozen=True):
@@ -38,7 +49,11 @@ class FleetPlan(msgspec.Struct, frozen=True):
 
 
 class RayWorkerHandle:
-    """One life of a worker as a Ray actor; see `WorkerHandle`."""
+    """One life of a worker as a Ray actor; see `WorkerHandle`.
+
+    What it takes is reserved as one placement group, all of it or nothing: where no node has room for the group, Ray's
+    autoscaler starts one that has, and the group's end leaves that node to it.
+    """
 
     def __init__(self, plan: WorkerPlan, gpus: float, resources: dict[str, float]) -> None:
         options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0}
@@ -46,8 +61,20 @@ class RayWorkerHandle:
             options["num_gpus"] = gpus
         if resources:
             options["resources"] = resources
+        bundle = {"GPU": gpus} if gpus else {}
+        bundle |= resources
+        self._group: PlacementGroup | None = None
+        if bundle:
+            name = f"{plan.worker_id}.{plan.incarnation}"
+            self._group = placement_group([bundle], strategy="STRICT_PACK", name=f"baton-{name}")
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group)
         self._worker_id = plan.worker_id
         self._actor = ray.remote(WorkerActor).options(**options).remote(plan)
+
+    async def place(self) -> None:
+        """Return when Ray has found a node."""
+        while self._group is not None and not await asyncio.to_thread(_is_placed, self._group):  # noqa: ASYNC110
+            await asyncio.sleep(PLACE_POLL_S)
 
     async def start(self) -> WorkerInfo:
         """Load and compile. Raises ConfigError or StartFailed with the reason in one line."""
@@ -73,8 +100,17 @@ class RayWorkerHandle:
         await _alive(self._actor.drain.remote(timeout_s))
 
     async def kill(self) -> None:
-        """End the process."""
+        """End the process, and give back what it took."""
         ray.kill(self._actor)
+        if self._group is not None:
+            remove_placement_group(self._group)
+
+
+def _is_placed(group: PlacementGroup) -> bool:
+    try:
+        return bool(placement_group_table(group)["state"] == "CREATED")
+    except RayError:  # the head is away for a moment
+        return False
 
 
 def worker_resources(config: FleetConfig, role: Role) -> dict[str, float]:
@@ -92,6 +128,8 @@ class FleetActor:
         log_to_file(Path(plan.log_dir), "fleet")
         self._plan = plan
         self._core = FleetCore(plan.config.fleet, self._launch)
+        off = plan.config.autoscale.mode is AutoscaleMode.OFF
+        self._autoscaler = None if off else Autoscaler(plan.config, self._core)
 
     def _launch(self, spec: WorkerSpec) -> RayWorkerHandle:
         config = self._plan.config
@@ -113,7 +151,14 @@ class FleetActor:
     async def start(self) -> int:
         """Start every worker in the background; returns this process's id."""
         await self._core.start()
+        if self._autoscaler is not None:
+            self._autoscaler.start()
         return os.getpid()
+
+    async def heard(self, gateway: str, totals: LoadTotals) -> None:
+        """A gateway told its load."""
+        if self._autoscaler is not None:
+            self._autoscaler.heard(gateway, totals)
 
     async def scale(self, wanted: dict[Role, int]) -> FleetStatus:
         """See FleetCore."""
@@ -121,6 +166,8 @@ class FleetActor:
 
     async def stop(self, drain_timeout_s: float) -> None:
         """See FleetCore."""
+        if self._autoscaler is not None:
+            self._autoscaler.stop()
         await self._core.stop(drain_timeout_s)
 
     async def wait_for_change(self, version: int, timeout_s: float) -> Membership:
@@ -129,11 +176,16 @@ class FleetActor:
 
     async def watch(self, version: int, timeout_s: float) -> FleetStatus:
         """See FleetCore."""
-        return await self._core.watch(version, timeout_s)
+        return self._with_autoscaler(await self._core.watch(version, timeout_s))
 
     async def status(self) -> FleetStatus:
         """See FleetCore."""
-        return self._core.status()
+        return self._with_autoscaler(self._core.status())
+
+    def _with_autoscaler(self, status: FleetStatus) -> FleetStatus:
+        if self._autoscaler is None:
+            return status
+        return msgspec.structs.replace(status, autoscale=self._autoscaler.view())
 
 
 class FleetClient:
@@ -167,6 +219,10 @@ class FleetClient:
                 raise ConfigError(str(error.cause)) from None
             raise
         return status
+
+    async def heard(self, gateway: str, totals: LoadTotals) -> None:
+        """See FleetActor."""
+        await _alive(self._actor.heard.remote(gateway, totals))
 
     async def stop(self, drain_timeout_s: float) -> None:
         """See FleetCore."""

@@ -2,9 +2,9 @@
 
 One asyncio task per worker leads it through its lives::
 
-    starting -> ready -> draining -> gone      (asked to leave)
-        |         |
-        +---------+--> waiting -> starting     (died: the next life has incarnation + 1)
+    (pending ->) starting -> ready -> draining -> gone      (asked to leave)
+                    |          |
+                    +----------+--> waiting -> starting     (died: the next life has incarnation + 1)
 
 Workers are reached through `WorkerHandle`; `deploy.fleet` implements it over Ray actors, tests with plain objects.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable
 
@@ -53,6 +54,7 @@ class Member:
         self.info: WorkerInfo | None = None
         self.load: Load | None = None
         self.retire = asyncio.Event()
+        self.becomes: Role | None = None  # a worker of this role takes its place when it is gone
         self.task: asyncio.Task[None] | None = None
 
     @property
@@ -75,7 +77,19 @@ class Member:
             pid=self.pid,
             info=self.info,
             load=self.load,
+            becomes=self.becomes,
         )
+
+    def worth(self) -> tuple[int, int, int]:
+        """What would be lost if it left: of a pool's surplus, the least worth leaves first."""
+        stage = (MemberState.PENDING, MemberState.WAITING, MemberState.STARTING, MemberState.READY).index(self.state)
+        busy = self.load.running + self.load.waiting if self.load is not None else 0
+        return stage, busy, -self.number
+
+    @property
+    def number(self) -> int:
+        """The last part of its name."""
+        return int(self.worker_id.rpartition("-")[2])
 
 
 class FleetCore:
@@ -121,6 +135,21 @@ class FleetCore:
         await self._notify()
         return self.status()
 
+    async def flip(self, source: Role, target: Role) -> None:
+        """Let a worker of one role leave, and one of the other take its place when it has drained."""
+        staying = self._staying(source)
+        if len(staying) <= 1:
+            return
+        member = min(staying, key=Member.worth)
+        self._wanted[source] -= 1
+        member.becomes = target
+        member.retire.set()
+        await self._notify()
+
+    async def tell(self, text: str) -> None:
+        """Enter something into the events."""
+        await self._log_event(text)
+
     async def stop(self, drain_timeout_s: float) -> None:
         """Drain and end every worker."""
         self._stopping = True
@@ -163,17 +192,23 @@ class FleetCore:
         return self._fatal is None and all(ready.count(role) >= count for role, count in self._wanted.items())
 
     def _reconcile(self) -> None:
-        """Start what is missing and retire the surplus, youngest names first."""
+        """Start what is missing and retire the surplus, those that are worth least first."""
         if self._stopping:
             return
         for role, count in self._wanted.items():
-            names = [f"{role}-{index}" for index in range(count)]
-            for member in self._members.values():
-                if member.role is role and member.worker_id not in names and not member.retire.is_set():
-                    member.retire.set()
-            for name in names:
+            staying = sorted(self._staying(role), key=Member.worth)
+            for member in staying[: max(0, len(staying) - count)]:
+                member.retire.set()
+            used = {member.number for member in self._staying(role)}
+            free = itertools.filterfalse(used.__contains__, itertools.count())
+            for number in itertools.islice(free, count - len(used)):
+                name = f"{role}-{number}"
                 if name not in self._members:  # one that still drains comes back when it is gone
                     self._add(name, role)
+
+    def _staying(self, role: Role) -> list[Member]:
+        """Those of a role that were not told to leave."""
+        return [member for member in self._members.values() if member.role is role and not member.retire.is_set()]
 
     def _add(self, worker_id: str, role: Role) -> None:
         used = {member.place for member in self._members.values()}
@@ -205,6 +240,8 @@ class FleetCore:
                 await asyncio.wait_for(member.retire.wait(), pause_s)
             member.incarnation = self._next_incarnation(member.worker_id)
         del self._members[member.worker_id]
+        if member.becomes is not None:
+            self._wanted[member.becomes] += 1
         self._reconcile()
         await self._notify()
 
@@ -213,7 +250,7 @@ class FleetCore:
         await self._enter(member, MemberState.STARTING)
         handle = self._launch(member.spec())
         try:
-            info = await self._until_ready(member, handle)
+            info = await self._until_ready(member, handle) if await self._until_placed(member, handle) else None
             if info is None:
                 return False
             member.info = info
@@ -233,6 +270,27 @@ class FleetCore:
             member.info = member.pid = member.load = None
             member.progress = ""
         return ready
+
+    async def _until_placed(self, member: Member, handle: WorkerHandle) -> bool:
+        """Wait until a node has room for the worker; False when it was told to leave before that."""
+        placing = asyncio.create_task(handle.place())
+        retire = asyncio.create_task(member.retire.wait())
+        both = {placing, retire}
+        try:
+            soon = self._config.health_interval_s
+            await asyncio.wait(both, timeout=soon, return_when=asyncio.FIRST_COMPLETED)
+            if not placing.done() and not retire.done():
+                await self._enter(member, MemberState.PENDING)
+                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+                if placing.done():
+                    await self._enter(member, MemberState.STARTING)
+            if placing.done():
+                placing.result()
+            return placing.done()
+        finally:
+            for task in both:
+                task.cancel()
+            await asyncio.wait(both)
 
     async def _until_ready(self, member: Member, handle: WorkerHandle) -> WorkerInfo | None:
         """Await start-up while relaying progress; None when it was told to leave or can never start."""

@@ -10,6 +10,7 @@ import msgspec
 from deploy.config import ServeConfig
 from engine_core.messages import Load, WorkerInfo
 from engine_core.types import Role
+from router.fleet_view import AutoscaleView
 
 
 class WorkerLost(Exception):
@@ -23,6 +24,7 @@ class StartFailed(Exception):
 class MemberState(StrEnum):
     """Where a worker is in its lives; `deploy.fleet_core` draws the transitions."""
 
+    PENDING = "pending"  # no node has room for it yet
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
@@ -50,6 +52,9 @@ class WorkerReport(msgspec.Struct, frozen=True):
 class WorkerHandle(Protocol):
     """One life of one worker. Every method may raise `WorkerLost`."""
 
+    async def place(self) -> None:
+        """Return when some node has room for all of it; that may be never."""
+
     async def start(self) -> WorkerInfo:
         """Load and compile; slow. Raises ConfigError or StartFailed when another try would end alike."""
 
@@ -64,7 +69,7 @@ class WorkerHandle(Protocol):
 
 
 class MemberStatus(msgspec.Struct, frozen=True):
-    """One worker as people see it in `baton status`."""
+    """One worker as people see it in `baton status`; `becomes` says what takes its place when it has drained."""
 
     worker_id: str
     role: Role
@@ -74,6 +79,7 @@ class MemberStatus(msgspec.Struct, frozen=True):
     pid: int | None
     info: WorkerInfo | None
     load: Load | None
+    becomes: Role | None = None
 
 
 class Membership(msgspec.Struct, frozen=True):
@@ -95,6 +101,7 @@ class FleetStatus(msgspec.Struct, frozen=True):
     members: tuple[MemberStatus, ...]
     events: tuple[str, ...]
     num_events: int
+    autoscale: AutoscaleView | None = None
 
 
 class GatewayPlan(msgspec.Struct, frozen=True):

@@ -10,26 +10,33 @@ import asyncio
 import contextlib
 import importlib
 import logging
+import os
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.handle import DeploymentHandle
 
 from deploy.checkpoint import on_node
+from deploy.config import AutoscaleMode, FleetConfig
 from deploy.fleet import FleetClient
 from deploy.fleet_types import FleetStatus, GatewayPlan, Membership, WorkerLost
+from deploy.gateway_scaling import DOWNSCALE_DELAY_S, LOOK_BACK_S, STREAMS, UPSCALE_DELAY_S, StreamsPolicy
 from deploy.log import log_to_file
 from engine_core.messages import WorkerInfo
 from router.fleet_view import FleetView, MemberView
+from router.load_meter import LoadTotals
 
 logger = logging.getLogger(__name__)
 
 APP = "baton"
 POLL_S = 30.0
 RETRY_S = 1.0
+TOLD_PER_WINDOW = 5
 ANY = -1  # no fleet's version: the next answer comes at once
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
@@ -46,6 +53,13 @@ class Gateway(Protocol):
     def describe_fleet(self, fleet: FleetView) -> None:
         """What people want to see of the fleet."""
 
+    @property
+    def num_streams(self) -> int:
+        """Choices in progress."""
+
+    def measure(self) -> LoadTotals:
+        """What the autoscaler wants to know."""
+
     def check_health(self) -> None:
         """Raise when it no longer listens."""
 
@@ -61,6 +75,9 @@ class FleetFollower(Protocol):
 
     async def watch(self, version: int, timeout_s: float) -> FleetStatus:
         """See FleetCore."""
+
+    async def heard(self, gateway: str, totals: LoadTotals) -> None:
+        """See FleetActor."""
 
 
 async def follow_fleet(fleet: FleetFollower, gateway: Gateway, retry_s: float) -> None:
@@ -94,12 +111,20 @@ async def follow_status(fleet: FleetFollower, gateway: Gateway, retry_s: float) 
         gateway.describe_fleet(view(status))
 
 
+async def tell_load(fleet: FleetFollower, gateway: Gateway, name: str, interval_s: float) -> None:
+    """Let the autoscaler know this gateway's load, for ever."""
+    while True:
+        await asyncio.sleep(interval_s)
+        with contextlib.suppress(WorkerLost):  # `follow_fleet` tells
+            await fleet.heard(name, gateway.measure())
+
+
 def view(status: FleetStatus) -> FleetView:
     """What of it people want to see."""
     members = tuple(
         MemberView(m.worker_id, str(m.role), m.incarnation, m.state.value, m.progress, m.pid) for m in status.members
     )
-    return FleetView(status.wanted, members, status.events)
+    return FleetView(status.wanted, members, status.events, status.autoscale)
 
 
 class NamedFleet:
@@ -119,6 +144,12 @@ class NamedFleet:
         client = await self._find()
         with self._forgetting_the_lost():
             return await client.watch(version, timeout_s)
+
+    async def heard(self, gateway: str, totals: LoadTotals) -> None:
+        """See FleetActor."""
+        client = await self._find()
+        with self._forgetting_the_lost():
+            await client.heard(gateway, totals)
 
     async def _find(self) -> FleetClient:
         if self._client is None:
@@ -155,8 +186,17 @@ class GatewayReplica:
         await self._gateway.start()
         fleet = NamedFleet()
         self._following = asyncio.create_task(follow_fleet(fleet, self._gateway, RETRY_S))
-        self._describing = asyncio.create_task(follow_status(fleet, self._gateway, RETRY_S))
+        self._others = [asyncio.create_task(follow_status(fleet, self._gateway, RETRY_S))]
+        scaling = plan.config.autoscale
+        if scaling.mode is not AutoscaleMode.OFF:
+            name = f"{socket.gethostname()}-{os.getpid()}"
+            telling = tell_load(fleet, self._gateway, name, scaling.window_s / TOLD_PER_WINDOW)
+            self._others.append(asyncio.create_task(telling))
         logger.info("listening; event loop %s", type(asyncio.get_running_loop()))
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, for `StreamsPolicy`."""
+        return {STREAMS: float(self._gateway.num_streams)}
 
     def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises."""
@@ -167,7 +207,7 @@ class GatewayReplica:
     async def __del__(self) -> None:
         """Called by Serve when the replica shall go."""
         await self._gateway.drain(self._plan.drain_timeout_s)
-        for task in (self._following, self._describing):
+        for task in (self._following, *self._others):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
@@ -177,9 +217,12 @@ def gateway_app(plan: GatewayPlan, keeper: Application | None) -> Application:
     """The gateways as a Serve application, and `keeper` as a part of it."""
     fleet = plan.config.fleet
     resources = {"resources": {"baton-gateway": 1}} if fleet.pool_resources else {}
+    number: dict[str, Any] = {"num_replicas": fleet.gateways}
+    if fleet.max_gateways > fleet.gateways:
+        number = {"autoscaling_config": _scaling(fleet)}
     deployment = serve.deployment(
         name="gateway",
-        num_replicas=fleet.gateways,
+        **number,
         ray_actor_options={"num_cpus": 0, **resources},
         graceful_shutdown_timeout_s=plan.drain_timeout_s + 5,
         graceful_shutdown_wait_loop_s=0.1,
@@ -189,6 +232,19 @@ def gateway_app(plan: GatewayPlan, keeper: Application | None) -> Application:
         logging_config=QUIET,
     )(GatewayReplica)
     return deployment.bind(plan, keeper)
+
+
+def _scaling(fleet: FleetConfig) -> AutoscalingConfig:
+    return AutoscalingConfig(
+        min_replicas=fleet.gateways,
+        max_replicas=fleet.max_gateways,
+        upscale_delay_s=UPSCALE_DELAY_S,
+        downscale_delay_s=DOWNSCALE_DELAY_S,
+        look_back_period_s=LOOK_BACK_S,
+        policy=AutoscalingPolicy(
+            policy_function=StreamsPolicy, policy_kwargs={"streams_per_gateway": fleet.streams_per_gateway}
+        ),
+    )
 
 
 def start_gateways(plan: GatewayPlan) -> None:

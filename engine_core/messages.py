@@ -114,6 +114,8 @@ class TokenChunk(msgspec.Struct, frozen=True, array_like=True):
         logprobs: one per token where the request asked for them, else empty.
         cached_tokens: prompt tokens found in the prefix cache; sent on the first chunk of each worker.
         prompt_logprobs: with the first token, one per prompt token but the first, where the request asked for them.
+        stage_s: how long this worker's stages took: queue, prefill or hand-over, decode. On the first token of a prompt
+            that it computed and on the last chunk; else empty.
     """
 
     request_id: str
@@ -124,6 +126,7 @@ class TokenChunk(msgspec.Struct, frozen=True, array_like=True):
     logprobs: list[TokenLogprobs] = []
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs] = []
+    stage_s: tuple[float, ...] = ()
 
 
 class Tokens(Message, frozen=True):

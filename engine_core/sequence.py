@@ -95,6 +95,7 @@ class Sequence:
         """
         sampling = self.request.sampling
         position = self.num_generated
+        is_first = len(self.token_ids) == len(self.request.token_ids)
         is_stop = token in sampling.stop_token_ids or (not sampling.ignore_eos and token in eos_ids)
         reason = FinishReason.STOP if is_stop else None
         if not is_stop:
@@ -111,4 +112,12 @@ class Sequence:
             logprobs=[logprobs] if logprobs is not None and not is_stop else [],
             cached_tokens=cached_tokens,
             prompt_logprobs=self.prompt_logprobs if position == 0 else [],
+            stage_s=self._stage_s() if is_first or self.finished else (),
         )
+
+    def _stage_s(self) -> tuple[float, ...]:
+        """Queue, prefill or hand-over, decode; empty where nobody took the times."""
+        if not self.decoding_at:
+            return ()
+        now = time.monotonic()
+        return self.admitted_at - self.created_at, self.decoding_at - self.admitted_at, now - self.decoding_at

@@ -36,6 +36,7 @@ class GatewayConfig:
     slo_ttft_s: float = 1.0  # objective for the time to first token; goodput counts choices that meet both
     slo_itl_s: float = 0.1  # objective for the mean time between tokens of a choice
     metric_aliases: bool = True  # expose vllm:* names, too: what the Gateway API inference extension looks for
+    trace_endpoint: str = ""  # OTLP/HTTP address for traces, such as http://127.0.0.1:4318/v1/traces; empty: none
     keep_alive_s: int = 75  # idle HTTP connections are closed after this
 
     def __post_init__(self) -> None:

@@ -30,10 +30,11 @@ class Kind(StrEnum):
 
 
 class Source(StrEnum):
-    """Who measures it. Every gateway tells what workers told it, so queries take the `max by (worker)` of those."""
+    """Who measures it. Every gateway tells what workers and the fleet told it: queries take the `max` of those."""
 
     GATEWAY = "gateway"
     WORKER = "worker"
+    FLEET = "fleet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,10 @@ def _histogram(name: str, text: str, bounds: tuple[float, ...], alias: str = "")
 
 def _worker(kind: Kind, name: str, text: str) -> MetricSpec:
     return MetricSpec(name, kind, Source.WORKER, _WORKER, text, "", STAGE_BOUNDS if kind is Kind.HISTOGRAM else ())
+
+
+def _fleet(kind: Kind, name: str, text: str, *labels: str) -> MetricSpec:
+    return MetricSpec(name, kind, Source.FLEET, labels, text, "", ())
 
 
 def _link(name: str, text: str) -> MetricSpec:
@@ -201,6 +206,24 @@ SPECS: tuple[MetricSpec, ...] = (
     _link("baton_transfer_failures", "KV hand-overs that failed; the request was placed again"),
     _link("baton_transfer_bytes", "KV bytes received and verified"),
     _link("baton_transfer_link_seconds", "Seconds of the complete hand-overs together"),
+    # The fleet and its autoscaler.
+    _fleet(Kind.GAUGE, "baton_fleet_wanted_workers", "Workers that there should be", "role"),
+    _fleet(
+        Kind.GAUGE,
+        "baton_fleet_workers",
+        "Workers by state: pending (no node has room yet), starting, ready, draining, waiting (for a next life)",
+        "role",
+        "state",
+    ),
+    _fleet(Kind.GAUGE, "baton_autoscale_target_workers", "Workers that the autoscaler wants, or would want", "role"),
+    _fleet(
+        Kind.COUNTER,
+        "baton_autoscale_changes",
+        "Changes of a pool that the autoscaler decided, or advised: up, down or flip, and why",
+        "role",
+        "direction",
+        "cause",
+    ),
 )
 
 BY_NAME = {spec.name: spec for spec in SPECS}

@@ -17,6 +17,8 @@ from router.block_feed import FeedState
 from router.block_index import BlockIndex
 from router.breaker import BreakerState
 from router.config import GatewayConfig
+from router.fleet_metrics import fleet_families
+from router.fleet_view import FleetView
 from router.metric_catalogue import BY_NAME, MetricSpec
 from router.registry import WorkerState
 from router.stream import Stream
@@ -96,6 +98,7 @@ class Metrics(Collector):
         self.refused: Counter[str] = Counter(dict.fromkeys(_refusals(CapacityError), 0))
         self.num_waiting = 0
         self.index: BlockIndex | None = None
+        self.fleet: FleetView | None = None
         self.requests: Counter[tuple[str, int]] = Counter()
         self.retries: Counter[str] = Counter(dict.fromkeys(_retryable_codes(BatonError), 0))
         self.choices: Counter[str] = Counter({"stop": 0, "length": 0, "cancelled": 0, "error": 0})
@@ -145,6 +148,8 @@ class Metrics(Collector):
         yield from self._gauges()
         yield from self._routing_gauges()
         yield from worker_families(self.workers)
+        if self.fleet is not None:
+            yield from fleet_families(self.fleet)
         if model:
             yield from aggregate_families(self.workers, self._config.model_name)
 

@@ -167,6 +167,12 @@ class JointPlacement:
         chunks = max(1, round(source.standing().num_steps(placement.prefill_tokens)))
         self._transfers.learn(source.key, target.key, placement.transfer_bytes // chunks, max(0.0, seconds - waited_s))
 
+    def network_s(self, placement: Placement) -> float:
+        """For how long the KV of a hand-over keeps the network busy, as learned; 0 for local prefill."""
+        if placement.prefill is None:
+            return 0.0
+        return placement.transfer_bytes * self._transfers.link(placement.prefill.key, placement.decode.key)[1]
+
     def expected_tokens(self, request: Request) -> float:
         """Of prompt and answer."""
         return len(request.token_ids) + min(float(request.sampling.max_tokens), self._output_tokens.value)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from engine_core.errors import ConfigError
 from engine_core.types import Role
@@ -85,13 +86,11 @@ class SliceSample:
 
     Attributes:
         age_s: since it began to serve.
-        busy: share of the window in which it computed.
         kv_share: of its KV memory in use by running sequences.
     """
 
     role: Role
     age_s: float
-    busy: float
     kv_share: float
 
 
@@ -101,7 +100,7 @@ class Observation:
 
     Attributes:
         at: its end.
-        requests: that arrived.
+        requests: that arrived; where several gateways were read at different moments, scaled to the window.
         service_s: of those placed, the prefill seconds of what no cache held.
         output_tokens, context_tokens: per request that ended, on average (context: prompt and half the answer); 0 where
             none ended.
@@ -110,10 +109,11 @@ class Observation:
         starting: per role, ordered and not serving yet.
         transfer_s: per request, for how long its KV keeps a decode slice's network busy; 0 for those read there.
         decode: what decode steps take, as learned.
+        available: the most slices of a role that can be had for now; a role that is not in it: as many as configured.
     """
 
     at: float
-    requests: int
+    requests: float
     service_s: Sequence[float]
     output_tokens: float
     context_tokens: float
@@ -123,6 +123,18 @@ class Observation:
     starting: dict[Role, int]
     transfer_s: float
     decode: DecodeCosts
+    available: dict[Role, int] = field(default_factory=dict)
+
+
+class Cause(StrEnum):
+    """Why a pool is to change."""
+
+    FORECAST = "forecast"  # the load ahead needs more
+    MISSED = "missed"  # an objective was missed, or memory runs out
+    SPARE = "spare"  # one less would do
+    BUDGET = "budget"  # no more slices are allowed in all
+    UNAVAILABLE = "unavailable"  # no more can be had for now
+    LIMITS = "limits"  # it was outside its bounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +145,7 @@ class Plan:
         prefill, decode: slices wanted, with those that are starting.
         flips: (from, to) roles of slices that should change theirs; counted in `prefill` and `decode` already.
         reasons: one sentence per finding.
+        causes: by role; of a pool that stays as it is there is none.
     """
 
     at: float
@@ -140,6 +153,7 @@ class Plan:
     decode: int
     flips: tuple[tuple[Role, Role], ...]
     reasons: tuple[str, ...]
+    causes: dict[Role, Cause]
 
     def wanted(self, role: Role) -> int:
         """Slices of a role."""
@@ -163,6 +177,7 @@ class _Pool:
 
     changed_at: float | None = None
     misses: int = 0
+    cause: Cause = Cause.LIMITS
     reasons: list[str] = field(default_factory=list)
 
 
@@ -184,13 +199,14 @@ class Planner:
         self._learn(seen)
         for pool in self._pools.values():
             pool.reasons.clear()
+            pool.cause = Cause.LIMITS
         have = {role: _count(seen, role) for role in Role}
         decode_floor = self._decode_floor(seen)
         prefill_floor = self._prefill_floor(max(decode_floor, _serving(seen, Role.DECODE)), seen)
         self._is_short_of_prefill = prefill_floor > _serving(seen, Role.PREFILL)
         decode = self._steer(Role.DECODE, have[Role.DECODE], decode_floor, seen)
         prefill = self._steer(Role.PREFILL, have[Role.PREFILL], prefill_floor, seen)
-        prefill, decode = self._within_budget(prefill, decode)
+        prefill, decode = self._within_budget(prefill, decode, have)
         flips = self._flips(have, prefill, decode)
         want = {Role.PREFILL: prefill, Role.DECODE: decode}
         for role, pool in self._pools.items():
@@ -198,7 +214,8 @@ class Planner:
                 pool.changed_at = seen.at
                 pool.misses = 0
         reasons = (*self._pools[Role.PREFILL].reasons, *self._pools[Role.DECODE].reasons)
-        return Plan(seen.at, prefill, decode, flips, reasons)
+        causes = {role: pool.cause for role, pool in self._pools.items() if want[role] != have[role]}
+        return Plan(seen.at, prefill, decode, flips, reasons, causes)
 
     def _learn(self, seen: Observation) -> None:
         self._rate.add(seen.requests / self._config.window_s)
@@ -221,7 +238,7 @@ class Planner:
 
     def _prefill_floor(self, decode: int, seen: Observation) -> int:
         config, rate = self._config, self._rate_ahead(_UP)
-        for count in range(config.min_prefill, config.max_prefill + 1):
+        for count in self._counts(Role.PREFILL, seen):
             if self._ttft_met(count, decode, rate, seen.decode) >= config.attainment:
                 break
         mean_s = sum(self._services) / len(self._services) if self._services else 0.0
@@ -241,8 +258,8 @@ class Planner:
         return ttft_attainment(self._services, rate, servers, config.ttft_s)
 
     def _decode_floor(self, seen: Observation) -> int:
-        config, rate = self._config, self._rate_ahead(_UP)
-        for count in range(config.min_decode, config.max_decode + 1):
+        rate = self._rate_ahead(_UP)
+        for count in self._counts(Role.DECODE, seen):
             state = self._decode_state(count, rate, seen.decode)
             if self._is_enough(state, rate, count):
                 break
@@ -271,22 +288,23 @@ class Planner:
 
     def _steer(self, role: Role, have: int, floor: int, seen: Observation) -> int:
         config, pool = self._config, self._pools[role]
-        lowest, highest = (
-            (config.min_prefill, config.max_prefill) if role is Role.PREFILL else (config.min_decode, config.max_decode)
-        )
+        lowest, highest = self._bounds(role, seen)
         missed = self._has_missed(role, seen)
         pool.misses = pool.misses + 1 if missed else 0
         if pool.changed_at is None:  # a forecast needs some windows, too
             pool.changed_at = seen.at
         is_cool = seen.at - pool.changed_at >= config.cooldown_s
+        if have > highest and role in seen.available:
+            self._say(role, f"{role}: no more than {highest} can be had for now", Cause.UNAVAILABLE)
+            return highest
         if floor > have:
-            self._say(role, f"{role}: the floor is {floor}, there are {have}")
+            self._say(role, f"{role}: the floor is {floor}, there are {have}", Cause.FORECAST)
             return min(max(floor, lowest), highest)
         if pool.misses >= _MISSES and is_cool and not seen.starting.get(role, 0):
-            self._say(role, f"{role}: {missed} in {pool.misses} windows in a row; one more")
+            self._say(role, f"{role}: {missed} in {pool.misses} windows in a row; one more", Cause.MISSED)
             return min(max(have + 1, lowest), highest)
         if floor < have and is_cool and not missed and self._can_spare(role, have, seen):
-            self._say(role, f"{role}: {have - 1} slices would do; one less")
+            self._say(role, f"{role}: {have - 1} slices would do; one less", Cause.SPARE)
             return min(max(have - 1, lowest), highest)
         return min(max(have, lowest), highest)
 
@@ -322,7 +340,19 @@ class Planner:
 
     # limits
 
-    def _within_budget(self, prefill: int, decode: int) -> tuple[int, int]:
+    def _counts(self, role: Role, seen: Observation) -> range:
+        """What a pool may be; never empty."""
+        lowest, highest = self._bounds(role, seen)
+        return range(min(lowest, highest), highest + 1)
+
+    def _bounds(self, role: Role, seen: Observation) -> tuple[int, int]:
+        """Least and most; the most may be below the least where no more can be had."""
+        config = self._config
+        if role is Role.PREFILL:
+            return config.min_prefill, min(config.max_prefill, seen.available.get(role, config.max_prefill))
+        return config.min_decode, min(config.max_decode, seen.available.get(role, config.max_decode))
+
+    def _within_budget(self, prefill: int, decode: int, have: dict[Role, int]) -> tuple[int, int]:
         """Take from the pool that is larger by its own measure; never below the minimum."""
         config = self._config
         if prefill + decode <= config.budget:
@@ -334,6 +364,9 @@ class Planner:
             Role.PREFILL,
             f"the budget of {config.budget} slices allows {kept}P{config.budget - kept}D of {prefill}P{decode}D",
         )
+        for role, count in ((Role.PREFILL, kept), (Role.DECODE, config.budget - kept)):
+            if count < have[role]:
+                self._pools[role].cause = Cause.BUDGET
         return kept, config.budget - kept
 
     def _flips(self, have: dict[Role, int], prefill: int, decode: int) -> tuple[tuple[Role, Role], ...]:
@@ -346,8 +379,10 @@ class Planner:
         count = min(abs(grows), abs(shrinks)) if grows * shrinks < 0 else 0
         return ((source, target),) * count
 
-    def _say(self, role: Role, reason: str) -> None:
+    def _say(self, role: Role, reason: str, cause: Cause | None = None) -> None:
         self._pools[role].reasons.append(reason)
+        if cause is not None:
+            self._pools[role].cause = cause
 
 
 def _serving(seen: Observation, role: Role) -> int:

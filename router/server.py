@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import hashlib
+import importlib
 import logging
 import os
 import socket
@@ -22,6 +23,7 @@ from router.clients import MakeClient, connect_with
 from router.config import GatewayConfig
 from router.fleet_view import FleetView
 from router.http_protocol import HttpProtocol
+from router.load_meter import LoadTotals
 from router.service import Service
 from router.tokenizer import TextCodec
 
@@ -69,6 +71,9 @@ class Gateway:
             ConfigError: the address cannot be had.
         """
         self.service = Service(self._config, self._codec, self._make_client, self._salt)
+        if self._config.trace_endpoint:
+            tracing = importlib.import_module("router.tracing").Tracing
+            self.service.tracing = tracing.to(self._config.trace_endpoint, self._config.model_name)
         self.service.start()
         self._socket = _listen(self._config.host, self._config.port)
         self.port = self._socket.getsockname()[1]
@@ -100,7 +105,16 @@ class Gateway:
 
     def describe_fleet(self, fleet: FleetView) -> None:
         """What the dashboard shows of the fleet."""
-        self.service.fleet = fleet
+        self.service.fleet = self.service.metrics.fleet = fleet
+
+    @property
+    def num_streams(self) -> int:
+        """Choices in progress."""
+        return self.service.metrics.running_streams
+
+    def measure(self) -> LoadTotals:
+        """What it tells the autoscaler."""
+        return self.service.measure()
 
     def check_health(self) -> None:
         """Raises if the server has ended."""
@@ -115,6 +129,8 @@ class Gateway:
         self._server.should_exit = True
         await self._serving
         await self.service.close()
+        if self.service.tracing is not None:
+            await asyncio.to_thread(self.service.tracing.close)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def stop(self) -> None:

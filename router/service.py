@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -30,6 +31,7 @@ from router.cost_model import TransferModel
 from router.decision import Decisions, Option
 from router.fleet_view import FleetView
 from router.history import History
+from router.load_meter import LoadMeter, LoadTotals
 from router.loop_lag import watch_loop
 from router.mailbox import Item, Mailbox
 from router.metrics import Metrics
@@ -42,6 +44,9 @@ from router.stream import Stage, Stream
 from router.tokenizer import TextCodec
 from router.version import version
 from router.wishes import Wishes
+
+if TYPE_CHECKING:  # the library is optional
+    from router.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +110,8 @@ class Service:
         self.metrics = Metrics(config, version())
         self.history = History(self.metrics, time.time)
         self.slow_requests = SlowRequests(time.time)
+        self.tracing: Tracing | None = None
+        self.meter = LoadMeter(config.slo_ttft_s, config.slo_itl_s)
         self.fleet: FleetView | None = None
         self.decisions = Decisions()
         self.index = BlockIndex(INDEX_BLOCKS)
@@ -177,10 +184,13 @@ class Service:
         """
         if self.draining:
             raise CapacityError("the gateway is shutting down")
+        self.meter.arrived(len(requests))
         if len(self._streams) + len(requests) > self.config.max_concurrent_choices:
             raise Overloaded("too many requests in progress", "too_many_requests", 1.0)
         mailbox = Mailbox()
         streams = [Stream(request, i, mailbox, arrived_at, wishes.session) for i, request in enumerate(requests)]
+        for stream in streams:
+            stream.traceparent = wishes.traceparent
         generation = Generation(self, streams, mailbox)
         for stream in streams:
             self._streams[stream.request.request_id] = stream
@@ -196,6 +206,11 @@ class Service:
         for request in requests:
             self.metrics.accepted(request.num_prompt_tokens)
         return generation
+
+    def measure(self) -> LoadTotals:
+        """What this gateway tells the autoscaler."""
+        refused = sum(self.metrics.refused.values())
+        return self.meter.read(self._now(), self._streams.values(), refused, self.registry.candidates[Role.DECODE])
 
     def cancel(self, stream: Stream, reason: str) -> None:
         """Free everything that the stream holds, here and on the workers; ended streams hold nothing."""
@@ -328,6 +343,8 @@ class Service:
         following: TokenChunk | None = chunk
         while following is not None:
             chunk = following
+            if chunk.stage_s and self.tracing is not None:
+                stream.heard_stages(chunk, now)
             if stream.stage is not Stage.DECODING:
                 self._advance(stream, chunk, now)
             if stream.last_at:
@@ -335,6 +352,7 @@ class Service:
             else:
                 stream.first_at = now
                 metrics.ttft.observe(now - stream.arrived_at)
+                self.meter.first_token(now - stream.arrived_at)
             stream.last_at = now
             metrics.generated_tokens += len(chunk.token_ids)
             stream.mailbox.put(stream.index, chunk)
@@ -356,8 +374,12 @@ class Service:
         deadline_ms = max(1, int(1000 * (stream.arrived_at + self.config.request_timeout_s - now)))
         stream.attach(placement, prefill, decode)
         stream.sent_at = now
+        if self.tracing is not None:
+            stream.begin_attempt()
         self.decisions.record(placement.decision)
         self.metrics.placed(prefill.info.worker_id if prefill else None, decode.info.worker_id)
+        if not stream.journal.epoch:
+            self.meter.placed(placement.decision.chosen.terms.prefill_s, self._placement.network_s(placement))
         try:
             if prefill is not None:
                 prefill.client.send(Prefill(request, deadline_ms))
@@ -439,6 +461,10 @@ class Service:
         if self._waiting:
             self.on_room(self._now())
         self.metrics.ended(stream, reason)
+        if reason != "cancelled":
+            self.meter.ended(stream)
+        if self.tracing is not None:
+            self.tracing.ended(stream, reason, self._now())
         self.slow_requests.record(stream, reason, self._now())
         self.registry.forget_idle()
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from engine_core.messages import TokenChunk
 from engine_core.types import Request
 from router.journal import Journal
 from router.mailbox import Mailbox
@@ -32,6 +33,26 @@ class Route(NamedTuple):
     terms: dict[str, float]
 
 
+class Told(NamedTuple):
+    """Stage times that a worker told with a chunk; see `TokenChunk.stage_s`."""
+
+    worker: str
+    at: float
+    stage_s: tuple[float, ...]
+    is_first: bool
+    is_last: bool
+
+
+class Attempt(NamedTuple):
+    """One attempt, for traces. `prefill` is None where the decode worker read the prompt."""
+
+    epoch: int
+    sent_at: float
+    prefill: str | None
+    decode: str
+    told: list[Told]
+
+
 class Stream:
     """Mutable progress of one `Request`.
 
@@ -43,12 +64,15 @@ class Stream:
         avoid: workers that failed it, by their keys.
         session: what the client calls its session.
         due: when the client wants the first token at the latest; None where it did not say.
+        traceparent: of the client's trace, as W3C's header says it; empty where there is none.
+        attempts: kept only where traces are wanted.
         sent_at: when its current attempt began.
         first_at, last_at: when its first and its latest token came; 0 before that.
     """
 
     __slots__ = (
         "arrived_at",
+        "attempts",
         "avoid",
         "cached_tokens",
         "decode",
@@ -66,6 +90,7 @@ class Stream:
         "sent_at",
         "session",
         "stage",
+        "traceparent",
     )
 
     def __init__(self, request: Request, index: int, mailbox: Mailbox, arrived_at: float, session: str | None) -> None:
@@ -87,6 +112,8 @@ class Stream:
         self.first_at = 0.0
         self.last_at = 0.0
         self.ended = False
+        self.traceparent = ""
+        self.attempts: list[Attempt] = []
 
     def attach(self, placement: Placement, prefill: WorkerState | None, decode: WorkerState) -> None:
         """The attempt runs there."""
@@ -99,6 +126,20 @@ class Stream:
         decode.streams.add(self)
         if prefill is not None:
             prefill.streams.add(self)
+
+    def begin_attempt(self) -> None:
+        """Remember it for the trace."""
+        if self.route is not None:
+            self.attempts.append(Attempt(self.journal.epoch, self.sent_at, self.route.prefill, self.route.decode, []))
+
+    def heard_stages(self, chunk: TokenChunk, now: float) -> None:
+        """A chunk that tells stage times came, before the stream advances by it."""
+        if not self.attempts:
+            return
+        attempt = self.attempts[-1]
+        worker = attempt.prefill if self.stage is Stage.READING and attempt.prefill else attempt.decode
+        told = Told(worker, now, chunk.stage_s, self.stage is Stage.READING, chunk.finish_reason is not None)
+        attempt.told.append(told)
 
     def advance(self, now: float) -> None:
         """A chunk of the current attempt came."""

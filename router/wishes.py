@@ -13,6 +13,7 @@ SESSION_HEADERS = (b"x-session-id", b"x-dynamo-session-id", b"session-id")
 TENANT_HEADERS = (b"x-tenant-id", b"x-llm-d-inference-fairness-id")
 DEADLINE_HEADERS = (b"x-ttft-deadline-ms", b"x-llm-d-slo-ttft-ms")
 PRIORITY_HEADER = b"x-priority"
+TRACE_HEADER = b"traceparent"
 DEBUG_HEADER = b"x-baton-debug"
 MAX_NAME_BYTES = 256
 MAX_PRIORITY = 100
@@ -28,6 +29,7 @@ class Wishes:
         priority: larger goes first; 0 is normal.
         ttft_s: when the first token is due; None: the gateway's default.
         debug: answer with a header that names the workers.
+        traceparent: W3C's, of the trace that the request is part of.
     """
 
     session: str | None = None
@@ -35,6 +37,7 @@ class Wishes:
     priority: int = 0
     ttft_s: float | None = None
     debug: bool = False
+    traceparent: str = ""
 
 
 NO_WISHES = Wishes()
@@ -49,7 +52,7 @@ def read_wishes(scope: Scope, key_index: int | None) -> Wishes:
     Raises:
         HttpError: a value that cannot be.
     """
-    if not any(name.startswith((b"x-", b"session")) for name, _ in scope["headers"]):
+    if not any(name.startswith((b"x-", b"session", TRACE_HEADER)) for name, _ in scope["headers"]):
         return NO_WISHES if key_index is None else Wishes(tenant=f"key-{key_index}")
     tenant = _name(scope, TENANT_HEADERS) or "" if key_index is None else f"key-{key_index}"
     deadline_ms = _number(scope, DEADLINE_HEADERS, 1, 86_400_000)
@@ -59,6 +62,7 @@ def read_wishes(scope: Scope, key_index: int | None) -> Wishes:
         priority=_number(scope, (PRIORITY_HEADER,), -MAX_PRIORITY, MAX_PRIORITY) or 0,
         ttft_s=deadline_ms / 1000 if deadline_ms is not None else None,
         debug=header(scope, DEBUG_HEADER) is not None,
+        traceparent=(header(scope, TRACE_HEADER) or b"")[:MAX_NAME_BYTES].decode("latin-1"),
     )
 
 

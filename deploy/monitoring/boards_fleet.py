@@ -129,6 +129,43 @@ FLEET = Board(
             ),
         ),
         Row(
+            "Autoscaling",
+            9,
+            (
+                lines(
+                    "Workers wanted by the autoscaler",
+                    "Nothing where it is off. In the mode advise, pools do not follow.",
+                    "short",
+                    6,
+                    (gauge(BOARD, "baton_autoscale_target_workers", ("role",)), "{{role}}"),
+                ),
+                lines(
+                    "Workers asked for",
+                    "By the autoscaler, or by baton scale.",
+                    "short",
+                    6,
+                    (gauge(BOARD, "baton_fleet_wanted_workers", ("role",)), "{{role}}"),
+                ),
+                lines(
+                    "Workers by state",
+                    "Pending: no node has room for it yet.",
+                    "short",
+                    6,
+                    (gauge(BOARD, "baton_fleet_workers", ("role", "state")), "{{role}} {{state}}"),
+                ),
+                lines(
+                    "Changes",
+                    "Per second, by what was found.",
+                    "short",
+                    6,
+                    (
+                        rate(BOARD, "baton_autoscale_changes", ("role", "direction", "cause")),
+                        "{{role}} {{direction}}: {{cause}}",
+                    ),
+                ),
+            ),
+        ),
+        Row(
             "Prefill signals",
             9,
             (

@@ -1,6 +1,7 @@
 """PromQL over the catalogue. Functions take catalogue names, so that a misspelt one fails when files are generated.
 
-Every gateway repeats what workers told it: over worker metrics the outermost aggregation is a `max` by worker.
+Every gateway repeats what workers and the fleet told it: over such metrics the outermost aggregation
+is a `max` by worker.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ RULE = Scope("", "5m", ("job",))
 
 
 def gauge(scope: Scope, name: str, by: Sequence[str], *matchers: str) -> str:
-    """A gauge: over workers or links its `max`, over gateways its `sum`."""
+    """A gauge: over workers, links or the fleet its `max`, over gateways its `sum`."""
     spec = _spec(name, Kind.GAUGE)
     return f"{_operator(spec.source)}{_by(scope, by)}({_series(scope, spec.series, matchers)})"
 
@@ -115,7 +116,7 @@ def _spec(name: str, kind: Kind) -> MetricSpec:
 
 
 def _operator(source: Source) -> str:
-    return "max" if source is Source.WORKER else "sum"
+    return "sum" if source is Source.GATEWAY else "max"
 
 
 def _by(scope: Scope, labels: Sequence[str]) -> str:

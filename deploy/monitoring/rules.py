@@ -140,6 +140,14 @@ ALERTS: tuple[Alert, ...] = (
         "{{ $labels.worker }} is a member of the fleet and no gateway is connected to it.",
     ),
     Alert(
+        "BatonWorkerWithoutNode",
+        gauge(RULE, "baton_fleet_workers", ("role",), 'state="pending"'),
+        "> 0",
+        "15m",
+        "ticket",
+        "{{ $value }} {{ $labels.role }} workers have had no node for 15 minutes.",
+    ),
+    Alert(
         "BatonWorkerRestarting",
         "max by (job, worker, role) (increase(baton_worker_incarnation[30m]))",
         "> 2",

@@ -54,7 +54,6 @@ class Autoscaler:
         self._seen_first = 0
         self._seen_finished = 0
         self._seen_bytes = 0
-        self._busy_s: dict[tuple[str, int], float] = {}
         self._flipping: dict[tuple[str, int], Role] = {}
         self.plans: list[Plan] = []
         self.texts: list[str] = []
@@ -149,14 +148,10 @@ class Autoscaler:
         )
 
     def _sample(self, worker: AnyWorker, now: float) -> SliceSample:
-        key = (worker.info.worker_id, worker.info.incarnation)
-        busy_s = worker.busy_s - self._busy_s.get(key, 0.0)
-        self._busy_s[key] = worker.busy_s
         pages = worker.info.num_pages
         return SliceSample(
             role=worker.info.role,
             age_s=now - worker.started_at,
-            busy=busy_s / self._config.window_s,
             kv_share=1 - worker.memory.cache.num_available / pages,
         )
 

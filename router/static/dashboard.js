@@ -168,6 +168,25 @@ function showWorkers(state) {
   fillTable(byId("workers"), WORKER_COLUMNS, allWorkers(state), "No worker is known yet.");
 }
 
+const pools = (counts) => Object.entries(counts).map(([role, count]) => `${count} ${role}`).join(", ");
+
+const SCALE_COLUMNS = [
+  { title: "When", cell: (d) => new Date(1000 * d.at).toLocaleTimeString() },
+  { title: "From", text: true, cell: (d) => pools(d.before) },
+  { title: "To", text: true, cell: (d) => pools(d.after) },
+  { title: "Done", text: true, cell: (d) => (d.acted ? "yes" : "only advised") },
+  { title: "Why", text: true, className: () => "terms", cell: (d) => d.reasons.join("; ") },
+];
+
+function showAutoscaler(state) {
+  const autoscale = state.fleet?.autoscale;
+  byId("autoscale-section").hidden = !autoscale;
+  if (!autoscale) return;
+  const now = autoscale.waits_for || `it wants ${pools(autoscale.target)}`;
+  byId("autoscale-now").textContent = `Mode ${autoscale.mode}; ${now}.`;
+  fillTable(byId("autoscale"), SCALE_COLUMNS, [...autoscale.decisions].reverse(), "Nothing was decided yet.");
+}
+
 function showLinks(state) {
   const decodes = [...new Set(state.links.map((link) => link.decode))].sort();
   const prefills = [...new Set(state.links.map((link) => link.prefill))].sort();
@@ -224,6 +243,7 @@ function show(state) {
   showTiles(state);
   showCharts(state);
   showWorkers(state);
+  showAutoscaler(state);
   showLinks(state);
   fillTable(byId("slow"), SLOW_COLUMNS, state.slowest, "No request has ended yet.");
   showEvents(state);

@@ -12,6 +12,7 @@ from engine_core.messages import WorkerInfo
 from engine_core.types import Role
 from router.config import GatewayConfig
 from router.fleet_view import FleetView
+from router.load_meter import LoadMeter, LoadTotals
 
 
 class FakeGateway:
@@ -19,6 +20,7 @@ class FakeGateway:
         if (model_dir / "gateway_refuses").exists():
             raise ConfigError("the chat template is broken")
         self._host, self._port = config.host, config.port
+        self._streams = model_dir / "streams"
         self._workers: Sequence[WorkerInfo] = ()
         self._server: asyncio.Server | None = None
 
@@ -29,6 +31,13 @@ class FakeGateway:
         self._workers = workers
 
     def describe_fleet(self, fleet: FleetView) -> None: ...
+
+    @property
+    def num_streams(self) -> int:
+        return int(self._streams.read_text()) if self._streams.exists() else 0
+
+    def measure(self) -> LoadTotals:
+        return LoadMeter(1.0, 1.0).read(0.0, (), 0, ())
 
     def check_health(self) -> None:
         assert self._server is not None and self._server.is_serving()

@@ -45,7 +45,11 @@ class FakeHandle:
         self.drain_gate = asyncio.Event()
         self.drain_gate.set()
         self.killed = False
+        self.load = IDLE
         self.dead: str | None = None
+
+        self.place_gate = asyncio.Event()
+        self.place_gate.set()
 
     def become_ready(self) -> None:
         self.started.set_result(worker_info(self.spec.worker_id, self.spec.incarnation, self.spec.role))
@@ -55,6 +59,9 @@ class FakeHandle:
         if not self.started.done():
             self.started.set_exception(WorkerLost(reason))
 
+    async def place(self) -> None:
+        await self.place_gate.wait()
+
     async def start(self) -> WorkerInfo:
         return await self.started
 
@@ -63,7 +70,7 @@ class FakeHandle:
             raise WorkerLost(self.dead)
         if self.silent:
             await asyncio.Event().wait()
-        return WorkerReport(self.healthy, 4711, self.progress, IDLE)
+        return WorkerReport(self.healthy, 4711, self.progress, self.load)
 
     async def drain(self, timeout_s: float) -> None:
         self.drained_with = timeout_s

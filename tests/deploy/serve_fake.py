@@ -22,7 +22,7 @@ def main(port: str, directory: str, ray_address: str | None = None, *flags: str)
         gateway_class="tests.deploy.fake_gateway:FakeGateway",
         timeline=True,
         secret=b"a secret of the test" if ray_address else None,
-        ray_address=ray_address,
+        ray_address=ray_address or None,
     )
 
 

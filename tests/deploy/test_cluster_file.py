@@ -90,6 +90,14 @@ def test_a_slice_smaller_than_a_worker(home: Path) -> None:
     assert any("prefill has 4 TPU chips, a worker needs more (engine.tp 8" in text for text in found)
 
 
+def test_fewer_nodes_than_the_autoscaler_may_want(home: Path) -> None:
+    path = changed(home, "v6e-autoscale", ("max_workers: 4", "max_workers: 3"))
+    place = line(path, "available_node_types:")
+    assert problems(path) == [
+        f"{place}: the node types offer 3 of baton-{role}, the configuration wants 4" for role in ("prefill", "decode")
+    ]
+
+
 def test_a_slice_that_declares_other_chips(home: Path) -> None:
     path = changed(home, "v6e-1p1d", ("acceleratorType: v6e-8", "acceleratorType: v6e-4"))
     assert any("this slice has 4 chips, resources.TPU says 8" in text for text in problems(path))

@@ -7,6 +7,7 @@ from deploy.config import FleetConfig
 from deploy.fleet_core import FleetCore
 from deploy.fleet_types import MemberState, WorkerSpec
 from engine_core.errors import ConfigError
+from engine_core.messages import Load
 from engine_core.types import Role
 from tests.deploy.fakes import FakeHandle
 
@@ -21,10 +22,14 @@ class Lab:
     def __init__(self, config: FleetConfig = FAST) -> None:
         self.lives: list[FakeHandle] = []
         self.auto = True
+        self.place_gate = asyncio.Event()  # clear: no node for those launched from now on
+        self.place_gate.set()
         self.core = FleetCore(config, self.launch)
 
     def launch(self, spec: WorkerSpec) -> FakeHandle:
         handle = FakeHandle(spec)
+        if not self.place_gate.is_set():
+            handle.place_gate.clear()
         self.lives.append(handle)
         if self.auto:
             handle.become_ready()
@@ -202,3 +207,59 @@ async def test_stop_ends_a_worker_whose_drain_never_ends() -> None:
     lab.life("decode-0", 1).drain_gate.clear()
     await asyncio.wait_for(lab.core.stop(0.05), 2)
     assert all(h.killed for h in lab.lives)
+
+
+async def test_a_worker_without_a_node_is_pending_and_leaves_first() -> None:
+    lab = Lab()
+    await lab.core.start()
+    await lab.ready()
+    lab.place_gate.clear()
+    await lab.core.scale({Role.DECODE: 2})
+    await lab.until(lambda: any(m.state is MemberState.PENDING for m in lab.core.status().members))
+    assert not lab.core.status().ready and lab.serving() == [("decode-0", 1), ("prefill-0", 1)]
+    lab.life("decode-0", 1).die()
+    await lab.until(lambda: sum(m.state is MemberState.PENDING for m in lab.core.status().members) == 2)
+    lab.life("decode-0", 2).place_gate.set()  # its node is back, and the one of decode-1 never comes
+    await lab.until(lambda: ("decode-0", 2) in lab.serving())
+    await lab.core.scale({Role.DECODE: 1})
+    await lab.until(lambda: lab.life("decode-1", 1).killed)
+    await lab.until(lambda: lab.core.status().ready)
+    assert lab.serving() == [("decode-0", 2), ("prefill-0", 1)]
+    await lab.core.stop(0.5)
+
+
+async def test_of_a_surplus_those_that_do_not_serve_leave_first_then_the_least_busy() -> None:
+    lab = Lab()
+    await lab.core.start()
+    await lab.core.scale({Role.DECODE: 4})
+    await lab.ready()
+    for number, running in enumerate((1, 5, 5, 5)):
+        lab.life(f"decode-{number}", 1).load = Load(running, 0, 0, 64, False, 0)
+    await lab.until(lambda: [m.load.running for m in lab.core.status().members if m.load][1:] == [1, 5, 5, 5])
+    lab.place_gate.clear()
+    lab.life("decode-2", 1).die()
+    await lab.until(lambda: any(m.state is MemberState.PENDING for m in lab.core.status().members))
+    await lab.core.scale({Role.DECODE: 2})
+    await lab.until(lambda: lab.serving() == [("decode-1", 1), ("decode-3", 1), ("prefill-0", 1)])
+    await lab.core.stop(0.5)
+
+
+async def test_a_flip_starts_the_other_role_only_when_its_worker_is_gone() -> None:
+    lab = Lab()
+    await lab.core.start()
+    await lab.core.scale({Role.DECODE: 2})
+    await lab.ready()
+    leaving = lab.life("decode-1", 1)
+    leaving.drain_gate.clear()
+    await lab.core.flip(Role.DECODE, Role.PREFILL)
+    await lab.until(lambda: leaving.drained_with is not None)
+    status = lab.core.status()
+    assert status.wanted == {"prefill": 1, "decode": 1}
+    assert [m.becomes for m in status.members if m.state is MemberState.DRAINING] == [Role.PREFILL]
+    assert len(lab.lives) == 3
+    leaving.drain_gate.set()
+    await lab.until(lambda: lab.serving() == [("decode-0", 1), ("prefill-0", 1), ("prefill-1", 1)])
+    assert lab.core.status().wanted == {"prefill": 2, "decode": 1}
+    await lab.core.flip(Role.DECODE, Role.PREFILL)
+    assert lab.core.status().wanted == {"prefill": 2, "decode": 1}, "the last of a role stays"
+    await lab.core.stop(0.5)

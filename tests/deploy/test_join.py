@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,70 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from deploy.secret_files import write_secret
-from tests.baton_process import ROOT, Baton, free_port, until
-from tests.e2e.clusters import Cluster
-from tests.e2e.model import make_checkpoint
+from tests.baton_process import ROOT, Baton, free_port
+from tests.deploy.ray_head import Head
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 RESOURCES = {"baton-gateway": 1, "baton-prefill": 1, "baton-decode": 1}
 
 
-class Head:
-    """`ray start --head` with the settings of deploy/ray; its processes are known by their directory."""
-
-    def __init__(self, home: Path) -> None:
-        write_secret(home / "ray-token")
-        self.port = free_port()
-        self.address = f"127.0.0.1:{self.port}"
-        self._directory = f"/tmp/ray-{self.port}"
-        self.settings = {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(home / "ray-token"),
-            "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
-            "RAY_gcs_storage": "rocksdb",
-            "RAY_gcs_storage_path": str(home / "gcs"),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "PYTHONPATH": str(ROOT),
-        }
-        self._command = [
-            str(Path(sys.executable).with_name("ray")),
-            *("start", "--head", f"--port={self.port}", "--node-ip-address=127.0.0.1", "--num-cpus=2"),
-            *("--include-dashboard=false", f"--resources={json.dumps(RESOURCES)}", "--object-store-memory=100000000"),
-            *("--disable-usage-stats", f"--temp-dir={self._directory}", "--dashboard-agent-listen-port=0"),
-        ]
-        done = subprocess.run(
-            self._command, env={**os.environ, **self.settings}, capture_output=True, text=True, timeout=180
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    def processes(self, name: str) -> list[int]:
-        """Ids of its processes that run this program; all for an empty name."""
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                if any(self._directory.encode() in word for word in words) and words[0].endswith(name.encode()):
-                    found.append(int(entry.name))
-        return found
-
-    def stop(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for pid in self.processes(""):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
-            with contextlib.suppress(AssertionError):
-                until(lambda: not self.processes(""), 10)
-        shutil.rmtree(self._directory, ignore_errors=True)
-
-
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    running = Head(tmp_path_factory.mktemp("head"))
+    running = Head(tmp_path_factory.mktemp("head"), RESOURCES)
     yield running
     running.stop()
 
@@ -102,6 +49,13 @@ def test_serve_joins_and_leaves(head: Head, tmp_path: Path, monkeypatch: pytest.
         scaled = baton.cli("scale", "--decode", "2", "--timeout", "3")
         assert scaled.returncode == 1, "the cluster offers one baton-decode: a second worker finds no place"
         assert baton.cli("scale", "--decode", "1", "--no-wait").returncode == 0
+        (tmp_path / "doctor.toml").write_text("[fleet]\npool_resources = true\ndecode = 2\n")
+        doctor = baton.cli("doctor", "--ray-address", head.address, "--config", f"{tmp_path / 'doctor.toml'}", "--json")
+        found = {finding["check"]: finding for finding in json.loads(doctor.stdout)}
+        assert doctor.returncode == 1 and found["baton-decode"]["fix"].startswith("more nodes that offer baton-decode")
+        assert found["ray everywhere"]["text"].endswith("on 1 nodes")
+        assert not [check for check in found if check.endswith(("clock skew", "answers"))]
+        assert any(check.startswith("127.0.0.1/") and check.endswith(" jax") for check in found)
         logs = baton.cli("logs", "--worker", "fleet", "-n", "5")
         assert logs.returncode == 0 and "decode-0 (incarnation 1) is ready" in logs.stdout
         assert "has no log of 'nobody', but of: " in baton.cli("logs", "--worker", "nobody").stderr
@@ -146,37 +100,3 @@ def test_the_serve_application(head: Head, tmp_path: Path) -> None:
         app.wait()
         app.stdin.close()
         app.stdout.close()
-
-
-def test_streams_outlive_the_heads_control_store(head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last test here: the head does not come back."""
-    for name, value in head.settings.items():
-        monkeypatch.setenv(name, value)
-    model = make_checkpoint(tmp_path / "tiny")
-    flags = ("--ray-address", head.address, "--cache.num_pages", "128", "--batch.num_slots", "1")
-    flags += ("--batch.prefill_tokens", "32", "--batch.prefill_seqs", "1")
-    cluster = Cluster(tmp_path, model, tmp_path / "xla", *flags)
-    try:
-        assert cluster.wait_ready() == f"Baton is ready: {cluster.url}/v1\n", cluster.log.read_text()
-        asked = {"prompt": [7, 8, 9], "max_tokens": 900, "ignore_eos": True}
-        expected = cluster.complete(**asked)["choices"][0]["text"]
-        pieces: list[str] = []
-        body = cluster.body(**asked, stream=True)
-        with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=60) as reply:
-            for line in reply.iter_lines():
-                if line.startswith("data: {"):
-                    pieces += [choice["text"] for choice in json.loads(line[6:])["choices"]]
-                if len(pieces) == 20:
-                    for pid in head.processes("gcs_server"):
-                        os.kill(pid, signal.SIGKILL)
-        assert "".join(pieces) == expected
-        assert not head.processes("gcs_server")
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            short = cluster.complete(**{**asked, "max_tokens": 50})["choices"][0]["text"]
-            assert short and expected.startswith(short)
-        assert httpx.get(f"{cluster.url}/readiness").status_code == 200
-    finally:
-        cluster.signal(signal.SIGKILL)
-        cluster.process.wait()
-        Baton.close(cluster)

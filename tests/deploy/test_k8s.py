@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from deploy import cli
+from deploy.config import AutoscaleMode
 from deploy.ray_app import AppArgs
 from deploy.wait_idle import wait_idle
 from engine_core.types import Role
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 K8S = ROOT / "deploy/k8s"
 SHARED = next((path for path in (ROOT / "shared", ROOT.parent / "shared") if path.is_dir()), ROOT / "shared")
 CRDS = SHARED / "data/kuberay_crds"
-OVERLAYS = ["base", "overlays/kind-cpu", "overlays/v6e", "overlays/v6e-spot"]
+OVERLAYS = ["base", "overlays/kind-cpu", "overlays/v6e", "overlays/v6e-spot", "overlays/v6e-autoscale"]
 VERSION = "1.34"
 CUSTOM = {"RayService", "PodMonitor"}  # no schema in Kubernetes itself
 
@@ -143,8 +144,13 @@ def test_pools_are_what_the_configuration_wants(cluster: dict[str, Any], config:
     wanted = {"gateway": config.fleet.gateways} | {str(role): config.fleet.count(role) for role in Role}
     found = groups(cluster)
     assert found.keys() == wanted.keys()
+    acts = config.autoscale.mode is AutoscaleMode.ACT
+    assert cluster.get("enableInTreeAutoscaling", False) is acts, "Ray's autoscaler where Baton's asks for nodes"
     for name, group in found.items():
-        assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (wanted[name],) * 3
+        least = most = wanted[name]
+        if name != "gateway" and config.autoscale.mode is AutoscaleMode.ACT:
+            least, most = (getattr(config.autoscale, f"{bound}_{name}") for bound in ("min", "max"))
+        assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (wanted[name], least, most)
         assert group["rayStartParams"]["resources"] == f'"{{\\"baton-{name}\\": 1}}"'
         assert group["template"]["metadata"]["labels"]["baton.dev/component"] == name
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]

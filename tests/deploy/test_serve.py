@@ -22,7 +22,8 @@ from tests.baton_process import READY_S, Baton, free_port, until
 
 def fake(home: Path) -> Baton:
     port = free_port()
-    return Baton(home, port, "-m", "tests.deploy.serve_fake", str(port), str(home))
+    flags = ("--fleet.max_gateways", "3", "--fleet.streams_per_gateway", "10")
+    return Baton(home, port, "-m", "tests.deploy.serve_fake", str(port), str(home), "", *flags)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,16 @@ class TestRunning:
         assert [name for name, _ in baton.get("/workers")] == ["decode-0", "prefill-0"]
         refused = baton.cli("scale", "--decode", "0")
         assert refused.returncode == 2 and refused.stderr == "baton: error: decode must be at least 1, not 0\n"
+
+    def test_serve_adds_a_gateway_when_streams_grow(self, baton: Baton) -> None:
+        def gateways() -> int:
+            lines = [Path(f"/proc/{member.pid}/cmdline").read_text() for member in baton.family()]
+            return sum(line.startswith("ray::ServeReplica:baton:gateway") for line in lines)
+
+        assert gateways() == 1
+        (baton.home / "streams").write_text("15")
+        until(lambda: gateways() == 2, 60)
+        assert len(baton.get("/workers")) == 2
 
     def test_everything_listens_on_loopback_only(self, baton: Baton) -> None:
         """But for one port of Ray Serve's replica, meant for other deployments, which asks for Ray's token."""

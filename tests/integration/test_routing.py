@@ -26,6 +26,7 @@ from router.registry import WorkerState
 from router.service import Service
 from router.wishes import NO_WISHES
 from tests.mini_cluster import tiny_config
+from tests.router.test_tracing import tracing, tree
 
 VOCAB = 149
 PAGE = 4
@@ -135,8 +136,21 @@ async def test_requests_go_where_their_blocks_are_and_answers_never_change() -> 
 
         # A shared prefix lands where its blocks are, on both sides, and usage says so.
         prefix = text(1, 60)
+        cluster.service.tracing, exporter = tracing()
         assert await check(prefix + text(2, 9)) == 0
         home = cluster.last()
+        spans = exporter.get_finished_spans()
+        assert tree(spans) == {
+            "request of gateway": "",
+            "placement wait of gateway": "request",
+            f"prefill of {home[0]}": "request",
+            f"queue of {home[0]}": "prefill",
+            f"transfer of {home[1]}": "request",
+            f"queue of {home[1]}": "transfer",
+            f"decode of {home[1]}": "request",
+        }
+        assert all(span.end_time > span.start_time for span in spans if span.name in ("prefill", "transfer", "decode"))
+        cluster.service.tracing = None
         await cluster.settled()
         for seed in range(3, 7):
             assert await check(prefix + text(seed, 9)) == 60

@@ -13,7 +13,7 @@ import pytest
 from engine_core.messages import Load
 from router.dashboard import PAGES
 from router.decision import Terms
-from router.fleet_view import FleetView, MemberView
+from router.fleet_view import AutoscaleView, FleetView, MemberView, ScaleChange, ScaleDecision
 from router.history import bucket_quantile
 from tests.chromium import Chromium
 from tests.live_baton import LiveBaton
@@ -25,6 +25,13 @@ FLEET = FleetView(
     {"prefill": 1, "decode": 3},
     (MemberView("d", "decode", 1, "ready", "", 7), MemberView("new", "decode", 2, "starting", "compiling 3/9", 8)),
     ("new (incarnation 2) is starting",),
+    AutoscaleView(
+        "act",
+        "",
+        {"prefill": 1, "decode": 3},
+        (ScaleChange("decode", "up", "forecast", 1),),
+        (ScaleDecision(1.7e9, True, {"decode": 2}, {"decode": 3}, "up", ("the floor is 3", "there are 2")),),
+    ),
 )
 
 
@@ -60,6 +67,7 @@ async def test_state(cluster: Cluster) -> None:
     assert slow["terms"].keys() == set(Terms.__struct_fields__)
     assert state["history"][-1]["tokens"] > 0
     assert state["fleet"]["members"][1]["progress"] == "compiling 3/9"
+    assert state["fleet"]["autoscale"]["decisions"][0]["reasons"] == ["the floor is 3", "there are 2"]
 
 
 async def test_the_slowest_come_first_and_those_without_a_token_first_of_all(cluster: Cluster) -> None:
@@ -163,6 +171,9 @@ class TestPage:
         assert rows["new"][2] == "starting: compiling 3/9"
         assert "1 prefill, 3 decode" in browser.js("document.getElementById('wanted').textContent")
         assert browser.js("document.querySelector('#events li').textContent") == FLEET.events[0]
+        decided = browser.js(table("autoscale"))
+        assert [row[1:] for row in decided] == [["2 decode", "3 decode", "yes", "the floor is 3; there are 2"]]
+        assert browser.js("document.getElementById('autoscale-now').textContent").startswith("Mode act; it wants 1 pre")
 
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     @pytest.mark.parametrize("width", [1280, 390])
@@ -189,12 +200,12 @@ class TestPage:
         browser.size(1280, 900)
         browser.js("document.querySelector('.skip').focus()")
         reached = []
-        for _ in range(4):
+        for _ in range(5):
             browser.key("Tab")
             reached.append(browser.js("document.activeElement.className || document.activeElement.id"))
             outline = browser.js("getComputedStyle(document.activeElement).outlineStyle")
             assert outline == "solid", f"no focus ring on {reached[-1]}"
-        assert reached == ["theme", "scroll", "scroll", "scroll"]
+        assert reached == ["theme", *["scroll"] * 4]
         browser.js("document.getElementById('theme').focus()")
         browser.key("Enter")
         assert browser.js("document.documentElement.dataset.theme") == "light"

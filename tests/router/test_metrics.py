@@ -12,6 +12,7 @@ from engine_core.types import Role
 from engine_core.worker_stats import STAGE_BOUNDS
 from router.metric_catalogue import AGGREGATES, SPECS, Kind
 from tests.fakes import FakeWorker
+from tests.live_baton import fleet_view
 from tests.router.conftest import Cluster, run_cluster
 
 ONE = Distribution([1, *[0] * len(STAGE_BOUNDS)], 0.0005)
@@ -51,6 +52,7 @@ async def test_the_exposition_is_the_catalogue(cluster: Cluster) -> None:
     links = {f"{prefill.host}:{prefill.kv_port}": LinkStats(1, 0, 4096, 0.5)}
     await heard(cluster, cluster.decode[0], stats(links=links))
     await cluster.client.completions.create(model="demo", prompt="Once", temperature=0)
+    cluster.gateway.describe_fleet(fleet_view([worker.info for worker in cluster.prefill + cluster.decode]))
     families = await exposed(cluster)
     ours = {name: family for name, family in families.items() if name.startswith("baton_")}
     assert ours.keys() == {spec.name for spec in SPECS}
@@ -63,6 +65,17 @@ async def test_the_exposition_is_the_catalogue(cluster: Cluster) -> None:
             Kind.HISTOGRAM
         )
     assert {s.name for s in families["process_cpu_seconds"].samples} == {"process_cpu_seconds_total"}
+
+
+async def test_what_the_fleet_says(cluster: Cluster) -> None:
+    assert "baton_fleet_workers" not in await exposed(cluster), "nothing was said yet"
+    cluster.gateway.describe_fleet(fleet_view([worker.info for worker in cluster.prefill + cluster.decode]))
+    families = await exposed(cluster)
+    assert value(families, "baton_fleet_wanted_workers", role="decode") == 2
+    assert value(families, "baton_fleet_workers", role="decode", state="ready") == 1
+    assert value(families, "baton_fleet_workers", role="decode", state="pending") == 0
+    assert value(families, "baton_autoscale_target_workers", role="prefill") == 1
+    assert value(families, "baton_autoscale_changes", role="decode", direction="up", cause="forecast") == 1
 
 
 async def test_other_tools_names(cluster: Cluster, model_dir: Path, answer_ids: list[int]) -> None:

@@ -19,8 +19,8 @@ CONFIG = PlannerConfig(
 
 def seen(at, rate, prefill, decode, **changes):
     """A window of `CONFIG.window_s` with warm slices and requests of 0.4 s, 300 tokens behind 4000."""
-    samples = [SliceSample(role=Role.PREFILL, age_s=1e3, busy=0.5, kv_share=0.1) for _ in range(prefill)]
-    samples += [SliceSample(role=Role.DECODE, age_s=1e3, busy=0.5, kv_share=0.1) for _ in range(decode)]
+    samples = [SliceSample(role=Role.PREFILL, age_s=1e3, kv_share=0.1) for _ in range(prefill)]
+    samples += [SliceSample(role=Role.DECODE, age_s=1e3, kv_share=0.1) for _ in range(decode)]
     fields = {
         "at": at,
         "requests": round(rate * CONFIG.window_s),
@@ -137,8 +137,8 @@ def test_missed_itl_and_full_memory_are_the_decode_pools():
         planner = Planner(CONFIG)
         calm = follow(planner, [4.0] * 8)[-1]
         if changes.get("slices", 1) is None:
-            full = [SliceSample(role=Role.DECODE, age_s=1e3, busy=1.0, kv_share=0.95) for _ in range(calm.decode)]
-            full += [SliceSample(role=Role.PREFILL, age_s=1e3, busy=1.0, kv_share=0.1) for _ in range(calm.prefill)]
+            full = [SliceSample(role=Role.DECODE, age_s=1e3, kv_share=0.95) for _ in range(calm.decode)]
+            full += [SliceSample(role=Role.PREFILL, age_s=1e3, kv_share=0.1) for _ in range(calm.prefill)]
             changes = {"slices": full}
         plans = [planner.plan(seen(15.0 * i, 4.0, calm.prefill, calm.decode, **changes)) for i in range(9, 12)]
         assert max(plan.decode for plan in plans) == calm.decode + 1
@@ -148,8 +148,8 @@ def test_missed_itl_and_full_memory_are_the_decode_pools():
 def test_cold_slices_are_not_heard():
     planner = Planner(CONFIG)
     calm = follow(planner, [4.0] * 8)[-1]
-    cold = [SliceSample(role=Role.DECODE, age_s=1.0, busy=1.0, kv_share=0.99) for _ in range(calm.decode)]
-    warm = [SliceSample(role=Role.PREFILL, age_s=1e3, busy=0.5, kv_share=0.1) for _ in range(calm.prefill)]
+    cold = [SliceSample(role=Role.DECODE, age_s=1.0, kv_share=0.99) for _ in range(calm.decode)]
+    warm = [SliceSample(role=Role.PREFILL, age_s=1e3, kv_share=0.1) for _ in range(calm.prefill)]
     for i in range(9, 14):
         plan = planner.plan(seen(15.0 * i, 4.0, calm.prefill, calm.decode, slices=[*warm, *cold]))
         assert plan.decode == calm.decode

@@ -32,6 +32,7 @@ HEALTHY = {
     f"baton_worker_connected{{{DECODE}}}": _flat(1),
     f"baton_worker_connected{{{PREFILL}}}": _flat(1),
     f"baton_worker_incarnation{{{DECODE}}}": _flat(1),
+    f'baton_fleet_workers{{{JOB}, role="decode", state="pending"}}': _flat(0),
     f'baton_retries_total{{{JOB}, reason="worker_died"}}': _flat(0),
     f"baton_placements_total{{{LINK}}}": _grows(100),
     f"baton_compiles_after_warmup{{{DECODE}}}": _flat(0),
@@ -107,6 +108,12 @@ CASES: tuple[Case, ...] = (
         {f'baton_worker_connected{{{JOB}, worker="decode-1", role="decode"}}': _flat(0)},
         {"job": "baton", "worker": "decode-1", "role": "decode", **TICKET},
         "decode-1 is a member of the fleet and no gateway is connected to it.",
+    ),
+    Case(
+        "BatonWorkerWithoutNode",
+        {f'baton_fleet_workers{{{JOB}, role="decode", state="pending"}}': _flat(2)},
+        {"job": "baton", "role": "decode", **TICKET},
+        "2 decode workers have had no node for 15 minutes.",
     ),
     Case(
         "BatonWorkerRestarting",

@@ -1,0 +1,161 @@
+"""Autoscaling against Ray's own autoscaler: it starts nodes that do not exist, as processes of this machine."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.baton_process import Baton, free_port, until
+from tests.deploy.paced import FULL
+from tests.deploy.ray_head import Head
+from tests.fakes import make_model_dir
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
+
+TTFT_S = 2.0
+NODE_TYPES = {
+    "prefill": {
+        "resources": {"CPU": 0, "baton-prefill": 1},
+        "node_config": {},
+        "min_workers": 1,
+        "max_workers": 3,
+    }
+}
+SETTINGS = {
+    "gateway.slo_ttft_s": TTFT_S,
+    "gateway.local_prefill_tokens": 0,
+    "autoscale.mode": "act",
+    "autoscale.window_s": 0.5,
+    "autoscale.start_s": 2,
+    "autoscale.max_prefill": 3,
+    "autoscale.max_decode": 2,
+    "autoscale.budget": 4,
+    "autoscale.node_timeout_s": 8,
+}
+
+
+class Clients:
+    """Asks at a rate that can be changed; remembers how every request went."""
+
+    def __init__(self, port: int) -> None:
+        self._url = f"http://127.0.0.1:{port}/v1/completions"
+        self.rate = 1.0
+        self.answers: list[tuple[float, int, float]] = []  # when it was sent, status, seconds
+        self._over = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._pacer = threading.Thread(target=self._pace)
+        self._pacer.start()
+
+    def _pace(self) -> None:
+        while not self._over.wait(1 / self.rate):
+            asking = threading.Thread(target=self._ask)
+            asking.start()
+            self._threads.append(asking)
+
+    def _ask(self) -> None:
+        at = time.monotonic()
+        body = {"model": "paced", "prompt": [5, 6, 7, 8] * 5, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+        try:
+            status = httpx.post(self._url, json=body, timeout=60).status_code
+        except httpx.TransportError:
+            status = 0
+        self.answers.append((at, status, time.monotonic() - at))
+
+    def in_time(self, since: float) -> float:
+        """Share of those sent since then that were answered in time; their decoding takes next to nothing."""
+        times = [seconds for at, _, seconds in self.answers if at >= since]
+        return sum(seconds <= TTFT_S for seconds in times) / len(times) if times else 0.0
+
+    def stop(self) -> None:
+        self._over.set()
+        for thread in (self._pacer, *self._threads):
+            thread.join()
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[Head]:
+    running = Head(tmp_path, {"baton-gateway": 1, "baton-decode": 1}, NODE_TYPES)
+    yield running
+    running.stop()
+
+
+def test_pools_follow_the_load_onto_new_nodes_and_back(
+    head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in head.settings.items():
+        monkeypatch.setenv(name, value)
+    model = make_model_dir(tmp_path / "paced")
+    port = free_port()
+    flags = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
+    flags += ["--gateway.model_name", "paced"]
+    baton = Baton(tmp_path, port, "-m", "tests.deploy.paced", str(port), str(model), head.address, *flags)
+    clients = None
+    try:
+        assert baton.wait_ready(), baton.log.read_text()
+        clients = Clients(port)
+        time.sleep(3)
+        assert pools(baton) == {"prefill": 1, "decode": 1} and len(head.processes("raylet")) == 2
+
+        (model / FULL).touch()  # decode wants another worker, too, for which no node will ever come
+        clients.rate = 6.0  # a prefill worker reads four a second
+        until(lambda: state_of(baton, "decode-1") == "pending", 60)
+        until(lambda: pools(baton)["prefill"] >= 2, 60)
+        assert len(head.processes("raylet")) >= 3, "on a node that did not exist"
+        recovered(clients)
+        until(lambda: "no node came for decode-1 within 8 s" in reasons(baton), 30)
+
+        (model / FULL).unlink()
+        clients.rate = 0.5
+        until(lambda: pools(baton) == {"prefill": 1, "decode": 1} and not others(baton), 90)
+        until(lambda: len(head.processes("raylet")) == 2, 30)
+        clients.stop()
+        assert len(clients.answers) > 60 and {status for _, status, _ in clients.answers} == {200}
+
+        text = baton.cli("status").stdout
+        assert "autoscale: act, wants 1 prefill, 1 decode" in text and "one less" in text
+        metrics = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        assert 'baton_autoscale_changes_total{cause="forecast",direction="up",role="prefill"}' in metrics
+        assert 'baton_autoscale_changes_total{cause="unavailable",direction="down",role="decode"}' in metrics
+        assert 'baton_fleet_wanted_workers{role="prefill"} 1.0' in metrics
+        shown = httpx.get(f"http://127.0.0.1:{port}/dashboard/state").json()["fleet"]["autoscale"]
+        assert shown["mode"] == "act" and shown["decisions"][-1]["acted"]
+    finally:
+        if clients is not None:
+            clients.stop()
+        baton.close()
+
+
+def recovered(clients: Clients) -> None:
+    """Wait until requests are answered in time again, for three seconds."""
+    since = time.monotonic()
+    deadline = since + 60
+    while clients.in_time(since) < 0.95 or time.monotonic() - since < 3:
+        assert time.monotonic() < deadline, clients.answers[-20:]
+        if time.monotonic() - since >= 3:
+            since = time.monotonic()
+        time.sleep(0.1)
+
+
+def pools(baton: Baton) -> dict[str, int]:
+    """Workers that serve, by role."""
+    members = baton.status()["members"]
+    return {role: sum(m["role"] == role and m["state"] == "ready" for m in members) for role in ("prefill", "decode")}
+
+
+def others(baton: Baton) -> list[Any]:
+    return [m for m in baton.status()["members"] if m["state"] != "ready"]
+
+
+def state_of(baton: Baton, worker_id: str) -> str:
+    return next((m["state"] for m in baton.status()["members"] if m["worker_id"] == worker_id), "")
+
+
+def reasons(baton: Baton) -> str:
+    return json.dumps([one["reasons"] for one in baton.status()["autoscale"]["decisions"]])
