@@ -181,6 +181,18 @@ def _quota(failure: LaunchFailure) -> Finding:
     return Finding("nodes", Level.WARN, text, fix)
 
 
+def launch_failures(status: bytes | str) -> list[LaunchFailure]:
+    """The nodes that Ray's autoscaler lately could not get, from the status that it writes as JSON."""
+    report = json.loads(status).get("autoscaler_report") or {}
+    records = (report.get("node_availability_summary") or {}).get("node_availabilities") or {}
+    found = []
+    for kind, record in records.items():
+        reason = record.get("unavailable_node_information")
+        if reason:
+            found.append(LaunchFailure(kind, f"{reason['category']}: {reason['description']}"))
+    return found
+
+
 def read_plan(path: Path) -> dict[str, Any]:
     """What `baton plan --json` wrote.
 

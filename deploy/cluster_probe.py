@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from ray.exceptions import RayError
 from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from deploy.cluster_doctor import COMPARED, LaunchFailure, NodeReport
+from deploy.cluster_doctor import COMPARED, LaunchFailure, NodeReport, launch_failures
 from deploy.config import ServeConfig
 from deploy.doctor import Finding, Machine, examine_node
 from deploy.serve import join_ray
@@ -52,7 +51,8 @@ def probe(address: str, config: ServeConfig) -> tuple[list[NodeReport], list[Lau
     join_ray(address)
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        return asyncio.run(_ask_all(nodes, config)), _failures()
+        told = internal_kv._internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS)
+        return asyncio.run(_ask_all(nodes, config)), launch_failures(told or b"{}")
     finally:
         ray.shutdown()
 
@@ -98,18 +98,3 @@ async def _skew(actor: Any) -> tuple[float, float]:
 def _name(node: dict[str, Any]) -> str:
     """Its address; where a test has several nodes on one machine, with a part of its id."""
     return f"{node['NodeManagerAddress']}/{node['NodeID'][:6]}"
-
-
-def _failures() -> list[LaunchFailure]:
-    """Recent failures of Ray's autoscaler to start a node; none where there is no autoscaler."""
-    text = internal_kv._internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS)
-    if not text:
-        return []
-    report = json.loads(text).get("autoscaler_report") or {}
-    records = (report.get("node_availability_summary") or {}).get("node_availabilities") or {}
-    found = []
-    for kind, record in records.items():
-        reason = (record or {}).get("unavailable_node_information")
-        if reason:
-            found.append(LaunchFailure(kind, f"{reason.get('category', '')} {reason.get('description', '')}".strip()))
-    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -26,6 +27,7 @@ from engine_core.prefix_cache import BlockStored
 from engine_core.types import FinishReason, Numerics, Request, Role, Tier, TokenLogprobs
 from kv_transfer.block_publisher import BlockPublisher
 from kv_transfer.control import ControlServer, GatewayLink
+from router.fleet_view import AutoscaleView, FleetView, MemberView, ScaleChange, ScaleDecision
 
 ANSWER = (
     "The quick brown fox jumps over the lazy dog. Zwölf Boxkämpfer jagen Viktor 🦊 über den großen Sylter Deich! " * 12
@@ -216,3 +218,15 @@ class FakeWorker:
             self.num_cached,
             [TokenLogprobs(-float(token)) for token in request.token_ids[1:]] if sampling.prompt_logprobs else [],
         )
+
+
+def fleet_view(infos: Sequence[WorkerInfo]) -> FleetView:
+    """What a fleet of these workers would say, with an autoscaler that has done something."""
+    members = tuple(MemberView(info.worker_id, str(info.role), 1, "ready", "", 1) for info in infos)
+    reasons = ("decode: the floor is 2, there are 1",)
+    decision = ScaleDecision(
+        1.7e9, True, {"prefill": 1, "decode": 1}, {"prefill": 1, "decode": 2}, "1P1D -> 1P2D: start 1 decode", reasons
+    )
+    changes = (ScaleChange("decode", "up", "forecast", 1),)
+    autoscale = AutoscaleView("act", "", {"prefill": 1, "decode": 2}, changes, (decision,))
+    return FleetView({"prefill": 1, "decode": 2}, members, (f"autoscale: {decision.text}",), autoscale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,12 @@ from typing import Any
 import httpx
 
 from engine_core.config import ModelConfig
-from engine_core.messages import WorkerInfo
 from engine_core.types import Numerics
 from router.config import GatewayConfig
-from router.fleet_view import AutoscaleView, FleetView, MemberView, ScaleChange, ScaleDecision
 from router.server import Gateway
 from tests.baton_process import free_port, until
 from tests.e2e.model import make_checkpoint
+from tests.fakes import fleet_view
 from tests.mini_cluster import MiniCluster, tiny_config
 
 MODEL = "tiny"
@@ -101,15 +100,3 @@ class LiveBaton:
         infos = [worker.info() for worker in self.cluster.workers]
         self.gateway.follow(infos)
         self.gateway.describe_fleet(fleet_view(infos))
-
-
-def fleet_view(infos: Sequence[WorkerInfo]) -> FleetView:
-    """What a fleet of these workers would say, with an autoscaler that has done something."""
-    members = tuple(MemberView(info.worker_id, str(info.role), 1, "ready", "", 1) for info in infos)
-    reasons = ("decode: the floor is 2, there are 1",)
-    decision = ScaleDecision(
-        1.7e9, True, {"prefill": 1, "decode": 1}, {"prefill": 1, "decode": 2}, "1P1D -> 1P2D: start 1 decode", reasons
-    )
-    changes = (ScaleChange("decode", "up", "forecast", 1),)
-    autoscale = AutoscaleView("act", "", {"prefill": 1, "decode": 2}, changes, (decision,))
-    return FleetView({"prefill": 1, "decode": 2}, members, (f"autoscale: {decision.text}",), autoscale)

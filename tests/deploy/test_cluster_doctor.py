@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from ray.autoscaler._private.node_provider_availability_tracker import (
+    NodeAvailabilityRecord,
+    NodeAvailabilitySummary,
+    UnavailableNodeInformation,
+)
 
 from deploy import cli
-from deploy.cluster_doctor import LaunchFailure, NodeReport, judge, read_plan
+from deploy.cluster_doctor import LaunchFailure, NodeReport, judge, launch_failures, read_plan
 from deploy.config import ServeConfig
 from deploy.doctor import Finding, Level, Machine, examine_node
 from deploy.launch import read_config
@@ -118,6 +124,19 @@ def test_missing_nodes_only_warn_where_the_autoscaler_may_get_them() -> None:
 def test_quota_hints(reason: str, hint: str) -> None:
     finding = judge([HEAD, PREFILL, DECODE], config(), None, [LaunchFailure("decode", reason)])[-1]
     assert (finding.check, finding.level) == ("nodes", Level.WARN) and hint in finding.fix and reason in finding.text
+
+
+def test_what_rays_autoscaler_says_is_read() -> None:
+    gone = UnavailableNodeInformation("QUOTA", "Quota 'TPUV6EPerProject' exceeded")
+    records = {
+        "decode": NodeAvailabilityRecord("decode", False, 1.0, gone),
+        "prefill": NodeAvailabilityRecord("prefill", True, 1.0, None),
+    }
+    report = {"node_availability_summary": dataclasses.asdict(NodeAvailabilitySummary(records))}
+    assert launch_failures(json.dumps({"autoscaler_report": report})) == [
+        LaunchFailure("decode", "QUOTA: Quota 'TPUV6EPerProject' exceeded")
+    ]
+    assert launch_failures(b"{}") == launch_failures(json.dumps({"autoscaler_report": None})) == []
 
 
 def test_only_workers_need_chips_and_a_cache() -> None:

@@ -55,7 +55,7 @@ def test_serve_joins_and_leaves(head: Head, tmp_path: Path, monkeypatch: pytest.
         assert doctor.returncode == 1 and found["baton-decode"]["fix"].startswith("more nodes that offer baton-decode")
         assert found["ray everywhere"]["text"].endswith("on 1 nodes")
         assert not [check for check in found if check.endswith(("clock skew", "answers"))]
-        assert any(check.startswith("127.0.0.1/") and check.endswith(" jax") for check in found)
+        assert any(check.endswith(" jax") for check in found), found.keys()
         logs = baton.cli("logs", "--worker", "fleet", "-n", "5")
         assert logs.returncode == 0 and "decode-0 (incarnation 1) is ready" in logs.stdout
         assert "has no log of 'nobody', but of: " in baton.cli("logs", "--worker", "nobody").stderr

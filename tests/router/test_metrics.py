@@ -11,8 +11,7 @@ from engine_core.messages import Distribution, LinkStats, WorkerStats
 from engine_core.types import Role
 from engine_core.worker_stats import STAGE_BOUNDS
 from router.metric_catalogue import AGGREGATES, SPECS, Kind
-from tests.fakes import FakeWorker
-from tests.live_baton import fleet_view
+from tests.fakes import FakeWorker, fleet_view
 from tests.router.conftest import Cluster, run_cluster
 
 ONE = Distribution([1, *[0] * len(STAGE_BOUNDS)], 0.0005)
