@@ -45,7 +45,6 @@ class PlacementConfig:
     queue: float = 1.0
     prefill: float = 1.0
     transfer: float = 1.0
-    slot_wait: float = 1.0
     itl: float = 1.0
     crowding: float = 1.0
     followers: float = 1.0
@@ -85,7 +84,6 @@ class Writer(NamedTuple):
     worker: Any
     local: Reader
     num_bytes: Any
-    slot_wait_s: Any
     itl_s: Any
     stall_s: Any
     affinity_s: Any
@@ -124,7 +122,6 @@ class PairCosts:
         self._num_tokens = len(request.token_ids)
         self._held = held
         self._last = last
-        self._mean_output_tokens = output_tokens
         left = request.sampling.max_tokens - (self._num_tokens - request.num_prompt_tokens)
         self._output_tokens = min(left, output_tokens)
         self._now = now
@@ -161,7 +158,6 @@ class PairCosts:
             queue_s=reading.queue_s,
             prefill_s=reading.prefill_s,
             transfer_s=transfer_s,
-            slot_wait_s=writer.slot_wait_s,
             itl_s=writer.itl_s + (writer.stall_s if reader is None else 0.0),
             crowding_s=reading.crowding_s,
             followers_s=reading.followers_s,
@@ -205,21 +201,18 @@ class PairCosts:
         return Reader(worker, held, missing, chunks, *terms, total_s)
 
     def _writer(self, standing: Standing, local: Reader) -> Writer:
-        """The sequence's own steps get longer by its neighbours, theirs by it; a full worker makes it wait."""
+        """The sequence's own steps get longer by its neighbours, theirs by it."""
         config, num_tokens, page_size, rows = self._config, self._num_tokens, standing.page_size, standing.rows
         row_s = standing.decode_row_s + standing.decode_token_s * num_tokens
         alone_s = standing.decode_step_s + row_s
         crowd = larger(rows, standing.arrivals_per_s(self._now) * self._output_tokens * alone_s)  # Little's law
         slower_s = standing.decode_row_s * crowd + standing.decode_token_s * standing.kv_tokens
         itl_s = config.itl * self._output_tokens * (slower_s + crowd * row_s)
-        over = larger((rows + 1 - standing.num_slots) / standing.num_slots, 0.0)
         num_pages = -(-num_tokens // page_size)
-        over = larger(over, (num_pages - standing.free_pages) / standing.num_pages)
-        wait_s = config.slot_wait * over * self._mean_output_tokens * (alone_s + slower_s)
         stall_s = config.itl * rows * local.prefill_s
         num_bytes = (num_pages - local.held // page_size) * standing.block_bytes
-        total_s = wait_s + itl_s + local.affinity_s
-        return Writer(local.worker, local, num_bytes, wait_s, itl_s, stall_s, local.affinity_s, total_s)
+        total_s = itl_s + local.affinity_s
+        return Writer(local.worker, local, num_bytes, itl_s, stall_s, local.affinity_s, total_s)
 
     def _may_read(self, writer: Writer) -> Any:
         limit = self._config.local_prefill_tokens
