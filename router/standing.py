@@ -101,21 +101,20 @@ class Standings:
     """Of a list of workers, as arrays; only what changed since the last call is written."""
 
     def __init__(self) -> None:
-        self._seen: list[Standing | None] = []
+        self._seen: Sequence[Standing | None] = ()
         self._fields = np.zeros((len(Standing._fields), 0))
 
     def of(self, workers: Sequence[HasStanding]) -> Standing:
         """Arrays that are valid until the next call."""
         if len(workers) != len(self._seen):
-            self._seen = [None] * len(workers)
+            self._seen = (None,) * len(workers)
             self._fields = np.zeros((len(Standing._fields), len(workers)))
-        seen, fields = self._seen, self._fields
-        for column, worker in enumerate(workers):
-            standing = worker.standing()
-            if standing is not seen[column]:
-                seen[column] = standing
-                fields[:, column] = standing
-        return Standing(*fields)
+        standings = [worker.standing() for worker in workers]
+        changed = [at for at, (one, seen) in enumerate(zip(standings, self._seen, strict=True)) if one is not seen]
+        for at in changed:
+            self._fields[:, at] = standings[at]
+        self._seen = standings
+        return Standing(*self._fields)
 
 
 def larger(one: Any, other: Any) -> Any:
