@@ -78,6 +78,7 @@ class BlockIndex:
         self._old: BlockTable | None = None  # being moved into the larger table
         self._cursor = 0  # of the move, or of the wiping
         self._columns: dict[Worker, int] = {}
+        self._known: list[int] | None = None  # masks of these columns; None: they have changed
         self._hidden: dict[Worker, int] = {}
         self._free_columns: list[int] = []
         self._num_columns = 0
@@ -108,6 +109,7 @@ class BlockIndex:
         """A worker that holds nothing as far as we know."""
         assert worker not in self._columns, worker
         self._columns[worker] = self._new_column()
+        self._known = None
 
     def leave(self, worker: Worker) -> None:
         """Forget a worker. Unknown ones are fine."""
@@ -115,11 +117,13 @@ class BlockIndex:
         column = self._columns.pop(worker, None)
         if column is not None:
             self._give_up(column)
+            self._known = None
 
     def clear(self, worker: Worker) -> None:
         """It holds nothing any more."""
         self._give_up(self._columns[worker])
         self._columns[worker] = self._new_column()
+        self._known = None
 
     def change(self, worker: Worker, tier: Tier, removed: Keys, stored: Keys) -> None:
         """Blocks left and entered a tier of a worker; no block is in both arrays."""
@@ -138,6 +142,7 @@ class BlockIndex:
         """The snapshot is complete."""
         self._give_up(self._columns[worker])
         self._columns[worker] = self._hidden.pop(worker)
+        self._known = None
 
     def drop_snapshot(self, worker: Worker) -> None:
         """The snapshot will not be completed."""
@@ -162,7 +167,9 @@ class BlockIndex:
             keys: `[num_blocks] u64` of the chain from its first block on.
         """
         self.fold()
-        alive = self._bits_of(self._columns.values())
+        if self._known is None:
+            self._known = self._bits_of(self._columns.values())
+        alive = self._known
         depth_of = [0] * self._num_columns
         for start in range(0, len(keys), _MATCH_BLOCKS):
             words = self._gather(keys[start : start + _MATCH_BLOCKS], len(alive))

@@ -74,7 +74,6 @@ class Candidate:
         "_standing_of",
         "_unheard",
         "_unheard_rows",
-        "_unheard_tokens",
         "_unheard_us",
         "_work",
         "breaker",
@@ -110,7 +109,6 @@ class Candidate:
         self._unheard: dict[int, Work] = {}  # placed since the last beat, which cannot know of it
         self._unheard_us = 0
         self._unheard_rows = 0
-        self._unheard_tokens = 0
         self._gone_rows = 0  # that ended since the last beat, which still counts them
         self._recent_s = Recent()
         self._recent_rows = Recent()
@@ -191,13 +189,12 @@ class Candidate:
     def _hear(self) -> None:
         self._standing = None
         self._unheard.clear()
-        self._unheard_us = self._unheard_rows = self._unheard_tokens = 0
+        self._unheard_us = self._unheard_rows = 0
         self._gone_rows = 0
 
     def _count_unheard(self, work: Work, sign: int) -> None:
         self._unheard_us += sign * work.prefill_us
         self._unheard_rows += sign * work.rows
-        self._unheard_tokens += sign * work.kv_tokens
 
     def standing(self) -> Standing:
         """What placement weighs of this worker; the same object until something changes."""
@@ -209,11 +206,9 @@ class Candidate:
 
     def _stand(self) -> Standing:
         info, load, rows = self.info, self.load, self.num_rows()
-        told_s, free_pages = -math.inf, math.inf
-        if load is not None:
-            if load.queued_tokens:
-                told_s = self.steps.prefill_s(load.queued_tokens, 0, info.chunk_tokens) + self._unheard_us / 1e6
-            free_pages = load.free_pages + -self._unheard_tokens // info.page_size
+        told_s = -math.inf
+        if load is not None and load.queued_tokens:
+            told_s = self.steps.prefill_s(load.queued_tokens, 0, info.chunk_tokens) + self._unheard_us / 1e6
         head = next(iter(self._work.values()), None)
         prefill_step_s, prefill_token_s, prefill_pair_s, decode_step_s, decode_row_s, decode_token_s = (
             self.steps.coefficients
@@ -228,8 +223,6 @@ class Candidate:
             chunk_tokens=info.chunk_tokens or math.inf,
             page_size=info.page_size,
             block_bytes=info.block_bytes,
-            num_slots=max(info.num_slots, 1),
-            num_pages=max(info.num_pages, 1),
             placed_s=self._prefill_us / 1e6,
             head_s=head.prefill_us / 1e6 if head else 0.0,
             head_since=self._head_since,
@@ -242,7 +235,6 @@ class Candidate:
             kv_tokens=self.kv_tokens(rows),
             arrivals=self._recent_rows.total,
             arrived_at=self._recent_rows.at,
-            free_pages=free_pages,
         )
 
     def queue_s(self, now: float) -> float:

@@ -16,7 +16,6 @@ class Terms(msgspec.Struct, frozen=True, gc=False):
         queue_s: prompts before it.
         prefill_s: computing what the prefill worker does not hold.
         transfer_s: KV that arrives after prefill has ended.
-        slot_wait_s: until the decode worker has a slot and pages.
         itl_s: what this sequence adds to its own and its neighbours' later steps; for local prefill, the neighbours'
             steps that it holds up, too.
         crowding_s: expected wait behind requests still to come, from how busy the prefill worker was lately.
@@ -27,7 +26,6 @@ class Terms(msgspec.Struct, frozen=True, gc=False):
     queue_s: float
     prefill_s: float
     transfer_s: float
-    slot_wait_s: float
     itl_s: float
     crowding_s: float
     followers_s: float
@@ -40,7 +38,6 @@ class Terms(msgspec.Struct, frozen=True, gc=False):
             self.queue_s
             + self.prefill_s
             + self.transfer_s
-            + self.slot_wait_s
             + self.itl_s
             + self.crowding_s
             + self.followers_s

@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from router.sessions import Pair
 from router.standing import Standing, Standings, larger, smaller
 
 Floats = npt.NDArray[np.float64]
+AnyFields = TypeVar("AnyFields", bound=tuple[Any, ...])
 
 NUM_RANKED = 4  # the best pair and some runners-up, for people
 SAME_S = 1e-6  # costs that differ by less are equal
@@ -44,7 +45,6 @@ class PlacementConfig:
     queue: float = 1.0
     prefill: float = 1.0
     transfer: float = 1.0
-    slot_wait: float = 1.0
     itl: float = 1.0
     crowding: float = 1.0
     followers: float = 1.0
@@ -84,7 +84,6 @@ class Writer(NamedTuple):
     worker: Any
     local: Reader
     num_bytes: Any
-    slot_wait_s: Any
     itl_s: Any
     stall_s: Any
     affinity_s: Any
@@ -123,20 +122,19 @@ class PairCosts:
         self._num_tokens = len(request.token_ids)
         self._held = held
         self._last = last
-        self._mean_output_tokens = output_tokens
         left = request.sampling.max_tokens - (self._num_tokens - request.num_prompt_tokens)
         self._output_tokens = min(left, output_tokens)
         self._now = now
         self._followers = 0.0
 
     def rank(
-        self, sources: Sequence[Candidate], targets: Sequence[Candidate], of_sources: Standings, of_targets: Standings
+        self, sources: Sequence[Candidate], targets: Sequence[Candidate], standings: Standings
     ) -> tuple[list[Choice], int]:
         """The cheapest pairs, best first, and how many were weighed. Of equals, the one that waited longest.
 
         Args:
             sources, targets: prefill and decode workers that may be used; at least one target.
-            of_sources, of_targets: used where there are many.
+            standings: used where there are many.
         """
         if len(sources) * len(targets) <= SMALL:
             busy = [worker.standing().busy(self._now) for worker in sources or targets]
@@ -147,9 +145,8 @@ class PairCosts:
             local = [self._local(writer) for writer in writers if not choices or self._may_read(writer)]
             num_weighed = len(choices) + len(local)
         else:
-            choices, local, num_weighed = self._best_of_many(
-                sources, targets, of_sources.of(sources), of_targets.of(targets)
-            )
+            standing = standings.of([*sources, *targets])
+            choices, local, num_weighed = self._best_of_many(sources, targets, standing)
         return sorted(choices + local, key=_order)[:NUM_RANKED], num_weighed
 
     def option(self, choice: Choice) -> Option:
@@ -161,7 +158,6 @@ class PairCosts:
             queue_s=reading.queue_s,
             prefill_s=reading.prefill_s,
             transfer_s=transfer_s,
-            slot_wait_s=writer.slot_wait_s,
             itl_s=writer.itl_s + (writer.stall_s if reader is None else 0.0),
             crowding_s=reading.crowding_s,
             followers_s=reading.followers_s,
@@ -205,21 +201,18 @@ class PairCosts:
         return Reader(worker, held, missing, chunks, *terms, total_s)
 
     def _writer(self, standing: Standing, local: Reader) -> Writer:
-        """The sequence's own steps get longer by its neighbours, theirs by it; a full worker makes it wait."""
+        """The sequence's own steps get longer by its neighbours, theirs by it."""
         config, num_tokens, page_size, rows = self._config, self._num_tokens, standing.page_size, standing.rows
         row_s = standing.decode_row_s + standing.decode_token_s * num_tokens
         alone_s = standing.decode_step_s + row_s
         crowd = larger(rows, standing.arrivals_per_s(self._now) * self._output_tokens * alone_s)  # Little's law
         slower_s = standing.decode_row_s * crowd + standing.decode_token_s * standing.kv_tokens
         itl_s = config.itl * self._output_tokens * (slower_s + crowd * row_s)
-        over = larger((rows + 1 - standing.num_slots) / standing.num_slots, 0.0)
         num_pages = -(-num_tokens // page_size)
-        over = larger(over, (num_pages - standing.free_pages) / standing.num_pages)
-        wait_s = config.slot_wait * over * self._mean_output_tokens * (alone_s + slower_s)
         stall_s = config.itl * rows * local.prefill_s
         num_bytes = (num_pages - local.held // page_size) * standing.block_bytes
-        total_s = wait_s + itl_s + local.affinity_s
-        return Writer(local.worker, local, num_bytes, wait_s, itl_s, stall_s, local.affinity_s, total_s)
+        total_s = itl_s + local.affinity_s
+        return Writer(local.worker, local, num_bytes, itl_s, stall_s, local.affinity_s, total_s)
 
     def _may_read(self, writer: Writer) -> Any:
         limit = self._config.local_prefill_tokens
@@ -242,13 +235,18 @@ class PairCosts:
         return fixed_s + float(_left_s(byte_s * writer.num_bytes, reader.chunks, reader.prefill_s))
 
     def _best_of_many(
-        self, sources: Sequence[Candidate], targets: Sequence[Candidate], of_sources: Standing, of_targets: Standing
+        self, sources: Sequence[Candidate], targets: Sequence[Candidate], standing: Standing
     ) -> tuple[list[Choice], list[Choice], int]:
-        """The best pairs and the best local ones, and how many there are."""
-        busy = (of_sources if sources else of_targets).busy(self._now)
-        self._followers = self._config.followers * _num_followers(float(busy.mean()))
-        reader = self._reader(sources, of_sources, *self._of_all(sources, 0))
-        writer = self._writer(of_targets, self._reader(targets, of_targets, *self._of_all(targets, 1)))
+        """The best pairs and the best local ones, and how many there are. `standing` is of sources, then targets."""
+        count, workers = len(sources), [*sources, *targets]
+        of_sources, of_targets = _sliced(standing, 0, count), _sliced(standing, count, len(workers))
+        self._followers = self._config.followers * _num_followers(
+            float((of_sources if count else of_targets).busy(self._now).mean())
+        )
+        held = np.array([float(self._held.get(worker.key, 0)) for worker in workers])
+        reading = self._reader(workers, standing, held, self._affinities(workers, count))
+        reader, local = _sliced(reading, 0, count), _sliced(reading, count, len(workers))
+        writer = self._writer(of_targets, local)
         fixed_s, byte_s = self._transfers.links([one.key for one in sources], [one.key for one in targets])
         left_s = _left_s(byte_s * writer.num_bytes, reader.chunks[:, None], reader.prefill_s[:, None])
         total_s = self._config.transfer * (fixed_s + left_s) + reader.total_s[:, None] + writer.total_s
@@ -258,24 +256,43 @@ class PairCosts:
         if not num_pairs:
             local_s = _local_s(writer)
         turns = np.array([one.turn for one in sources])[:, None], np.array([one.turn for one in targets])
-        pairs = [divmod(at, len(targets)) for at in _least(total_s.reshape(-1), (turns[0] + turns[1]).reshape(-1))]
-        readers = {row: self._reader_of(sources[row], 0) for row, _ in pairs}
-        locals_ = _least(local_s, turns[1])
-        writers = {at: self._writer_of(targets[at]) for at in {*locals_, *(column for _, column in pairs)}}
-        choices = [self._pair(readers[row], writers[column]) for row, column in pairs]
+        at_pairs = _least(total_s.reshape(-1), (turns[0] + turns[1]).reshape(-1)) if num_pairs else []
+        pairs = [divmod(at, len(targets)) for at in at_pairs]
+        at_local = _least(local_s, turns[1])
+        writers = {at: _writer_at(writer, at) for at in {*at_local, *(column for _, column in pairs)}}
+        choices = [self._pair(_reader_at(reader, row), writers[column]) for row, column in pairs]
         return (
             [choice for choice in choices if choice],
-            [self._local(writers[at]) for at in locals_],
+            [self._local(writers[at]) for at in at_local],
             num_pairs + int(np.isfinite(local_s).sum()),
         )
 
-    def _of_all(self, workers: Sequence[Candidate], role: int) -> tuple[Floats, Floats]:
-        """Per worker: tokens held, and what affinity is worth."""
-        held = np.array([float(self._held.get(worker.key, 0)) for worker in workers])
+    def _affinities(self, workers: Sequence[Candidate], num_sources: int) -> Floats:
+        """Per worker, what affinity is worth."""
         affinity_s = np.zeros(len(workers))
         if self._last is not None:
-            affinity_s[[worker.key == self._last[role] for worker in workers]] = self._affinity_s
-        return held, affinity_s
+            for at, worker in enumerate(workers):
+                if worker.key == self._last[at >= num_sources]:
+                    affinity_s[at] = self._affinity_s
+        return affinity_s
+
+
+def _sliced(fields: AnyFields, start: int, end: int) -> AnyFields:
+    """Some of many workers."""
+    return type(fields)(*[field[start:end] for field in fields])
+
+
+def _reader_at(reader: Reader, at: int) -> Reader:
+    """One of many, in numbers."""
+    worker, held, missing, *rest = [field[at] for field in reader]
+    return Reader(worker, int(held), int(missing), *map(float, rest))
+
+
+def _writer_at(writer: Writer, at: int) -> Writer:
+    """One of many, in numbers."""
+    workers, local, *rest = writer
+    num_bytes, *seconds = [field[at] for field in rest]
+    return Writer(workers[at], _reader_at(local, at), int(num_bytes), *map(float, seconds))
 
 
 def _left_s(moving_s: Any, chunks: Any, prefill_s: Any) -> Any:
@@ -291,8 +308,8 @@ def _left_s(moving_s: Any, chunks: Any, prefill_s: Any) -> Any:
 def _num_followers(busy: float) -> float:
     """Seconds that others wait for each second of prefill that is added to a worker with so much of it.
 
-    Where arrivals wait `busy / (1 - busy) / 2` mean prompts, as in `Standing.expected_wait_s`, all of them together wait
-    `busy ** 2 / (1 - busy) / 2` seconds per second; this is its derivative.
+    Where arrivals wait for `busy / (1 - busy) / 2` mean prompts, as in `Standing.expected_wait_s`, all of them together
+    wait `busy ** 2 / (1 - busy) / 2` seconds per second; this is its derivative.
     """
     return 0.5 * busy * (2 - busy) / (1 - busy) ** 2
 

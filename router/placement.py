@@ -88,7 +88,7 @@ class JointPlacement:
         self._hashers: dict[tuple[int, bytes, str], BlockHasher] = {}
         self._numbers = itertools.count(1)
         self._output_tokens = Average(FIRST_OUTPUT_TOKENS, 64)
-        self._sources, self._targets = Standings(), Standings()
+        self._standings = Standings()
 
     def place(
         self,
@@ -120,7 +120,7 @@ class JointPlacement:
         held = self._held(keys, len(request.token_ids))
         last = self._sessions.last(session, now)
         costs = PairCosts(self._config, self._transfers, request, held, last, self._output_tokens.value, now)
-        ranked, num_weighed = costs.rank(sources, targets, self._sources, self._targets)
+        ranked, num_weighed = costs.rank(sources, targets, self._standings)
         decision = Decision(
             request_id=request.request_id,
             epoch=request.epoch,

@@ -22,7 +22,7 @@ class Standing(NamedTuple):
     Attributes:
         prefill_step_s, prefill_token_s, prefill_pair_s, decode_step_s, decode_row_s, decode_token_s: what steps take.
         chunk_tokens: of one prefill step; infinite where prompts are read in one.
-        page_size, block_bytes, num_slots, num_pages: as the worker says.
+        page_size, block_bytes: as the worker says.
         placed_s: prompts placed there and not read yet, as if the first of them had just begun.
         head_s, head_since: that first one.
         told_s, told_at: prompts that the worker spoke of, and those placed since; minus infinity for none.
@@ -30,7 +30,6 @@ class Standing(NamedTuple):
         mean_prefill_s: of a prompt.
         rows, kv_tokens: sequences that decode there or soon will.
         arrivals, arrived_at: sequences placed lately, a sum that decays from then on.
-        free_pages: after what was placed since the last beat; infinite before the first.
     """
 
     prefill_step_s: Any
@@ -42,8 +41,6 @@ class Standing(NamedTuple):
     chunk_tokens: Any
     page_size: Any
     block_bytes: Any
-    num_slots: Any
-    num_pages: Any
     placed_s: Any
     head_s: Any
     head_since: Any
@@ -56,7 +53,6 @@ class Standing(NamedTuple):
     kv_tokens: Any
     arrivals: Any
     arrived_at: Any
-    free_pages: Any
 
     def queue_s(self, now: float) -> Any:
         """Seconds of prefill that a new prompt would wait for.
@@ -105,21 +101,20 @@ class Standings:
     """Of a list of workers, as arrays; only what changed since the last call is written."""
 
     def __init__(self) -> None:
-        self._seen: list[Standing | None] = []
+        self._seen: Sequence[Standing | None] = ()
         self._fields = np.zeros((len(Standing._fields), 0))
 
     def of(self, workers: Sequence[HasStanding]) -> Standing:
         """Arrays that are valid until the next call."""
         if len(workers) != len(self._seen):
-            self._seen = [None] * len(workers)
+            self._seen = (None,) * len(workers)
             self._fields = np.zeros((len(Standing._fields), len(workers)))
-        seen, fields = self._seen, self._fields
-        for column, worker in enumerate(workers):
-            standing = worker.standing()
-            if standing is not seen[column]:
-                seen[column] = standing
-                fields[:, column] = standing
-        return Standing(*fields)
+        standings = [worker.standing() for worker in workers]
+        changed = [at for at, (one, seen) in enumerate(zip(standings, self._seen, strict=True)) if one is not seen]
+        for at in changed:
+            self._fields[:, at] = standings[at]
+        self._seen = standings
+        return Standing(*self._fields)
 
 
 def larger(one: Any, other: Any) -> Any:

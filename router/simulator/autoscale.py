@@ -7,6 +7,7 @@ import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from engine_core.types import Role
 from router.planner import Observation, Plan, Planner, PlannerConfig, SliceSample
@@ -305,7 +306,7 @@ def smallest_static(
                 dataclasses.replace(scenario, num_prefill=total - decode, num_decode=decode)
                 for decode in range(1, total)
             ]
-            of_size = list(pool.map(play_static, *zip(*((trace, fleet, attainment, windows) for fleet in fleets), strict=True)))
+            of_size = list(pool.map(partial(play_static, trace, attainment=attainment, windows=windows), fleets))
             tried += of_size
             if max(fleet.windows_met for fleet in of_size) >= windows:
                 break

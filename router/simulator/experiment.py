@@ -18,7 +18,6 @@ TERMS = {
     "queue": "queue",
     "prefill": "prefill",
     "transfer": "transfer",
-    "slot-wait": "slot_wait",
     "itl": "itl",
     "crowding": "crowding",
     "followers": "followers",

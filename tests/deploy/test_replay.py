@@ -46,7 +46,20 @@ def test_ablation_runs_each_term(trace, capsys):
     names = list(json.loads(capsys.readouterr().out)["policies"])
     assert names[0] == "joint"
     assert "joint without transfer" in names
-    assert len(names) == 9
+    assert len(names) == 8
+
+
+def test_planner_beside_fixed_fleets(trace, capsys):
+    flags = ["--planner", "--static", "--budget", "3", "--start-s", "15", "--jobs", "1"]
+    assert main(["replay", "--trace", trace, *flags, "--advise", "--prefill", "2", "--decode", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "fixed 1P1D: " in out
+    assert "smallest fixed fleet: 1P1D" in out
+    assert "2P1D -> " in out
+    assert main(["replay", "--trace", trace, *flags, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["planner"]["slice_hours"] > 0
+    assert result["static"][-1]["windows_met"] >= 0.95
 
 
 def test_synthesize(tmp_path, capsys):

@@ -15,11 +15,12 @@ NUM_PAGES = 2048
 FEW_PAGES = 64  # two sequences of the greatest length
 STRICT = ("--numerics", "strict", "--cache.num_pages", str(FEW_PAGES), "--batch.max_model_len", "512")
 APART = ("--gateway.local_prefill_tokens", "0")  # an idle decode worker would read these short prompts itself
+SMALL_CHUNKS = ("--batch.prefill_tokens", "64")  # so that a prompt keeps a worker busy for a while
 FLAGS = {
     "fast": ("--cache.num_pages", str(NUM_PAGES), *APART),
     "strict": (*STRICT, "--prefill", "1", "--decode", "2", *APART),
     "colocated": (*STRICT, "--colocated"),
-    "pairs": ("--prefill", "2", "--decode", "2", "--cache.num_pages", str(NUM_PAGES), *APART),
+    "pairs": ("--prefill", "2", "--decode", "2", "--cache.num_pages", str(NUM_PAGES), *APART, *SMALL_CHUNKS),
 }
 MODULES = {"pairs": "tests.e2e.lossy_gateway"}  # where it is not the command line
 

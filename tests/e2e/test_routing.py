@@ -20,7 +20,7 @@ from tests.baton_process import until
 from tests.e2e.clusters import STOP_S, Cluster
 from tests.e2e.conftest import NUM_PAGES
 from tests.e2e.lossy_gateway import LOSE
-from tests.e2e.model import VOCAB
+from tests.e2e.model import CONTEXT, VOCAB
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -37,6 +37,7 @@ class Told(NamedTuple):
         cached: `cached_tokens` of its usage.
     """
 
+    request_id: str
     text: str
     prefill: str
     decode: str
@@ -50,20 +51,19 @@ def text(seed: int, num_tokens: int) -> list[int]:
     return [rng.randrange(3, VOCAB) for _ in range(num_tokens)]
 
 
-def ask(cluster: Cluster, prompt: list[int]) -> Told:
-    body = cluster.body(prompt=prompt, max_tokens=4, ignore_eos=True)
+def ask(cluster: Cluster, prompt: list[int], max_tokens: int = 4) -> Told:
+    body = cluster.body(prompt=prompt, max_tokens=max_tokens, ignore_eos=True)
     reply = httpx.post(f"{cluster.url}/v1/completions", json=body, headers={"x-baton-debug": "1"}, timeout=120)
     assert reply.status_code == 200, reply.text
     answer = reply.json()
-    chosen = cluster.get(f"/explain/{answer['id']}")["attempts"][-1]["chosen"]
-    prefill, decode = (chosen[role].rpartition(".")[0] for role in ("prefill", "decode"))
-    assert f"prefill={chosen['prefill']}; decode={chosen['decode']};" in reply.headers["x-baton-placement"]
+    said = dict(part.split("=") for part in reply.headers["x-baton-placement"].split("; "))
     return Told(
+        answer["id"],
         answer["choices"][0]["text"],
-        prefill,
-        decode,
-        chosen["held_prefill_tokens"],
-        chosen["held_decode_tokens"],
+        said["prefill"].rpartition(".")[0],
+        said["decode"].rpartition(".")[0],
+        int(said["held_prefill"]),
+        int(said["held_decode"]),
         answer["usage"]["prompt_tokens_details"]["cached_tokens"],
     )
 
@@ -96,16 +96,17 @@ def test_shared_prefixes_land_where_their_blocks_are(pairs: Cluster) -> None:
             assert one.cached in (0, PREFIX)
         assert sum(one.cached == PREFIX for one in of_prefix[1:]) >= 4, of_prefix
         assert sum(one.held_decode == PREFIX for one in of_prefix[1:]) >= 3, of_prefix
+    (attempt,) = pairs.get(f"/explain/{told[-1][0].request_id}")["attempts"]
+    assert attempt["chosen"]["held_prefill_tokens"] == told[-1][0].held_prefill
+    assert attempt["num_weighed"] == 4
 
 
 def test_a_hot_prefix_spreads_though_requests_come_one_at_a_time(pairs: Cluster) -> None:
     """One block that all share must not draw everything to the worker that had it first: no queue is ever seen."""
     shared = text(3, PAGE)
-    told = [ask(pairs, shared + text(100 + seed, PREFIX)) for seed in range(20)]
-    for role in ("prefill", "decode"):
-        counts = Counter(getattr(one, role) for one in told)
-        assert len(counts) == 2, counts
-        assert min(counts.values()) >= 4, counts
+    told = [ask(pairs, shared + text(100 + seed, CONTEXT - 2 * PAGE), max_tokens=1) for seed in range(40)]
+    counts = Counter(one.prefill for one in told)
+    assert len(counts) == 2 and min(counts.values()) >= 5, pairs.get(f"/explain/{told[-1].request_id}")
 
 
 def test_lost_events_are_noticed_and_made_good(pairs: Cluster) -> None:

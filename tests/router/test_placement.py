@@ -189,6 +189,31 @@ def test_siblings_in_a_burst_follow_the_first_by_prediction() -> None:
     assert second.prefill_tokens == 20
 
 
+def test_a_busy_fleet_goes_further_for_its_prefixes() -> None:
+    """What is computed again delays all that come after it, the more so the less time the fleet has to spare."""
+
+    def source(busy: float) -> str | None:
+        fleet = Fleet(2, 1, **REMOTE)
+        tokens = text(1, 512)
+        fleet.hold("p0", tokens[:256])
+        for number, worker in enumerate(fleet.of(Role.PREFILL), -2):
+            for _ in range(100):
+                worker.reserve(number, Work(1, round(1e5 * busy), 0, 0), fleet.now)
+                worker.release(number, fleet.now)
+        fleet.workers["p0"].told(load(tokens=1000), fleet.now)
+        return names(fleet.place(tokens))[0]
+
+    assert [source(busy) for busy in (0.0, 0.3, 0.8)] == ["p1", "p1", "p0"]
+
+
+def test_blocks_are_not_foretold_of_a_decode_worker_that_waits_for_them() -> None:
+    """It could read a sibling's prompt long before they arrive."""
+    fleet = Fleet(1, 1, **REMOTE)
+    fleet.place(text(1, 512))
+    held = fleet.place(text(1, 520)).decision.chosen
+    assert (held.held_prefill_tokens, held.held_decode_tokens) == (512, 0)
+
+
 def test_a_hot_prefix_spreads_before_its_worker_is_saturated() -> None:
     """One request at a time: no queue is ever seen, and a block that all share must not draw everything to one."""
     fleet = Fleet(4, 4, **REMOTE)
@@ -250,9 +275,6 @@ def test_a_full_decode_worker_is_the_last_choice() -> None:
     fleet.workers["d0"].told(load(running=8), fleet.now)
     fleet.workers["d1"].told(load(running=7), fleet.now)
     assert names(fleet.place(text(1, 100)))[1] == "d1"
-    fleet.workers["d1"].told(load(running=2, free_pages=3), fleet.now)
-    fleet.workers["d0"].told(load(running=2, free_pages=900), fleet.now)
-    assert names(fleet.place(text(2, 200)))[1] == "d0"
 
 
 def test_sessions_return_where_they_were_if_nothing_speaks_against_it() -> None:

@@ -5,6 +5,7 @@ import pytest
 from engine_core.errors import ConfigError
 from router.placement import PlacementConfig
 from router.simulator.cluster import Cluster, Crash, hash_trace
+from router.simulator.oracle import hit_ratio
 from router.simulator.policies import POLICIES
 from router.simulator.profile import QWEN3_32B_TPU7X
 from router.simulator.synthesis import Shape, synthesize
@@ -53,6 +54,24 @@ def test_last_token_is_computed_even_if_all_blocks_are_held():
     run = cluster(trace_of((0.0, [1, 2], 20, 1), (100.0, [1, 2], 20, 1)))
     run.run()
     assert run.jobs[1].cached_tokens == 10
+
+
+def test_prompts_in_a_queue_find_what_those_before_them_left():
+    """Both come at once; the second gets its pages when its turn has come."""
+    run = cluster(trace_of((0.0, [1, 2, 3], 25, 1), (0.0, [1, 2, 4], 25, 1)))
+    run.run()
+    assert [job.cached_tokens for job in run.jobs] == [0, 20]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_joint_placement_hits_nearly_what_one_cache_would(seed):
+    """40 system prompts of 16 blocks, more than one worker's cache holds beside what runs: each needs a home."""
+    trace = synthesize(Shape(requests=400, turns=1, system_tokens=8192, system_prompts=40, zipf=1.0), seed)
+    profile = dataclasses.replace(QWEN3_32B_TPU7X, kv_tokens=150_000)
+    trace = trace.scaled(4.0 / 8.0)
+    scenario = dataclasses.replace(SCENARIO, policy="joint", profile=profile, num_prefill=2, num_decode=2)
+    outcome = Cluster(trace, hash_trace(trace), scenario).run()
+    assert outcome.hit_ratio > 0.9 * hit_ratio(trace, 2 * profile.kv_tokens // 512)
 
 
 def test_batch_of_two_steps_together():
