@@ -22,7 +22,6 @@ from typing import Protocol
 
 import numpy as np
 
-from engine_core.batch import Chunk
 from engine_core.chunking import ChunkQueue
 from engine_core.engine import PendingStep
 from engine_core.errors import BatonError, NoFreePages
@@ -167,7 +166,7 @@ class DecodeScheduler:
         if landing is None:
             return
         pages = [landing.sequence.pages[i] for i in blocks.indices]
-        generation = self._replica.memory.cache.pool.generation
+        generation = self._replica.memory.generation
         if [generation(page) for page in pages] == blocks.generations:
             self._replica.engine.scatter(pages, blocks.layers)
 
@@ -227,24 +226,21 @@ class DecodeScheduler:
         while self._waiting:
             entry = self._waiting[0]
             sequence = entry.sequence
-            memory.match_prefix(sequence)
-            try:
-                memory.grow(sequence, len(sequence.token_ids))
-            except NoFreePages:
-                memory.release(sequence)
+            if not memory.place(sequence, computes=False):
                 return
             self._waiting.popleft()
             self._landing[sequence.key] = entry
             self._replica.stats.admitted(sequence)
             first = sequence.num_cached // memory.page_size
-            generation = memory.cache.pool.generation
-            wanted = [(i, generation(sequence.pages[i])) for i in range(first, len(sequence.pages))]
+            wanted = [(i, memory.generation(sequence.pages[i])) for i in range(first, len(sequence.pages))]
             self._events.reserved(sequence.key, entry.prefill, wanted)
 
     def _admit_ready(self) -> None:
         memory = self._replica.memory
-        while self._ready and memory.table.num_free > 0:
-            sequence = self._ready.popleft()
+        for sequence in list(self._ready):
+            if not memory.has_slot(sequence):  # another row shard may have one
+                continue
+            self._ready.remove(sequence)
             memory.take_slot(sequence)
             self._replica.prepare_slot(sequence)
             self._replica.stats.decoding(sequence)
@@ -258,8 +254,11 @@ class DecodeScheduler:
             if chunk.start == chunk.sequence.num_cached:
                 self._replica.stats.admitted(chunk.sequence)
                 self._replica.prepare_slot(chunk.sequence)
-        flight = _Flight(self._dispatch_chunks(chunks))
-        for row, chunk in zip(self._replica.output_rows(chunks), chunks, strict=True):
+        step, rows = self._replica.dispatch_prefill(chunks)
+        step.start_copy()
+        self._meter.prefill(chunks)
+        flight = _Flight(step)
+        for row, chunk in zip(rows, chunks, strict=True):
             self._replica.memory.store(chunk.sequence, chunk.sequence.num_dispatched)
             if chunk.is_last:
                 chunk.sequence.token_on_host = False
@@ -267,24 +266,18 @@ class DecodeScheduler:
                 flight.rows.append((chunk.sequence, row))
         self._inflight.append(flight)
 
-    def _dispatch_chunks(self, chunks: list[Chunk]) -> PendingStep:
-        step = self._replica.dispatch_prefill(chunks)
-        step.start_copy()
-        self._meter.prefill(chunks)
-        return step
-
     def _dispatch_decode(self) -> None:
         batch = self._with_pages([s for s in self._running if s.wants_more])
         if not batch:
             return
-        step = self._replica.dispatch_decode(batch)
+        step, rows = self._replica.dispatch_decode(batch)
         step.start_copy()
         for sequence in batch:
             sequence.num_dispatched += 1
             sequence.num_sampled += 1
             sequence.token_on_host = False
         self._meter.decode(batch)
-        self._inflight.append(_Flight(step, [(sequence, row) for row, sequence in enumerate(batch)]))
+        self._inflight.append(_Flight(step, list(zip(batch, rows, strict=True))))
 
     def _with_pages(self, batch: list[Seq]) -> list[Seq]:
         """Those of `batch` that have a page for their next token, once the youngest have made room."""
@@ -294,19 +287,23 @@ class DecodeScheduler:
                     self._replica.memory.grow(sequence, sequence.num_dispatched + 1)
                     break
                 except NoFreePages:
-                    self._make_room()
+                    self._make_room(sequence.shard)
                     batch = [s for s in batch if s in self._running and s.wants_more]
         return batch
 
-    def _make_room(self) -> None:
-        """Read what is in flight: a sequence may end, and the host then knows all tokens. Else preempt the youngest."""
+    def _make_room(self, shard: int) -> None:
+        """Read what is in flight: a sequence may end, and the host then knows all tokens. Else preempt the youngest.
+
+        Of a row shard, on which there is one: that which asks.
+        """
         if self._inflight:
             chunks: list[TokenChunk] = []
             while self._inflight:
                 self._read(self._inflight.popleft(), chunks)
             self._events.tokens(chunks)
             return
-        victim = self._running.pop()
+        victim = next(s for s in reversed(self._running) if s.shard == shard)
+        self._running.remove(victim)
         self._replica.memory.store(victim, victim.num_valid)
         self._replica.memory.release(victim)
         self._replica.stats.preempted(victim)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from engine_core.batch import BatchBuilder, Chunk
-from engine_core.chunking import SequenceMemory
+from engine_core.batch import Batch, BatchBuilder, Chunk
 from engine_core.engine import Engine, PendingStep
 from engine_core.messages import PeerAddress, WorkerInfo
 from engine_core.prefix_cache import BlockEvent
 from engine_core.resolve import ResolvedEngine
 from engine_core.sequence import Sequence as Seq
-from engine_core.step_io import StepInputs
+from engine_core.sequence_memory import BlockUnion, SequenceMemory
 from engine_core.types import Numerics, Role
 from engine_core.worker_stats import StatsRecorder
 
@@ -22,11 +22,13 @@ class Replica:
     """What a scheduler works with.
 
     Attributes:
+        blocks: what others are told of the prefix caches.
         identity: names the weights and, in strict numerics, the bits they give; replicas that differ never pair.
     """
 
     engine: Engine
     memory: SequenceMemory
+    blocks: BlockUnion
     builder: BatchBuilder
     identity: str
     stats: StatsRecorder
@@ -49,7 +51,7 @@ class Replica:
     @property
     def free_pages(self) -> int:
         """Pages that can be had, free or evictable."""
-        return self.memory.cache.num_available
+        return self.memory.free_pages
 
     @property
     def compiles_after_warmup(self) -> int:
@@ -58,48 +60,39 @@ class Replica:
 
     def drain_block_events(self) -> list[BlockEvent]:
         """How the prefix cache changed since the last call."""
-        return self.memory.cache.drain_events()
+        return self.blocks.drain_events()
 
     def block_hashes(self) -> list[bytes]:
         """What the prefix cache holds."""
-        return self.memory.cache.hashes()
+        return self.blocks.hashes()
 
     @property
     def prefill_budget(self) -> tuple[int, int]:
-        """Tokens and sequences of one prefill step at most."""
+        """Tokens and sequences of one prefill step at most, of each row shard."""
         resolved = self.resolved
         if resolved.numerics is Numerics.STRICT:
             return resolved.decode_buckets[0], resolved.decode_buckets[0]
         return resolved.prefill_buckets[-1], resolved.prefill_rows
 
-    def dispatch_prefill(self, chunks: Sequence[Chunk]) -> PendingStep:
-        """Queue one prefill step. Row i of its output belongs to `output_rows(chunks)[i]`."""
-        inputs = self._prefill_inputs(chunks)
-        self.stats.prefill_step(sum(chunk.count for chunk in chunks), len(inputs.tokens))
-        return self.engine.dispatch(inputs)
+    def dispatch_prefill(self, chunks: Sequence[Chunk]) -> tuple[PendingStep, list[int]]:
+        """Queue one prefill step; and the row of its output that holds each chunk's sampled token."""
+        batch = self._prefill_batch(chunks)
+        self.stats.prefill_step(sum(chunk.count for chunk in chunks), len(batch.inputs.tokens))
+        return self.engine.dispatch(batch.inputs), batch.rows
 
-    def output_rows(self, chunks: Sequence[Chunk]) -> list[int]:
-        """Row of the step's output that holds each chunk's sampled token."""
-        if self.resolved.numerics is not Numerics.STRICT:
-            return list(range(len(chunks)))
-        rows, end = [], 0
-        for chunk in chunks:
-            end += chunk.count
-            rows.append(end - 1)
-        return rows
-
-    def dispatch_decode(self, sequences: Sequence[Seq]) -> PendingStep:
-        """Queue one decode step; row i is `sequences[i]`."""
-        bucket = self.resolved.decode_bucket(len(sequences))
-        self.stats.decode_step(len(sequences), bucket)
-        return self.engine.dispatch(self.builder.decode(sequences, bucket))
+    def dispatch_decode(self, sequences: Sequence[Seq]) -> tuple[PendingStep, list[int]]:
+        """Queue one decode step; and the row of its output that holds each sequence's token."""
+        batch = self.builder.decode(sequences, self.resolved.decode_bucket(_fullest((s.shard, 1) for s in sequences)))
+        self.stats.decode_step(len(sequences), len(batch.inputs.tokens))
+        return self.engine.dispatch(batch.inputs), batch.rows
 
     def prepare_slot(self, sequence: Seq) -> None:
         """Set token counts on the device where the request uses penalties. The sequence has a slot."""
         request = sequence.request
         if request.sampling.has_penalties:
             prompt = sequence.token_ids[: request.num_prompt_tokens]
-            self.engine.init_slot(sequence.slot, prompt, sequence.token_ids[request.num_prompt_tokens :])
+            slot = sequence.shard * self.memory.shards[0].table.num_slots + sequence.slot
+            self.engine.init_slot(slot, prompt, sequence.token_ids[request.num_prompt_tokens :])
 
     def worker_info(
         self, role: Role, worker_id: str, incarnation: int, address: PeerAddress, fingerprint: str
@@ -122,9 +115,17 @@ class Replica:
             block_namespace=self.memory.block_namespace.hex(),
         )
 
-    def _prefill_inputs(self, chunks: Sequence[Chunk]) -> StepInputs:
+    def _prefill_batch(self, chunks: Sequence[Chunk]) -> Batch:
         resolved = self.resolved
         if resolved.numerics is Numerics.STRICT:
             return self.builder.strict_prefill(chunks, resolved.decode_buckets[0])
-        bucket = resolved.prefill_bucket(sum(chunk.count for chunk in chunks))
+        bucket = resolved.prefill_bucket(_fullest((chunk.sequence.shard, chunk.count) for chunk in chunks))
         return self.builder.prefill(chunks, bucket, resolved.prefill_rows)
+
+
+def _fullest(rows: Iterable[tuple[int, int]]) -> int:
+    """Rows of the row shard that has most, of (shard, count) pairs."""
+    counts: Counter[int] = Counter()
+    for shard, count in rows:
+        counts[shard] += count
+    return max(counts.values(), default=0)
