@@ -46,7 +46,7 @@ class ReplicaProbe:
             for sequence in sequences:
                 memory.grow(sequence, sequence.num_dispatched + 1)
             start = time.perf_counter()
-            self._replica.dispatch_decode(sequences).tokens()
+            self._replica.dispatch_decode(sequences)[0].tokens()
             best = min(best, time.perf_counter() - start)
             for sequence in sequences:
                 sequence.num_dispatched += 1
@@ -60,7 +60,7 @@ class ReplicaProbe:
         for i in range(steps):
             sequence = self._open(i, size)
             start = time.perf_counter()
-            self._replica.dispatch_prefill([Chunk(sequence, 0, size, is_last=True)]).tokens()
+            self._replica.dispatch_prefill([Chunk(sequence, 0, size, is_last=True)])[0].tokens()
             best = min(best, time.perf_counter() - start)
             self._replica.memory.release(sequence)
         return size / best
@@ -69,13 +69,13 @@ class ReplicaProbe:
         tokens = [(number * 7919 + i * 104729) % 1000 for i in range(size)]
         sampling = SamplingParams(temperature=0.0, max_tokens=1 << 20)
         sequence = Sequence.of(Request(f"bench-{number}", tokens, size, sampling))
-        self._replica.memory.grow(sequence, size)
-        self._replica.memory.take_slot(sequence)
+        placed = self._replica.memory.place(sequence, computes=True)
+        assert placed, "the cache has room for every sequence of a batch"
         return sequence
 
     def _filled(self, number: int, size: int) -> Sequence:
         sequence = self._open(number, size)
-        self._replica.dispatch_prefill([Chunk(sequence, 0, size, is_last=True)]).tokens()
+        self._replica.dispatch_prefill([Chunk(sequence, 0, size, is_last=True)])[0].tokens()
         sequence.num_dispatched = size
         jax.effects_barrier()
         return sequence

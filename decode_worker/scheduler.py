@@ -28,7 +28,7 @@ from engine_core.chunking import ChunkQueue
 from engine_core.engine import PendingStep
 from engine_core.errors import BatonError, NoFreePages
 from engine_core.messages import PeerAddress, StepSums, TokenChunk
-from engine_core.replica import Replica, last_rows
+from engine_core.replica import Replica
 from engine_core.sequence import Sequence as Seq
 from engine_core.step_meter import StepMeter
 from engine_core.types import Request
@@ -170,7 +170,7 @@ class DecodeScheduler:
         if landing is None:
             return
         pages = [landing.sequence.pages[i] for i in blocks.indices]
-        generation = self._replica.memory.cache.pool.generation
+        generation = self._replica.memory.generation
         if [generation(page) for page in pages] == blocks.generations:
             self._replica.engine.scatter(pages, blocks.layers)
 
@@ -232,24 +232,21 @@ class DecodeScheduler:
         while self._waiting:
             entry = self._waiting[0]
             sequence = entry.sequence
-            memory.match_prefix(sequence)
-            try:
-                memory.grow(sequence, len(sequence.token_ids))
-            except NoFreePages:
-                memory.release(sequence)
+            if not memory.place(sequence, computes=False):
                 return
             self._waiting.popleft()
             self._landing[sequence.key] = entry
             self._replica.stats.admitted(sequence)
             first = sequence.num_cached // memory.page_size
-            generation = memory.cache.pool.generation
-            wanted = [(i, generation(sequence.pages[i])) for i in range(first, len(sequence.pages))]
+            wanted = [(i, memory.generation(sequence.pages[i])) for i in range(first, len(sequence.pages))]
             self._events.reserved(sequence.key, entry.prefill, wanted)
 
     def _admit_ready(self) -> None:
         memory = self._replica.memory
-        while self._ready and memory.table.num_free > 0:
-            sequence = self._ready.popleft()
+        for sequence in list(self._ready):
+            if not memory.has_slot(sequence):  # another row shard may have one
+                continue
+            self._ready.remove(sequence)
             memory.take_slot(sequence)
             self._replica.prepare_slot(sequence)
             self._replica.stats.decoding(sequence)
@@ -259,15 +256,15 @@ class DecodeScheduler:
         chunks = self._queue.next_chunks(*self._replica.prefill_budget)
         if chunks:
             self._begin(chunks)
-            self._fly(self._replica.dispatch_prefill(chunks), chunks, self._replica.output_rows(chunks))
+            self._fly(*self._replica.dispatch_prefill(chunks), chunks)
 
     def _dispatch_scoring(self) -> None:
         chunks = self._scoring.next_chunks(*self._replica.scoring_budget)
         if not chunks:
             return
         self._begin(chunks)
-        rows = last_rows(chunks)
-        flight = self._fly(self._replica.dispatch_scoring(chunks), chunks, rows)
+        step, rows = self._replica.dispatch_scoring(chunks)
+        flight = self._fly(step, rows, chunks)
         for last, chunk in zip(rows, chunks, strict=True):
             scored = range(last + 1 - chunk.count, last if chunk.is_last else last + 1)
             flight.scores.append((chunk.sequence, scored))
@@ -278,7 +275,7 @@ class DecodeScheduler:
                 self._replica.stats.admitted(chunk.sequence)
                 self._replica.prepare_slot(chunk.sequence)
 
-    def _fly(self, step: PendingStep, chunks: list[Chunk], rows: list[int]) -> _Flight:
+    def _fly(self, step: PendingStep, rows: list[int], chunks: list[Chunk]) -> _Flight:
         """A step over chunks was dispatched; `rows` of its output hold their sampled tokens."""
         step.start_copy()
         self._meter.prefill(chunks)
@@ -296,14 +293,14 @@ class DecodeScheduler:
         batch = self._with_pages([s for s in self._running if s.wants_more])
         if not batch:
             return
-        step = self._replica.dispatch_decode(batch)
+        step, rows = self._replica.dispatch_decode(batch)
         step.start_copy()
         for sequence in batch:
             sequence.num_dispatched += 1
             sequence.num_sampled += 1
             sequence.token_on_host = False
         self._meter.decode(batch)
-        self._inflight.append(_Flight(step, [(sequence, row) for row, sequence in enumerate(batch)]))
+        self._inflight.append(_Flight(step, list(zip(batch, rows, strict=True))))
 
     def _with_pages(self, batch: list[Seq]) -> list[Seq]:
         """Those of `batch` that have a page for their next token, once the youngest have made room."""
@@ -313,19 +310,23 @@ class DecodeScheduler:
                     self._replica.memory.grow(sequence, sequence.num_dispatched + 1)
                     break
                 except NoFreePages:
-                    self._make_room()
+                    self._make_room(sequence.shard)
                     batch = [s for s in batch if s in self._running and s.wants_more]
         return batch
 
-    def _make_room(self) -> None:
-        """Read what is in flight: a sequence may end, and the host then knows all tokens. Else preempt the youngest."""
+    def _make_room(self, shard: int) -> None:
+        """Read what is in flight: a sequence may end, and the host then knows all tokens. Else preempt the youngest.
+
+        Of a row shard, on which there is one: that which asks.
+        """
         if self._inflight:
             chunks: list[TokenChunk] = []
             while self._inflight:
                 self._read(self._inflight.popleft(), chunks)
             self._events.tokens(chunks)
             return
-        victim = self._running.pop()
+        victim = next(s for s in reversed(self._running) if s.shard == shard)
+        self._running.remove(victim)
         self._replica.memory.store(victim, victim.num_valid)
         self._replica.memory.release(victim)
         self._replica.stats.preempted(victim)

@@ -171,6 +171,8 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--prefill", metavar="N", help="prefill workers (default 1)")
     serve.add_argument("--decode", metavar="N", help="decode workers (default 1)")
     serve.add_argument("--tp", metavar="N", help="tensor-parallel degree of each worker (default 1)")
+    serve.add_argument("--ep", metavar="N", help="expert-parallel degree of each worker (default 1)")
+    serve.add_argument("--dp", metavar="N", help="data-parallel degree of each worker (default 1)")
     serve.add_argument("--host", help="address of the HTTP endpoint (default 127.0.0.1: this machine only)")
     serve.add_argument("--port", metavar="N", help="port of the HTTP endpoint (default 8000)")
     serve.add_argument("--colocated", action="store_true", help="no prefill workers: decode workers do both")
@@ -230,7 +232,7 @@ def _serve(known: argparse.Namespace, unknown: list[str]) -> int:
         return 0
     checkpoint = importlib.import_module("deploy.checkpoint")
     flags = list(unknown)
-    for name in ("model", "prefill", "decode", "tp", "host", "port", "numerics"):
+    for name in ("model", "prefill", "decode", "tp", "ep", "dp", "host", "port", "numerics"):
         if (value := getattr(known, name)) is not None:
             flags += [f"--{name}", value]
     if known.colocated:

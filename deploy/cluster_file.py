@@ -158,8 +158,10 @@ class ClusterFile:
                 yield self._problem(("available_node_types",), text)
         for name, kind in types.items():
             chips = kind.get("resources", {}).get("TPU", 0)
-            if chips and chips < max(config.engine.tp, config.fleet.tpus_per_worker):
-                need = f"engine.tp {config.engine.tp}, fleet.tpus_per_worker {config.fleet.tpus_per_worker:g}"
+            degrees = config.engine.degrees
+            if chips and chips < max(degrees.num_devices, config.fleet.tpus_per_worker):
+                split = f"engine.tp {degrees.tp}" if degrees.num_devices == degrees.tp else f"engine: {degrees}"
+                need = f"{split}, fleet.tpus_per_worker {config.fleet.tpus_per_worker:g}"
                 text = f"node type {name} has {chips} TPU chips, a worker needs more ({need})"
                 yield self._problem(("available_node_types", name, "resources", "TPU"), text)
 
@@ -184,10 +186,11 @@ class ClusterFile:
             declared = types[name].get("resources", {}).get("TPU")
             if declared != chips:
                 yield self._problem(place, f"this slice has {chips} chips, resources.TPU says {declared}")
-            have = CHIP_GIB[kind] * config.engine.tp * config.engine.cache.memory_fraction
+            devices = config.engine.degrees.num_devices
+            have = CHIP_GIB[kind] * devices * config.engine.cache.memory_fraction
             if need is not None and need > have:
                 text = (
-                    f"{config.engine.model.path} has {need:.1f} GiB of weights; {config.engine.tp} chips of {kind} "
+                    f"{config.engine.model.path} has {need:.1f} GiB of weights; {devices} chips of {kind} "
                     f"may use {have:.1f} GiB: a larger slice and engine.tp, or a smaller model"
                 )
                 yield self._problem(place, text)
@@ -241,4 +244,4 @@ def _weight_gib(config: ServeConfig) -> float | None:
         return None
     registry = importlib.import_module("engine_core.models.registry")
     resolve = importlib.import_module("engine_core.resolve")
-    return float(resolve.weight_bytes(registry.load_spec(directory), "bfloat16")) / 2**30
+    return float(resolve.weight_bytes(registry.load_spec(directory), "bfloat16", config.engine.degrees)) / 2**30

@@ -192,9 +192,9 @@ def _check_tpu(machine: Machine, config: ServeConfig) -> Iterable[Finding]:
     if libtpu is None:
         fix = "pip install 'baton[tpu]'"
         yield Finding("tpu", Level.FAIL, f"{chips} TPU chips and no libtpu: JAX would run on the CPU", fix)
-    elif wanted > chips or config.engine.tp > chips:
-        need = max(wanted, config.engine.tp)
-        fix = "lower engine.tp and fleet.tpus_per_worker, or take a larger slice"
+    elif wanted > chips or config.engine.degrees.num_devices > chips:
+        need = max(wanted, config.engine.degrees.num_devices)
+        fix = "lower engine.tp (and ep, dp) and fleet.tpus_per_worker, or take a larger slice"
         yield Finding("tpu", Level.FAIL, f"{chips} TPU chips, a worker needs {need}", fix)
     else:
         yield Finding("tpu", Level.OK, f"{chips} TPU chips, libtpu {libtpu}")

@@ -101,8 +101,9 @@ class WorkerActor:
 def build_worker(plan: WorkerPlan, progress: Callable[[str], None]) -> Worker:
     """Import jax and the role, load weights, compile buckets: slow."""
     progress("importing jax")
-    if plan.engine.tp > 1:  # where the devices are CPUs there is only one unless asked for before jax starts
-        importlib.import_module("jax").config.update("jax_num_cpu_devices", plan.engine.tp)
+    devices = plan.engine.degrees.num_devices
+    if devices > 1:  # where the devices are CPUs there is only one unless asked for before jax starts
+        importlib.import_module("jax").config.update("jax_num_cpu_devices", devices)
     module, _, name = plan.worker_class.partition(":")
     worker_class = getattr(importlib.import_module(module), name)
     host = plan.host

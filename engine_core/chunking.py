@@ -8,99 +8,8 @@ from __future__ import annotations
 from collections import deque
 
 from engine_core.batch import Chunk
-from engine_core.block_hash import BlockHasher
-from engine_core.errors import NoFreePages
-from engine_core.prefix_cache import PrefixCache
 from engine_core.sequence import Sequence
-from engine_core.slot_table import SlotTable
-
-
-class SequenceMemory:
-    """Pages, slots and block hashes of sequences: the one place that takes and returns them.
-
-    Args:
-        cache: prefix cache over the page pool.
-        table: slot rows.
-        page_size: tokens per page.
-        namespace: what the block hashes of this engine are keyed by.
-        reuse: whether prefixes are looked up and stored at all.
-    """
-
-    def __init__(self, cache: PrefixCache, table: SlotTable, page_size: int, namespace: bytes, reuse: bool) -> None:
-        self.cache = cache
-        self.table = table
-        self.page_size = page_size
-        self._namespace = namespace
-        self._reuse = reuse
-
-    @property
-    def block_namespace(self) -> bytes:
-        """Keys the block hashes; empty where prefixes are not reused."""
-        return self._namespace if self._reuse else b""
-
-    def num_pages(self, num_tokens: int) -> int:
-        """Pages that hold `num_tokens` tokens."""
-        return -(-num_tokens // self.page_size)
-
-    def match_prefix(self, sequence: Sequence) -> None:
-        """Give the sequence the cached pages of its known tokens. Sets `pages`, `num_cached` and `num_dispatched`."""
-        if not self._reuse or sequence.scores_prompt:  # cached tokens are not computed, so nothing is known of them
-            return
-        self._extend_hashes(sequence, len(sequence.token_ids))
-        sequence.pages = self.cache.match(sequence.hashes)
-        sequence.num_cached = len(sequence.pages) * self.page_size
-        sequence.num_dispatched = sequence.num_cached
-        sequence.num_stored = len(sequence.pages)
-
-    def touch(self, sequence: Sequence) -> None:
-        """The sequence waits: what is cached of its known tokens shall still be there when its turn has come."""
-        if self._reuse:
-            self._extend_hashes(sequence, len(sequence.token_ids))
-            self.cache.touch(sequence.hashes)
-
-    def grow(self, sequence: Sequence, num_tokens: int) -> None:
-        """Make sure the sequence has pages for `num_tokens` tokens.
-
-        Raises:
-            NoFreePages: nothing has changed.
-        """
-        missing = self.num_pages(num_tokens) - len(sequence.pages)
-        if missing <= 0:
-            return
-        pages = self.cache.allocate(missing)
-        if sequence.slot >= 0:
-            self.table.set_pages(sequence.slot, len(sequence.pages), pages)
-        sequence.pages.extend(pages)
-
-    def take_slot(self, sequence: Sequence) -> None:
-        """Give the sequence a slot and show its pages there. The caller checks `table.num_free` first."""
-        sequence.slot = self.table.acquire(sequence.request)
-        self.table.set_pages(sequence.slot, 0, sequence.pages)
-
-    def store(self, sequence: Sequence, num_tokens: int) -> None:
-        """Put the full blocks among the first `num_tokens` tokens into the prefix cache."""
-        if not self._reuse:
-            return
-        self._extend_hashes(sequence, num_tokens)
-        count = num_tokens // self.page_size
-        if count > sequence.num_stored:
-            self.cache.insert(sequence.hashes[:count], sequence.pages[:count], start=sequence.num_stored)
-            sequence.num_stored = count
-
-    def release(self, sequence: Sequence) -> None:
-        """Return everything the sequence holds. Calling it again does nothing."""
-        if sequence.slot >= 0:
-            self.table.release(sequence.slot)
-            sequence.slot = -1
-        pages, sequence.pages = sequence.pages, []
-        self.cache.pool.release(pages)
-        sequence.num_cached = sequence.num_dispatched = sequence.num_stored = 0
-
-    def _extend_hashes(self, sequence: Sequence, num_tokens: int) -> None:
-        """Hash the full blocks among the first `num_tokens` tokens that have not been hashed yet."""
-        if num_tokens // self.page_size > len(sequence.hashes):
-            hasher = BlockHasher(self.page_size, sequence.request.salt, self._namespace)
-            hasher.grow(sequence.hashes, sequence.token_ids[:num_tokens])
+from engine_core.sequence_memory import SequenceMemory
 
 
 class ChunkQueue:
@@ -146,56 +55,45 @@ class ChunkQueue:
         """Chunks for one step, and advance their sequences past them.
 
         Args:
-            num_tokens: tokens of the step at most.
-            num_rows: sequences of the step at most.
+            num_tokens: tokens of the step at most, of each row shard.
+            num_rows: sequences of the step at most, of each row shard.
             most: tokens of one sequence at most.
         """
+        shards = len(self._memory.shards)
         chunks: list[Chunk] = []
-        left, at = num_tokens, 0
-        while left > 0 and len(chunks) < num_rows and (at < len(self._active) or self._admit()):
+        tokens, rows = [num_tokens] * shards, [num_rows] * shards
+        at = 0
+        while any(map(min, tokens, rows)) and (at < len(self._active) or self._admit(num_rows * shards)):
             sequence = self._active[at]
-            total = len(sequence.token_ids)
-            start = sequence.num_dispatched
-            count = min(left, most, total - start)
-            is_last = start + count == total
-            chunks.append(Chunk(sequence, start, count, is_last))
-            sequence.num_dispatched += count
-            left -= count
-            if is_last:
-                sequence.num_sampled += 1
-                del self._active[at]
-            else:
+            shard = sequence.shard
+            count = min(tokens[shard], most, len(sequence.token_ids) - sequence.num_dispatched)
+            if count and rows[shard]:
+                chunks.append(self._advance(sequence, count))
+                tokens[shard] -= count
+                rows[shard] -= 1
+            if sequence.num_dispatched < len(sequence.token_ids):
                 at += 1
+            else:
+                del self._active[at]
         return chunks
 
-    def _admit(self) -> bool:
+    def _advance(self, sequence: Sequence, count: int) -> Chunk:
+        start = sequence.num_dispatched
+        sequence.num_dispatched += count
+        is_last = sequence.num_dispatched == len(sequence.token_ids)
+        sequence.num_sampled += is_last
+        return Chunk(sequence, start, count, is_last=is_last)
+
+    def _admit(self, num_rows: int) -> bool:
         """The first of those that wait gets its pages and a slot, if there are any.
 
         As late as possible: what was stored meanwhile is found in the cache.
         """
-        if not self._waiting or not self._memory.table.num_free or not self._reserve(self._waiting[0]):
+        if (
+            not self._waiting
+            or len(self._active) >= num_rows
+            or not self._memory.place(self._waiting[0], computes=True)
+        ):
             return False
         self._active.append(self._waiting.popleft())
         return True
-
-    def _reserve(self, sequence: Sequence) -> bool:
-        memory = self._memory
-        total = len(sequence.token_ids)
-        memory.match_prefix(sequence)
-        if sequence.num_cached >= total:
-            self._recompute_last_block(sequence)
-        try:
-            memory.grow(sequence, total)
-        except NoFreePages:
-            memory.release(sequence)
-            return False
-        memory.take_slot(sequence)
-        return True
-
-    def _recompute_last_block(self, sequence: Sequence) -> None:
-        """The last token's logits are needed, and cached pages are never written: compute its block again."""
-        page = sequence.pages.pop()
-        self._memory.cache.pool.release([page])
-        sequence.num_cached -= self._memory.page_size
-        sequence.num_dispatched = sequence.num_cached
-        sequence.num_stored = len(sequence.pages)

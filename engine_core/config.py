@@ -32,7 +32,7 @@ class CacheConfig:
     """The paged KV cache."""
 
     page_size: int = 0  # tokens per page; 0: 128 on TPU, 16 elsewhere
-    num_pages: int = 0  # 0: as many as `memory_fraction` holds
+    num_pages: int = 0  # on all row shards together; 0: as many as `memory_fraction` holds
     memory_fraction: float = 0.85  # of the accelerator's memory for weights and cache together
     host_bytes: int = 1 << 30  # cache bytes where the device is a CPU and num_pages is 0
 
@@ -41,10 +41,10 @@ class CacheConfig:
 class BatchConfig:
     """Static sizes: each bucket is compiled at warm-up, nothing later."""
 
-    num_slots: int = 32  # sequences decoding at once
+    num_slots: int = 32  # sequences decoding at once, on all row shards (dp x ep) together
     max_model_len: int = 0  # prompt plus answer, tokens; 0: the model's own
-    prefill_tokens: int = 512  # tokens of one prefill chunk
-    prefill_seqs: int = 4  # sequences packed into one prefill step
+    prefill_tokens: int = 512  # tokens of one prefill chunk, of each row shard
+    prefill_seqs: int = 4  # sequences packed into one prefill step, of each row shard
     strict_rows: int = 32  # the single bucket of strict numerics
 
 

@@ -118,10 +118,8 @@ def create_cache(layout: CacheLayout, mesh: Mesh | None, stacked: bool) -> KVCac
         raise ConfigError(f"{num_heads} KV heads do not divide over tp = {mesh.shape[TENSOR]}")
     place = None if mesh is None else sharding(mesh, cache_axes(stacked))
     head_dim = layout.head_dim if layout.page_shape[-1] > layout.head_dim else 0
-    if stacked:
-        layers = (jnp.zeros((layout.num_layers, *shape), dtype, device=place),)
-    else:
-        layers = tuple(jnp.zeros(shape, dtype, device=place) for _ in range(layout.num_layers))
+    shapes = [(layout.num_layers, *shape)] if stacked else [shape] * layout.num_layers
+    layers = tuple(jnp.zeros(one, dtype, device=place) for one in shapes)
     return KVCache(layers, head_dim, layout.kv_copies)
 
 

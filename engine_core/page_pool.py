@@ -6,7 +6,8 @@ Misuse (double free, ids of no page) is a bug of ours and raises AssertionError,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from engine_core.errors import NoFreePages
@@ -26,16 +27,19 @@ class PagePool:
     """Refcounts, generations and a LIFO free list (the page freed last is the warmest).
 
     Args:
-        num_pages: ids are 0 to num_pages - 1.
+        num_pages: in this pool.
+        first_page: ids are first_page to first_page + num_pages - 1.
+        generations: the count that several pools share, so that no two lives of any two pages have the same number.
     """
 
-    def __init__(self, num_pages: int) -> None:
-        assert num_pages >= 0, num_pages
+    def __init__(self, num_pages: int, first_page: int = 0, generations: Iterator[int] | None = None) -> None:
+        assert num_pages >= 0 and first_page >= 0, (num_pages, first_page)
         self.num_pages = num_pages
-        self._free = list(range(num_pages - 1, -1, -1))  # the end is the top
-        self._refcounts = [0] * num_pages
-        self._generations = [0] * num_pages
-        self._num_allocations = 0  # pool-wide, so that no two lives of any two pages share a generation
+        ids = range(first_page, first_page + num_pages)
+        self._free = list(reversed(ids))  # the end is the top
+        self._refcounts = dict.fromkeys(ids, 0)
+        self._generations = dict.fromkeys(ids, 0)
+        self._next_generation = itertools.count(1) if generations is None else generations
         self._listener: ShareListener | None = None
 
     @property
@@ -60,8 +64,7 @@ class PagePool:
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
             self._refcounts[page] = 1
-            self._num_allocations += 1
-            self._generations[page] = self._num_allocations
+            self._generations[page] = next(self._next_generation)
         return pages
 
     def retain(self, pages: Iterable[int]) -> None:
@@ -94,13 +97,13 @@ class PagePool:
 
     def refcount(self, page: int) -> int:
         """Holders of a page; 0 is free."""
-        if not 0 <= page < self.num_pages:
+        if page not in self._refcounts:
             raise AssertionError(f"page {page} is not one of {self.num_pages}")
         return self._refcounts[page]
 
     def generation(self, page: int) -> int:
-        """Number of the allocation that gave the page out, pool-wide: names one life of it; 0 before the first."""
-        if not 0 <= page < self.num_pages:
+        """Number of the allocation that gave the page out: names one life of it; 0 before the first."""
+        if page not in self._refcounts:
             raise AssertionError(f"page {page} is not one of {self.num_pages}")
         return self._generations[page]
 
@@ -112,12 +115,12 @@ class PagePool:
         """
         free = set(self._free)
         assert len(free) == len(self._free), "a page is in the free list twice"
-        for page, refcount in enumerate(self._refcounts):
+        for page, refcount in self._refcounts.items():
             assert refcount >= 0, f"page {page} has refcount {refcount}"
             assert (refcount == 0) == (page in free), f"page {page} has refcount {refcount}, free: {page in free}"
             assert refcount == 0 or self._generations[page] > 0, f"page {page} is held but was never allocated"
             if held is not None:
                 expected = held.get(page, 0)
                 assert refcount == expected, f"page {page} has refcount {refcount} but {expected} holders"
-        assert free <= set(range(self.num_pages)), "the free list holds foreign ids"
-        assert held is None or all(0 <= page < self.num_pages for page in held), "a holder has foreign ids"
+        assert free <= self._refcounts.keys(), "the free list holds foreign ids"
+        assert held is None or held.keys() <= self._refcounts.keys(), "a holder has foreign ids"

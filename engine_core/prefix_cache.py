@@ -92,6 +92,17 @@ class PrefixCache:
         """Hashes of all cached blocks, parents before children."""
         return list(self._nodes)
 
+    def stored(self) -> list[BlockStored]:
+        """The events that would give the present blocks to one who knows of none."""
+        return [
+            BlockStored(node.block_hash, node.parent.block_hash if node.parent else None)
+            for node in self._nodes.values()
+        ]
+
+    def count(self, hashes: Sequence[bytes]) -> int:
+        """Leading blocks of a chain that are cached; nobody holds them for it."""
+        return next((i for i, block_hash in enumerate(hashes) if block_hash not in self._nodes), len(hashes))
+
     def match(self, hashes: Sequence[bytes]) -> list[int]:
         """Find the pages of the longest cached prefix of a chain of block hashes.
 
@@ -255,6 +266,4 @@ class PrefixCache:
     def _record(self, event: BlockEvent) -> None:
         self._events.append(event)
         if len(self._events) > self._max_events:
-            self._events = [BlocksCleared()]
-            for node in self._nodes.values():
-                self._events.append(BlockStored(node.block_hash, node.parent.block_hash if node.parent else None))
+            self._events = [BlocksCleared(), *self.stored()]

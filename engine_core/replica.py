@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from engine_core.batch import BatchBuilder, Chunk
-from engine_core.chunking import SequenceMemory
+from engine_core.batch import Batch, BatchBuilder, Chunk
 from engine_core.engine import Engine, PendingStep
 from engine_core.messages import PeerAddress, WorkerInfo
 from engine_core.prefix_cache import BlockEvent
 from engine_core.resolve import ResolvedEngine
 from engine_core.sequence import Sequence as Seq
+from engine_core.sequence_memory import BlockUnion, SequenceMemory
 from engine_core.types import Numerics, Role
 from engine_core.worker_stats import StatsRecorder
 
@@ -22,11 +22,13 @@ class Replica:
     """What a scheduler works with.
 
     Attributes:
+        blocks: what others are told of the prefix caches.
         identity: names the weights and, in strict numerics, the bits they give; replicas that differ never pair.
     """
 
     engine: Engine
     memory: SequenceMemory
+    blocks: BlockUnion
     builder: BatchBuilder
     identity: str
     stats: StatsRecorder
@@ -49,7 +51,7 @@ class Replica:
     @property
     def free_pages(self) -> int:
         """Pages that can be had, free or evictable."""
-        return self.memory.cache.num_available
+        return self.memory.free_pages
 
     @property
     def compiles_after_warmup(self) -> int:
@@ -58,15 +60,15 @@ class Replica:
 
     def drain_block_events(self) -> list[BlockEvent]:
         """How the prefix cache changed since the last call."""
-        return self.memory.cache.drain_events()
+        return self.blocks.drain_events()
 
     def block_hashes(self) -> list[bytes]:
         """What the prefix cache holds."""
-        return self.memory.cache.hashes()
+        return self.blocks.hashes()
 
     @property
     def prefill_budget(self) -> tuple[int, int, int]:
-        """Of one prefill step at most: tokens, sequences, tokens of one sequence."""
+        """Of one prefill step at most: tokens and sequences of each row shard, and tokens of one sequence."""
         resolved = self.resolved
         if resolved.numerics is Numerics.STRICT:
             return (resolved.decode_buckets[0],) * 3
@@ -78,40 +80,36 @@ class Replica:
         rows = self.resolved.decode_buckets[-1]
         return rows, rows, min(rows, self.resolved.scored_tokens)
 
-    def dispatch_prefill(self, chunks: Sequence[Chunk]) -> PendingStep:
-        """Queue one prefill step. Row i of its output belongs to `output_rows(chunks)[i]`."""
-        if self.resolved.numerics is Numerics.STRICT:
+    def dispatch_prefill(self, chunks: Sequence[Chunk]) -> tuple[PendingStep, list[int]]:
+        """Queue one prefill step; and the row of its output that holds each chunk's sampled token."""
+        resolved = self.resolved
+        if resolved.numerics is Numerics.STRICT:
             return self.dispatch_scoring(chunks)
-        count = sum(chunk.count for chunk in chunks)
-        bucket = self.resolved.prefill_bucket(count)
-        self.stats.prefill_step(count, bucket)
-        return self.engine.dispatch(self.builder.prefill(chunks, bucket, self.resolved.prefill_rows))
+        bucket = resolved.prefill_bucket(_fullest((chunk.sequence.shard, chunk.count) for chunk in chunks))
+        return self._dispatch_chunks(chunks, self.builder.prefill(chunks, bucket, resolved.prefill_rows))
 
-    def output_rows(self, chunks: Sequence[Chunk]) -> list[int]:
-        """Row of the step's output that holds each chunk's sampled token."""
-        if self.resolved.numerics is not Numerics.STRICT:
-            return list(range(len(chunks)))
-        return last_rows(chunks)
+    def dispatch_scoring(self, chunks: Sequence[Chunk]) -> tuple[PendingStep, list[int]]:
+        """Queue one prefill step with a row of output for each token; and the last row of each chunk."""
+        bucket = self.resolved.decode_bucket(_fullest((chunk.sequence.shard, chunk.count) for chunk in chunks))
+        return self._dispatch_chunks(chunks, self.builder.row_prefill(chunks, bucket))
 
-    def dispatch_scoring(self, chunks: Sequence[Chunk]) -> PendingStep:
-        """Queue one prefill step with an output row for each token, those of a chunk up to `last_rows(chunks)[i]`."""
-        count = sum(chunk.count for chunk in chunks)
-        bucket = self.resolved.decode_bucket(count)
-        self.stats.prefill_step(count, bucket)
-        return self.engine.dispatch(self.builder.row_prefill(chunks, bucket))
+    def _dispatch_chunks(self, chunks: Sequence[Chunk], batch: Batch) -> tuple[PendingStep, list[int]]:
+        self.stats.prefill_step(sum(chunk.count for chunk in chunks), len(batch.inputs.tokens))
+        return self.engine.dispatch(batch.inputs), batch.rows
 
-    def dispatch_decode(self, sequences: Sequence[Seq]) -> PendingStep:
-        """Queue one decode step; row i is `sequences[i]`."""
-        bucket = self.resolved.decode_bucket(len(sequences))
-        self.stats.decode_step(len(sequences), bucket)
-        return self.engine.dispatch(self.builder.decode(sequences, bucket))
+    def dispatch_decode(self, sequences: Sequence[Seq]) -> tuple[PendingStep, list[int]]:
+        """Queue one decode step; and the row of its output that holds each sequence's token."""
+        batch = self.builder.decode(sequences, self.resolved.decode_bucket(_fullest((s.shard, 1) for s in sequences)))
+        self.stats.decode_step(len(sequences), len(batch.inputs.tokens))
+        return self.engine.dispatch(batch.inputs), batch.rows
 
     def prepare_slot(self, sequence: Seq) -> None:
         """Set token counts on the device where the request uses penalties. The sequence has a slot."""
         request = sequence.request
         if request.sampling.has_penalties:
             prompt = sequence.token_ids[: request.num_prompt_tokens]
-            self.engine.init_slot(sequence.slot, prompt, sequence.token_ids[request.num_prompt_tokens :])
+            slot = sequence.shard * self.memory.shards[0].table.num_slots + sequence.slot
+            self.engine.init_slot(slot, prompt, sequence.token_ids[request.num_prompt_tokens :])
 
     def worker_info(
         self, role: Role, worker_id: str, incarnation: int, address: PeerAddress, fingerprint: str
@@ -135,6 +133,9 @@ class Replica:
         )
 
 
-def last_rows(chunks: Sequence[Chunk]) -> list[int]:
-    """Each chunk's last row, where every token has one."""
-    return [end - 1 for end in itertools.accumulate(chunk.count for chunk in chunks)]
+def _fullest(rows: Iterable[tuple[int, int]]) -> int:
+    """Rows of the row shard that has most, of (shard, count) pairs."""
+    counts: Counter[int] = Counter()
+    for shard, count in rows:
+        counts[shard] += count
+    return max(counts.values(), default=0)

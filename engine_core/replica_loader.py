@@ -9,17 +9,14 @@ from pathlib import Path
 import jax
 
 from engine_core.batch import BatchBuilder
-from engine_core.chunking import SequenceMemory
 from engine_core.config import EngineConfig
 from engine_core.device_memory import device_memory
 from engine_core.engine import Engine
 from engine_core.models.registry import load_spec
-from engine_core.page_pool import PagePool
 from engine_core.platform_choice import choose_platforms
-from engine_core.prefix_cache import PrefixCache
 from engine_core.replica import Replica
 from engine_core.resolve import checkpoint_identity, resolve
-from engine_core.slot_table import SlotTable
+from engine_core.sequence_memory import BlockUnion, SequenceMemory, split_memory
 from engine_core.step_io import StepInputs
 from engine_core.strict import prove
 from engine_core.types import Numerics
@@ -43,16 +40,22 @@ def open_replica(config: EngineConfig, model_dir: Path, progress: Callable[[str]
     progress("reading the checkpoint")
     resolved = resolve(config, load_spec(model_dir), checkpoint_identity(model_dir), jax.local_devices())
     engine = Engine(config, resolved, model_dir, progress)
-    table = SlotTable(resolved.num_slots, resolved.pages_per_seq, resolved.layout.num_pages, resolved.spec.vocab_size)
-    cache = PrefixCache(PagePool(resolved.layout.num_pages), resolved.layout.page_size)
+    shards = split_memory(
+        resolved.row_shards,
+        num_pages=resolved.layout.num_pages,
+        page_size=resolved.layout.page_size,
+        num_slots=resolved.num_slots,
+        pages_per_seq=resolved.pages_per_seq,
+        vocab_size=resolved.spec.vocab_size,
+    )
     namespace = bytes.fromhex(resolved.fingerprint)
-    memory = SequenceMemory(cache, table, resolved.layout.page_size, namespace, reuse=config.prefix_cache)
     replica = Replica(
         engine=engine,
-        memory=memory,
-        builder=BatchBuilder(table),
+        memory=SequenceMemory(shards, resolved.layout.page_size, namespace, reuse=config.prefix_cache),
+        blocks=BlockUnion([shard.cache for shard in shards]),
+        builder=BatchBuilder([shard.table for shard in shards]),
         identity=resolved.fingerprint,
-        stats=StatsRecorder(lambda: device_memory(jax.local_devices()[: config.tp])),
+        stats=StatsRecorder(lambda: device_memory(jax.local_devices()[: config.degrees.num_devices])),
     )
     engine.warm_up(_buckets(replica, decodes=decodes), progress)
     if resolved.numerics is not Numerics.STRICT:
@@ -78,9 +81,11 @@ def _buckets(replica: Replica, *, decodes: bool) -> list[tuple[str, StepInputs]]
     builder = replica.builder
     buckets = []
     if decodes or resolved.numerics is Numerics.STRICT:
-        buckets += [(f"decode of {size} sequences", builder.decode((), size)) for size in resolved.decode_buckets]
+        buckets += [
+            (f"decode of {size} sequences", builder.decode((), size).inputs) for size in resolved.decode_buckets
+        ]
     buckets += [
-        (f"prefill of {size} tokens", builder.prefill((), size, resolved.prefill_rows))
+        (f"prefill of {size} tokens", builder.prefill((), size, resolved.prefill_rows).inputs)
         for size in resolved.prefill_buckets
     ]
     return buckets

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import msgspec
 
-from engine_core.config import EngineConfig
+from engine_core.config import Degrees, EngineConfig
 from engine_core.errors import CheckpointError, ConfigError
 from engine_core.kv_cache import CacheLayout
 from engine_core.mesh import kv_copies
@@ -20,6 +20,7 @@ from engine_core.types import Numerics
 
 _DECODE_BUCKETS = (1, 8, 32, 64, 128, 256, 512)
 _SAMPLE_BYTES = 1 << 16
+WHOLE = Degrees()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,12 +30,13 @@ class ResolvedEngine:
     Attributes:
         dtype: of activations and KV cache.
         stacked: layers are scanned over stacked weights; else unrolled.
-        num_slots: S.
+        row_shards: parts of the slots and of the cache; a sequence lies on one of them.
+        num_slots: S, of all row shards together, as is `layout.num_pages`.
         max_model_len: prompt plus answer, tokens at most.
         pages_per_seq: P.
-        decode_buckets: B of each decode step, ascending.
-        prefill_buckets: T of each prefill step, ascending; empty in strict numerics.
-        prefill_rows: B of a prefill step.
+        decode_buckets: B of each decode step of a row shard, ascending.
+        prefill_buckets: T of each prefill step of a row shard, ascending; empty in strict numerics.
+        prefill_rows: B of a prefill step of a row shard.
         scored_tokens: prompt tokens of one sequence whose log probabilities one step gives at most.
         fingerprint: workers whose fingerprints differ never exchange KV.
     """
@@ -44,6 +46,7 @@ class ResolvedEngine:
     dtype: str
     stacked: bool
     numerics: Numerics
+    row_shards: int
     num_slots: int
     max_model_len: int
     pages_per_seq: int
@@ -80,10 +83,10 @@ def resolve(config: EngineConfig, spec: ModelSpec, identity: str, devices: list[
     if degrees.num_devices > len(devices):
         wanted = f"tp is {degrees.tp}" if degrees.num_devices == degrees.tp else str(degrees)
         raise ConfigError(f"{wanted} but only {len(devices)} device(s) are visible")
-    if degrees.row_shards > 1:
+    if config.batch.num_slots % degrees.row_shards:
         raise ConfigError(
-            f"ep {config.ep} and dp {config.dp}: the scheduler does not place sequences on several row shards yet, so "
-            "both must be 1; tp splits the experts too"
+            f"batch.num_slots is {config.batch.num_slots}, which does not divide over dp {degrees.dp} x "
+            f"ep {degrees.ep} row shards"
         )
     max_model_len = config.batch.max_model_len or spec.max_position
     if max_model_len > spec.max_position:
@@ -100,13 +103,16 @@ def resolve(config: EngineConfig, spec: ModelSpec, identity: str, devices: list[
         dtype=dtype,
         stacked=config.model.layers == "scan" or (config.model.layers == "auto" and platform != "cpu"),
         numerics=config.numerics,
+        row_shards=degrees.row_shards,
         num_slots=config.batch.num_slots,
         max_model_len=max_model_len,
         pages_per_seq=pages_per_seq,
-        decode_buckets=(_strict_rows(config),) if strict else _decode_buckets(config.batch.num_slots),
+        decode_buckets=(_strict_rows(config),)
+        if strict
+        else _decode_buckets(config.batch.num_slots // degrees.row_shards),
         prefill_buckets=() if strict else _prefill_buckets(config.batch.prefill_tokens, config.batch.prefill_seqs),
         prefill_rows=config.batch.prefill_seqs,
-        scored_tokens=1 if platform == "tpu" else max(config.batch.num_slots, 1),
+        scored_tokens=1 if platform == "tpu" else config.batch.num_slots,
         fingerprint=_fingerprint(spec, identity, layout, config.numerics),
     )
 
@@ -143,10 +149,11 @@ def compute_dtype(asked: str, spec: ModelSpec, platform: str) -> str:
 
 
 def _strict_rows(config: EngineConfig) -> int:
-    if config.batch.strict_rows < config.batch.num_slots:
+    slots = config.batch.num_slots // config.degrees.row_shards
+    if config.batch.strict_rows < slots:
         raise ConfigError(
-            f"batch.strict_rows is {config.batch.strict_rows}: strict numerics decode all "
-            f"batch.num_slots={config.batch.num_slots} sequences in one bucket, so it must be at least that"
+            f"batch.strict_rows is {config.batch.strict_rows}: strict numerics decode all {slots} sequences of a row "
+            f"shard (batch.num_slots={config.batch.num_slots}) in one bucket, so it must be at least that"
         )
     return config.batch.strict_rows
 
@@ -164,14 +171,20 @@ def _prefill_buckets(num_tokens: int, num_rows: int) -> tuple[int, ...]:
 def _num_pages(
     config: EngineConfig, spec: ModelSpec, layout: CacheLayout, devices: list[jax.Device], pages_per_seq: int
 ) -> int:
-    weights = weight_bytes(spec, layout.dtype)
+    shards = config.degrees.row_shards
+    weights = weight_bytes(spec, layout.dtype, config.degrees)
     budget = _memory_budget(config, devices, weights)
     asked = config.cache.num_pages
-    num_pages = asked or budget // layout.page_bytes
-    if num_pages < pages_per_seq:
+    if asked % shards:
+        raise ConfigError(
+            f"cache.num_pages is {asked}, which does not divide over dp {config.dp} x ep {config.ep} row shards"
+        )
+    num_pages = asked or budget // layout.page_bytes // shards * shards
+    if num_pages // shards < pages_per_seq:
+        place = f"on {shards} row shards " if shards > 1 else ""
         raise CheckpointError(
             f"the model does not fit: weights take {weights / 2**30:.2f} GiB, and the cache has {num_pages} pages "
-            f"of {layout.page_size} tokens where one sequence of batch.max_model_len needs {pages_per_seq}; "
+            f"{place}of {layout.page_size} tokens where one sequence of batch.max_model_len needs {pages_per_seq}; "
             "lower batch.max_model_len, raise cache.num_pages or use more devices"
         )
     if asked and asked * layout.page_bytes + weights > _total_memory(devices):
@@ -197,18 +210,19 @@ def _total_memory(devices: list[jax.Device]) -> int:
     return sum(int((d.memory_stats() or {}).get("bytes_limit", 0)) for d in devices)
 
 
-def weight_bytes(spec: ModelSpec, dtype: str) -> int:
-    """Bytes of all weights, to within norms and biases."""
-    attention = spec.hidden_size * spec.head_dim * (2 * spec.num_heads + 2 * spec.num_kv_heads)
+def weight_bytes(spec: ModelSpec, dtype: str, degrees: Degrees = WHOLE) -> int:
+    """Bytes of all weights over all devices of a replica, copies counted, to within norms and biases."""
+    kv_heads = spec.num_kv_heads * kv_copies(spec.num_kv_heads, degrees.tp)
+    attention = spec.hidden_size * spec.head_dim * (2 * spec.num_heads + 2 * kv_heads)
     embedding = spec.vocab_size * spec.hidden_size * (1 if spec.tie_embeddings else 2)
-    ffw_columns = spec.num_layers * spec.intermediate_size
-    routers = 0
+    sparse = 0 if spec.moe is None else sum(spec.moe.layers)
+    dense = 3 * (spec.num_layers - sparse) * spec.intermediate_size * spec.hidden_size
+    routers = experts = 0
     if spec.moe is not None:
-        sparse = sum(spec.moe.layers)
-        ffw_columns += sparse * (spec.moe.num_experts * spec.moe.intermediate_size - spec.intermediate_size)
-        routers = sparse * spec.moe.num_experts
-    matrices = spec.num_layers * attention + (3 * ffw_columns + routers) * spec.hidden_size + embedding
-    return matrices * (4 if dtype == "float32" else 2)
+        routers = sparse * spec.moe.num_experts * spec.hidden_size
+        experts = 3 * sparse * spec.moe.num_experts * spec.moe.intermediate_size * spec.hidden_size
+    shared = spec.num_layers * attention + dense + routers + embedding  # each row shard has them all
+    return (shared * degrees.row_shards + experts * degrees.dp) * (4 if dtype == "float32" else 2)
 
 
 def _fingerprint(spec: ModelSpec, identity: str, layout: CacheLayout, numerics: Numerics) -> str:

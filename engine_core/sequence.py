@@ -22,7 +22,8 @@ class Sequence:
         num_dispatched: tokens whose KV is in the cache or will be once the steps dispatched so far have run.
         num_stored: leading blocks that have been put into the prefix cache.
         num_sampled: generated tokens, counting those dispatched and not read yet.
-        slot: row of the slot state, -1 while it has none.
+        shard: row shard on which it lies, -1 while it holds nothing.
+        slot: row of that shard's slot state, -1 while it has none.
         hashes: block hashes of the full blocks of `token_ids`, as far as they have been needed.
         prompt_logprobs: of prompt tokens 1, 2, ... as far as the host has read them.
         cached_told: its owner has been told `num_cached`.
@@ -37,6 +38,7 @@ class Sequence:
     num_dispatched: int = 0
     num_stored: int = 0
     num_sampled: int = 0
+    shard: int = -1
     slot: int = -1
     pages: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)

@@ -19,12 +19,16 @@ class SlotTable:
     Args:
         num_slots: S.
         pages_per_seq: P.
-        num_pages: size of the page pool; also the id that means "no page".
+        num_pages: size of the row shard's pool; also the id that means "no page" there.
         vocab_size: V; also the token id that means "no logit bias".
+        first_page: id of the pool's first page; a step counts the pages of each row shard from 0.
     """
 
-    def __init__(self, num_slots: int, pages_per_seq: int, num_pages: int, vocab_size: int) -> None:
+    def __init__(
+        self, num_slots: int, pages_per_seq: int, num_pages: int, vocab_size: int, first_page: int = 0
+    ) -> None:
         rows = num_slots + 1
+        self._first_page = first_page
         self.num_slots = num_slots
         self.num_pages = num_pages
         self.vocab_size = vocab_size
@@ -73,7 +77,7 @@ class SlotTable:
 
     def set_pages(self, slot: int, first: int, pages: list[int]) -> None:
         """Write page ids `[first, first + len(pages))` of a slot's page table row."""
-        self.page_table[slot, first : first + len(pages)] = pages
+        self.page_table[slot, first : first + len(pages)] = np.subtract(pages, self._first_page)
 
     def release(self, slot: int) -> None:
         """Take a slot back. Steps in flight keep the rows they were built from."""

@@ -41,7 +41,11 @@ def prove(replica: Replica) -> str:
         "shifted rows beside another sequence": ([rows // 2 or 1], rows // 2),
         "one token beside another sequence": ([1], rows - 1),
     }
-    bits = {name: _compute(replica, prompt, neighbour, sizes, lead) for name, (sizes, lead) in schedules.items()}
+    last = len(replica.memory.shards) - 1
+    bits = {name: _compute(replica, prompt, neighbour, sizes, lead, 0) for name, (sizes, lead) in schedules.items()}
+    if last:
+        name = "shifted rows beside another sequence"
+        bits[f"{name}, on another row shard"] = _compute(replica, prompt, neighbour, *schedules[name], last)
     first = bits["full chunks"]
     for name, other in bits.items():
         if other != first:
@@ -50,9 +54,11 @@ def prove(replica: Replica) -> str:
     return hashlib.blake2b(first, digest_size=16, key=hashlib.sha256(identity).digest()).hexdigest()
 
 
-def _compute(replica: Replica, prompt: list[int], neighbour: list[int], sizes: Sequence[int], lead: int) -> bytes:
+def _compute(
+    replica: Replica, prompt: list[int], neighbour: list[int], sizes: Sequence[int], lead: int, shard: int
+) -> bytes:
     """KV bytes and log probabilities of `prompt`, with `lead` rows of a neighbour in front of it in every step."""
-    subject, other = _open(replica, "subject", prompt), _open(replica, "other", neighbour)
+    subject, other = _open(replica, "subject", prompt, shard), _open(replica, "other", neighbour, shard)
     probabilities = b""
     step = 0
     while subject.num_dispatched < len(prompt):
@@ -61,8 +67,8 @@ def _compute(replica: Replica, prompt: list[int], neighbour: list[int], sizes: S
         size = min(sizes[step % len(sizes)], room, len(prompt) - subject.num_dispatched)
         chunks = [_advance(other, beside)] if beside else []
         chunks.append(_advance(subject, size))
-        pending = replica.dispatch_prefill(chunks)
-        row = replica.output_rows(chunks)[-1]
+        pending, output_rows = replica.dispatch_prefill(chunks)
+        row = output_rows[-1]
         if chunks[-1].is_last:
             probabilities = repr((pending.tokens()[row], pending.logprobs(row, MAX_TOP_LOGPROBS))).encode()
         step += 1
@@ -75,11 +81,11 @@ def _compute(replica: Replica, prompt: list[int], neighbour: list[int], sizes: S
     return probabilities + b"".join(np.ascontiguousarray(layer).tobytes() for layer in valid)
 
 
-def _open(replica: Replica, name: str, tokens: list[int]) -> Seq:
+def _open(replica: Replica, name: str, tokens: list[int], shard: int) -> Seq:
     sampling = SamplingParams(temperature=0.0, logprobs=MAX_TOP_LOGPROBS)
     sequence = Seq.of(Request(name, tokens, len(tokens), sampling))
-    replica.memory.grow(sequence, len(tokens))
-    replica.memory.take_slot(sequence)
+    placed = replica.memory.place(sequence, computes=True, shard=shard)
+    assert placed, "nothing else holds pages yet"
     return sequence
 
 

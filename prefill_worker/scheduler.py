@@ -75,7 +75,7 @@ class PrefillScheduler:
         self._events = events
         self._queue = ChunkQueue(replica.memory)
         self._tasks: dict[Key, _Task] = {}
-        self._inflight: deque[tuple[PendingStep, list[Chunk]]] = deque()
+        self._inflight: deque[tuple[PendingStep, list[int], list[Chunk]]] = deque()
         self._eos = frozenset(replica.resolved.spec.eos_token_ids)
         self._meter = StepMeter(time.monotonic, lambda: replica.compiles_after_warmup)
 
@@ -147,21 +147,21 @@ class PrefillScheduler:
             if chunk.start == chunk.sequence.num_cached:
                 self._replica.stats.admitted(chunk.sequence)
                 self._replica.prepare_slot(chunk.sequence)
-        step = self._replica.dispatch_prefill(chunks)
+        step, rows = self._replica.dispatch_prefill(chunks)
         step.start_copy()
         self._meter.prefill(chunks)
         for chunk in chunks:
             self._replica.memory.store(chunk.sequence, chunk.sequence.num_dispatched)
-        self._inflight.append((step, chunks))
+        self._inflight.append((step, rows, chunks))
         return True
 
-    def _read(self, step: PendingStep, chunks: list[Chunk]) -> None:
+    def _read(self, step: PendingStep, rows: list[int], chunks: list[Chunk]) -> None:
         if not any(chunk.is_last for chunk in chunks):
             self._meter.not_read()
             return
         tokens = step.tokens()
         self._meter.read()
-        for row, chunk in zip(self._replica.output_rows(chunks), chunks, strict=True):
+        for row, chunk in zip(rows, chunks, strict=True):
             sequence = chunk.sequence
             if not chunk.is_last or sequence.finished:
                 continue

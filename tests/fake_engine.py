@@ -11,14 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from engine_core.batch import BatchBuilder
-from engine_core.chunking import SequenceMemory
 from engine_core.kv_cache import CacheLayout
 from engine_core.models.spec import ModelSpec
-from engine_core.page_pool import PagePool
-from engine_core.prefix_cache import PrefixCache
 from engine_core.replica import Replica
 from engine_core.resolve import ResolvedEngine
-from engine_core.slot_table import SlotTable
+from engine_core.sequence_memory import BlockUnion, SequenceMemory, split_memory
 from engine_core.types import Numerics, TokenLogprobs
 from engine_core.worker_stats import StatsRecorder
 
@@ -83,25 +80,38 @@ class FakeEngine:
 
     def dispatch(self, inputs) -> FakeStep:
         self.num_steps += 1
+        shards = self.resolved.row_shards
+        fields = ("rows", "token_slots", "tokens", "positions", "page_table", "kv_lens", "slots")
+        parts = {name: np.split(getattr(inputs, name), shards) for name in fields}
+        caches, slots = np.split(self.cache, shards), np.split(self.last_tokens, shards)
+        sampled = [
+            token
+            for shard in range(shards)
+            for token in self._run({name: parts[name][shard] for name in fields}, caches[shard], slots[shard])
+        ]
+        scored = zip(inputs.sampling.scored, sampled, strict=True)
+        return FakeStep(sampled, [int(wanted) if wanted < VOCAB else drawn for wanted, drawn in scored])
+
+    def _run(self, part, cache, last_tokens) -> list[int]:
+        """One row shard's rows, over its own pages and slots (views)."""
         size = self.resolved.layout.page_size
-        num_rows = len(inputs.kv_lens)
-        for t, row in enumerate(inputs.rows):
+        num_rows, num_slots = len(part["kv_lens"]), len(last_tokens)
+        for t, row in enumerate(part["rows"]):
             if row == num_rows:
                 continue
-            slot = inputs.token_slots[t]
-            token = inputs.tokens[t] if slot == self.resolved.num_slots else self.last_tokens[slot]
-            page, offset = divmod(int(inputs.positions[t]), size)
-            self.cache[inputs.page_table[row, page], offset] = token
+            slot = part["token_slots"][t]
+            token = part["tokens"][t] if slot == num_slots else last_tokens[slot]
+            page, offset = divmod(int(part["positions"][t]), size)
+            cache[part["page_table"][row, page], offset] = token
         sampled = []
         for row in range(num_rows):
-            length = int(inputs.kv_lens[row])
-            pages = inputs.page_table[row, : -(-length // size)]
-            sampled.append(next_token(self.cache[pages].reshape(-1)[:length].tolist()) if length else 0)
-        for row, slot in enumerate(inputs.slots):
-            if slot < self.resolved.num_slots:
-                self.last_tokens[slot] = sampled[row]
-        wanted = inputs.sampling.scored
-        return FakeStep(sampled, [int(w) if w < VOCAB else s for w, s in zip(wanted, sampled, strict=True)])
+            length = int(part["kv_lens"][row])
+            pages = part["page_table"][row, : -(-length // size)]
+            sampled.append(next_token(cache[pages].reshape(-1)[:length].tolist()) if length else 0)
+        for row, slot in enumerate(part["slots"]):
+            if slot < num_slots:
+                last_tokens[slot] = sampled[row]
+        return sampled
 
     def init_slot(self, slot, prompt_ids, output_ids) -> None:
         pass
@@ -122,7 +132,9 @@ def fake_replica(
     prefill_tokens: int = 8,
     numerics: Numerics = Numerics.FAST,
     prefix_cache: bool = True,
+    row_shards: int = 1,
 ) -> Replica:
+    """Pages and slots are those of all row shards together."""
     spec = ModelSpec(
         architecture="Fake",
         num_layers=1,
@@ -160,22 +172,29 @@ def fake_replica(
         dtype="float32",
         stacked=False,
         numerics=numerics,
+        row_shards=row_shards,
         num_slots=num_slots,
         max_model_len=max_model_len,
         pages_per_seq=-(-max_model_len // page_size),
-        decode_buckets=(num_slots * 2,) if strict else (1, num_slots),
+        decode_buckets=(num_slots * 2,) if strict else (1, num_slots // row_shards),
         prefill_buckets=() if strict else (prefill_tokens,),
         prefill_rows=2,
         scored_tokens=num_slots,
         fingerprint="00" * 16,
     )
-    table = SlotTable(num_slots, resolved.pages_per_seq, num_pages, VOCAB)
-    cache = PrefixCache(PagePool(num_pages), page_size)
-    memory = SequenceMemory(cache, table, page_size, b"test", reuse=prefix_cache)
+    shards = split_memory(
+        row_shards,
+        num_pages=num_pages,
+        page_size=page_size,
+        num_slots=num_slots,
+        pages_per_seq=resolved.pages_per_seq,
+        vocab_size=VOCAB,
+    )
     return Replica(
         engine=FakeEngine(resolved),
-        memory=memory,
-        builder=BatchBuilder(table),
+        memory=SequenceMemory(shards, page_size, b"test", reuse=prefix_cache),
+        blocks=BlockUnion([shard.cache for shard in shards]),
+        builder=BatchBuilder([shard.table for shard in shards]),
         identity="fake",
         stats=StatsRecorder(lambda: (0, 0)),
     )

@@ -184,6 +184,7 @@ class MiniCluster:
         memory = worker._replica.memory
         return (
             load.running == load.waiting == 0
-            and load.free_pages == memory.cache.pool.num_pages
-            and memory.table.num_free == memory.table.num_slots
+            and load.free_pages == sum(shard.cache.pool.num_pages for shard in memory.shards)
+            and all(shard.table.num_free == shard.table.num_slots for shard in memory.shards)
+            and all(shard.num_sequences == 0 for shard in memory.shards)
         )

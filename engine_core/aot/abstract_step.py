@@ -45,12 +45,12 @@ def abstract_slots(num_slots: int, vocab_size: int, mesh: Mesh) -> SlotState:
 
 def decode_inputs(bucket: int, table: SlotTable, mesh: Mesh) -> StepInputs:
     """Of a decode step of `bucket` sequences on each row shard, as the engine's warm-up makes them."""
-    return _place(BatchBuilder(table).decode((), bucket), mesh)
+    return _place(BatchBuilder([table]).decode((), bucket).inputs, mesh)
 
 
 def prefill_inputs(num_tokens: int, num_rows: int, table: SlotTable, mesh: Mesh) -> StepInputs:
     """Of a prefill step of `num_tokens` tokens of at most `num_rows` sequences on each row shard."""
-    return _place(BatchBuilder(table).prefill((), num_tokens, num_rows), mesh)
+    return _place(BatchBuilder([table]).prefill((), num_tokens, num_rows).inputs, mesh)
 
 
 def _place(inputs: StepInputs, mesh: Mesh) -> StepInputs:

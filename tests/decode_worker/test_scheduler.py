@@ -50,15 +50,22 @@ def run(scheduler: DecodeScheduler, limit: int = 1000) -> None:
     raise AssertionError("the scheduler does not come to rest")
 
 
+def check_integrity(replica) -> None:
+    for shard in replica.memory.shards:
+        shard.cache.check_integrity()
+
+
 def assert_released(replica, scheduler) -> None:
     """Nothing is held but what the prefix cache keeps."""
-    pool = replica.memory.cache.pool
     assert scheduler.num_running == 0 and scheduler.num_waiting == 0
-    assert replica.memory.table.num_free == replica.memory.table.num_slots
-    replica.memory.cache.check_integrity()
-    replica.memory.cache.clear()
-    assert pool.free_count == pool.num_pages
-    pool.check_integrity({})
+    for shard in replica.memory.shards:
+        pool = shard.cache.pool
+        assert shard.num_sequences == 0
+        assert shard.table.num_free == shard.table.num_slots
+        shard.cache.check_integrity()
+        shard.cache.clear()
+        assert pool.free_count == pool.num_pages
+        pool.check_integrity({})
 
 
 def land(replica, scheduler, key, wanted, prompt) -> None:
@@ -225,7 +232,9 @@ def test_full_cache_queues_then_preempts_and_no_answer_changes(prefix_cache, num
 @pytest.mark.parametrize("seed", range(40))
 def test_random_traffic_with_cancels_leaves_nothing_behind(seed):
     rng = random.Random(seed)
-    replica = fake_replica(num_pages=rng.choice([10, 20, 64]), max_model_len=40, num_slots=rng.choice([1, 3, 4]))
+    shards = 1 + seed % 2
+    sizes = {"num_pages": shards * rng.choice([10, 20, 64]), "num_slots": shards * rng.choice([1, 3, 4])}
+    replica = fake_replica(max_model_len=40, row_shards=shards, **sizes)
     events = Events()
     scheduler = DecodeScheduler(replica, events)
     shared = [rng.randrange(2, 90) for _ in range(12)]
@@ -252,7 +261,7 @@ def test_random_traffic_with_cancels_leaves_nothing_behind(seed):
                 events.chunks[key].append(chunk)
             scheduler.landed(key, chunk)
         scheduler.tick()
-        replica.memory.cache.check_integrity()
+        check_integrity(replica)
     while True:
         run(scheduler)
         tickets += events.tickets

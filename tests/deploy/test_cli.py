@@ -40,12 +40,14 @@ def test_version() -> None:
 
 def test_short_flags_stand_for_long_ones() -> None:
     flags = ["--model", "m", "--prefill", "3", "--cache.page_size", "64", "--batch.num_slots=8", "--numerics", "strict"]
-    config = read_config([*flags, "--port", "9", "--tp", "2", "--fleet.drain_timeout_s", "3"], None)
+    config = read_config(
+        [*flags, "--port", "9", "--tp", "2", "--ep", "3", "--dp=4", "--fleet.drain_timeout_s", "3"], None
+    )
     assert config.engine.model.path == "m"
     assert config.engine.cache.page_size == 64
     assert config.engine.batch.num_slots == 8
     assert config.engine.numerics == "strict"
-    assert config.engine.tp == 2
+    assert (config.engine.tp, config.engine.ep, config.engine.dp) == (2, 3, 4)
     assert (config.fleet.prefill, config.fleet.drain_timeout_s, config.gateway.port) == (3, 3.0, 9)
 
 

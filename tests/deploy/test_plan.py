@@ -156,3 +156,40 @@ class TestLarge:
         assert 30 < result["short_gib"] < 40
         text = describe("qwen3-32b", result)
         assert "It does not fit" in text and "v6e-4" in text
+
+
+@pytest.mark.aot_matrix
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("model", "topology", "split"),
+    [
+        ("qwen3-8b", "v6e-1", {"tp": 1, "ep": 1, "dp": 1}),
+        ("qwen3-8b", "v6e-4", {"tp": 4, "ep": 1, "dp": 1}),
+        ("qwen3-8b", "tpu7x-2", {"tp": 2, "ep": 1, "dp": 1}),
+        ("qwen3-32b", "v6e-8", {"tp": 8, "ep": 1, "dp": 1}),
+        ("qwen3-32b", "tpu7x-8", {"tp": 8, "ep": 1, "dp": 1}),
+        ("qwen3-30b-a3b", "v6e-8", {"tp": 4, "ep": 2, "dp": 1}),
+        ("qwen3-30b-a3b", "tpu7x-8", {"tp": 4, "ep": 2, "dp": 1}),
+        ("qwen3-235b-a22b", "v6e-32", {"tp": 4, "ep": 8, "dp": 1}),
+        ("qwen3-235b-a22b", "tpu7x-16", {"tp": 4, "ep": 4, "dp": 1}),
+    ],
+)
+class TestWholeSteps:
+    pytestmark = compiles
+
+    def test_of_a_real_model(self, model, topology, split):
+        """Neither weights nor cache are gathered or copied; a small batch, whose logits are small beside both."""
+        batch, chunk, prefill_rows, vocab = 16, 512, 4, 151936
+        flags = ["--topology", topology, "--max-batch", str(batch), "--prefill-tokens", str(chunk)]
+        status, result = plan(MODELS / f"{model}.json", *flags)
+        assert (status, result["split"]) == (0, split)
+        shards = split["ep"] * split["dp"]
+        for role, rows in (("decode", batch // shards), ("prefill", prefill_rows)):
+            step = result["steps"][role]
+            largest = {kind: one["largest_bytes"] for kind, one in step["collectives"].items()}
+            assert largest.get("all-gather", 0) <= 4 * vocab * rows, "more than logits are gathered"
+            assert largest.get("all-reduce", 0) <= 4 * 8192 * chunk, "more than activations are added up"
+            assert ("all-reduce" in largest) == (split["tp"] > 1)
+            assert ("ragged-all-to-all" in largest) == (split["ep"] > 1)
+            exchange = largest.get("ragged-all-to-all", 0) / 2**30
+            assert step["temp_gib"] < step["layer_kv_gib"] / 4 + 4 * exchange, role

@@ -12,14 +12,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from engine_core.config import Degrees, EngineConfig
-from engine_core.errors import ConfigError
+from engine_core.config import BatchConfig, CacheConfig, Degrees, EngineConfig
+from engine_core.errors import CheckpointError, ConfigError
 from engine_core.layers.linear import choose_numbers
 from engine_core.layers.moe import choose_experts
 from engine_core.mesh import make_mesh
 from engine_core.models.decoder import Decoder
 from engine_core.models.registry import load_spec
-from engine_core.resolve import resolve
+from engine_core.resolve import resolve, weight_bytes
 from tests.engine_core.parity import GOLDEN
 
 ROOT = Path(__file__).parents[2]
@@ -99,14 +99,34 @@ def test_the_tensor_axis_splits_columns_or_else_experts() -> None:
         choice.splits_columns(spec, Degrees(tp=5))
 
 
-@pytest.mark.parametrize("degrees", [{"ep": 2}, {"dp": 2}])
-def test_the_engine_refuses_row_shards(degrees: dict[str, int]) -> None:
-    """Its scheduler would put a sequence's rows and pages on different shards."""
-    config = EngineConfig(**degrees)
-    with pytest.raises(ConfigError, match=r"ep [12] and dp [12]: the scheduler does not place sequences"):
-        resolve(config, load_spec(GOLDEN / "qwen3_moe"), "identity", jax.devices()[:1] * 2)
-    with pytest.raises(ConfigError, match="but only 1 device"):
-        resolve(config, load_spec(GOLDEN / "qwen3_moe"), "identity", jax.devices()[:1])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch": BatchConfig(num_slots=9)}, "batch.num_slots is 9, which does not divide over dp 2 x ep 2"),
+        ({"cache": CacheConfig(num_pages=66)}, "cache.num_pages is 66, which does not divide over dp 2 x ep 2"),
+        ({"cache": CacheConfig(num_pages=28)}, "28 pages on 4 row shards"),
+        ({}, "dp 2 x ep 2 x tp 1 but only 2 device"),
+    ],
+)
+def test_the_engine_refuses_what_row_shards_cannot_share(changes: dict, message: str) -> None:
+    """A context of 128 tokens takes eight pages, of one shard."""
+    config = EngineConfig(dp=2, ep=2, **changes)
+    devices = jax.devices()[:1] * (4 if changes else 2)
+    with pytest.raises((ConfigError, CheckpointError), match=message):
+        resolve(config, load_spec(GOLDEN / "qwen3_moe"), "identity", devices)
+
+
+def test_row_shards_split_slots_and_count_copies_of_weights() -> None:
+    spec = load_spec(GOLDEN / "qwen3_moe")
+    config = EngineConfig(dp=2, ep=2, cache=CacheConfig(num_pages=128), batch=BatchConfig(num_slots=32))
+    resolved = resolve(config, spec, "identity", jax.devices()[:1] * 4)
+    assert (resolved.row_shards, resolved.num_slots, resolved.decode_buckets) == (4, 32, (1, 8))
+    whole, split, tensor = (
+        weight_bytes(spec, "float32", one) for one in (Degrees(), Degrees(dp=2, ep=2), Degrees(tp=2))
+    )
+    experts = 4 * 3 * sum(spec.moe.layers) * 8 * spec.moe.intermediate_size * spec.hidden_size
+    assert tensor == whole
+    assert split == 4 * (whole - experts) + 2 * experts
 
 
 def test_refuses_more_devices_than_there_are() -> None:

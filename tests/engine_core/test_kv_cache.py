@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -106,3 +107,28 @@ def split_over_two():
             compiled = jax.jit(gather_pages).lower(cache, jnp.zeros(2, jnp.int32)).compile().as_text()
             assert "all-gather" not in compiled
             assert "all-reduce" not in compiled
+
+
+def test_pages_of_a_cache_split_over_row_shards():
+    """In a process of its own, as above."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", "from tests.engine_core import test_kv_cache; test_kv_cache.split_over_rows()"]
+    subprocess.run(command, env=environment, check=True, timeout=200)
+
+
+def split_over_rows():
+    """Run by the test above; the cache is never whole on a device, only the pages that are asked for."""
+    mesh = make_mesh(Degrees(dp=2), jax.devices())
+    layout = make_layout(num_pages=26)
+    for stacked in (False, True):
+        check_round_trip(make_layout(num_pages=8), mesh, stacked)
+        cache = create_cache(layout, mesh, stacked)
+        ids = jnp.zeros(2, jnp.int32)
+        blocks = tuple(jnp.zeros((2, 4, 4, 8)) for _ in range(layout.num_layers))
+        for compiled in (
+            jax.jit(gather_pages).lower(cache, ids).compile(),
+            jax.jit(scatter_pages, donate_argnums=0).lower(cache, ids, blocks).compile(),
+        ):
+            shapes = re.findall(r"f32\[[\d,]*\]", compiled.as_text())
+            assert any("13," in shape for shape in shapes)
+            assert not any("26," in shape for shape in shapes), shapes

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -214,3 +218,30 @@ def test_fused_experts_of_another_shape(tmp_path: Path) -> None:
     rewrite(directory, change)
     with pytest.raises(CheckpointError, match=r"experts\.0\.w2\.weight has shape \[10, 64, 72\]"):
         load(directory)
+
+
+def test_no_host_of_a_slice_reads_all_weights() -> None:
+    """Two processes as two hosts of two devices each: a host reads the parts of its own devices, each once."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "tests.engine_core.two_host_loader", str(port)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    hosts = [
+        subprocess.Popen(
+            [*command, str(host)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for host in range(2)
+    ]
+    try:
+        answers = [host.communicate(timeout=120) for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    for host, (_, errors) in zip(hosts, answers, strict=True):
+        assert host.returncode == 0, errors[-4000:]
+    for found, share in zip(zip(*(out.splitlines() for out, _ in answers), strict=True), (0.52, 0.75), strict=True):
+        for result in map(json.loads, found):
+            assert result["devices"] == [2, 4]
+            assert result["read"] == result["own"] < share * result["whole"], result
+            assert result["largest"] < result["whole"] / 4, result

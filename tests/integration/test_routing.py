@@ -81,7 +81,7 @@ class Routed:
 
         def agrees(worker: Worker) -> bool:
             state = self.state(worker.info().worker_id)
-            held = set(worker._replica.memory.cache.hashes())
+            held = set(worker._replica.block_hashes())
             return state.feed.state is FeedState.LIVE and held == self.known(state, held)
 
         await self.until(lambda: all(agrees(worker) for worker in self.workers))

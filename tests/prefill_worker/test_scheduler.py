@@ -43,11 +43,14 @@ def run(scheduler: PrefillScheduler) -> None:
 
 
 def assert_released(replica) -> None:
-    pool = replica.memory.cache.pool
-    assert replica.memory.table.num_free == replica.memory.table.num_slots
-    replica.memory.cache.clear()
-    assert pool.free_count == pool.num_pages
-    pool.check_integrity({})
+    for shard in replica.memory.shards:
+        pool = shard.cache.pool
+        assert shard.num_sequences == 0
+        assert shard.table.num_free == shard.table.num_slots
+        shard.cache.check_integrity()
+        shard.cache.clear()
+        assert pool.free_count == pool.num_pages
+        pool.check_integrity({})
 
 
 def sent_tokens(events: Events, name: str, length: int) -> list[int]:
