@@ -1,12 +1,14 @@
 """`baton bench engine`: decode and prefill tokens/s against Hugging Face transformers on the same weights, in one run.
 
-Both engines live in processes of their own and are measured in turn, round by round, so that a drift of the machine
-hits both. Reported is the median over rounds of each round's best step.
+llama.cpp is a second peer where llama-cpp-python and gguf are installed. Each engine lives in a process of its own, and
+they are measured in turn, round by round, so that a drift of the machine hits all. Reported is the median over rounds
+of each round's best step.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import statistics
@@ -21,6 +23,7 @@ from benchmarks.table import Table
 
 CONTEXT = 32  # tokens in the cache when decoding starts
 PROMPT = 512  # tokens of the prefill measurement
+PEERS = {"transformers": ("transformers", "torch"), "llama.cpp": ("llama_cpp", "gguf")}  # and the packages they need
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(args.model) if args.model else write_random_checkpoint(Path(scratch), SHAPES[args.shape])
-        results = {dtype: _compare(model, dtype, args) for dtype in args.dtypes}
+        results = {dtype: _compare(model, dtype, Path(scratch), args) for dtype in args.dtypes}
     _print(results, args)
 
 
@@ -39,8 +42,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--steps", type=int, default=6, help="decode steps per round")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds, each measuring both engines")
-    parser.add_argument("--no-peer", action="store_true", help="measure Baton alone")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds, each measuring every engine")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        default=[peer for peer, packages in PEERS.items() if all(map(importlib.util.find_spec, packages))],
+        choices=list(PEERS),
+        help="measured beside Baton (default: those installed); with none named, Baton alone",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser
 
@@ -48,9 +57,9 @@ def _parser() -> argparse.ArgumentParser:
 Measured = dict[str, dict[str, float]]  # engine -> measurement -> tokens/s
 
 
-def _compare(model: Path, dtype: str, args: argparse.Namespace) -> Measured:
-    names = ["baton"] if args.no_peer else ["baton", "transformers"]
-    peers = {name: _Peer(name, model, dtype, max(args.batches)) for name in names}
+def _compare(model: Path, dtype: str, scratch: Path, args: argparse.Namespace) -> Measured:
+    names = ["baton", *args.peers]
+    peers = {name: _Engine(name, model, dtype, max(args.batches), scratch) for name in names}
     jobs = [("decode", batch) for batch in args.batches] + [("prefill", PROMPT)]
     samples: dict[str, dict[str, list[float]]] = {name: {f"{k}_{n}": [] for k, n in jobs} for name in names}
     try:
@@ -65,32 +74,35 @@ def _compare(model: Path, dtype: str, args: argparse.Namespace) -> Measured:
 
 
 def _print(results: dict[str, Measured], args: argparse.Namespace) -> None:
-    table = Table("dtype", "measurement", "baton tok/s", "transformers tok/s", "ratio")
+    columns = [title for peer in args.peers for title in (f"{peer} tok/s", f"of {peer}")]
+    table = Table("dtype", "measurement", "baton tok/s", *columns)
     decode_ratio: dict[str, dict[str, float]] = {}
     prefill_ratio: dict[str, float] = {}
     for dtype, measured in results.items():
         for job, ours in measured["baton"].items():
-            theirs = measured.get("transformers", {}).get(job)
-            ratio = round(ours / theirs, 3) if theirs else None
-            table.add(dtype, job.replace("_", " "), f"{ours:.1f}", f"{theirs:.1f}" if theirs else "-", ratio or "-")
-            if ratio is not None and job.startswith("decode"):
+            theirs = {peer: measured[peer][job] for peer in args.peers}
+            cells = [cell for speed in theirs.values() for cell in (f"{speed:.1f}", f"{ours / speed:.2f}")]
+            table.add(dtype, job.replace("_", " "), f"{ours:.1f}", *cells)
+            if "transformers" not in theirs:
+                continue
+            ratio = round(ours / theirs["transformers"], 3)
+            if job.startswith("decode"):
                 decode_ratio.setdefault(dtype, {})[job.removeprefix("decode_")] = ratio
-            elif ratio is not None:
+            else:
                 prefill_ratio[dtype] = ratio
     table.print()
     if args.json:
-        tokens_per_s = {dtype: dict(measured) for dtype, measured in results.items()}
-        print(json.dumps({"decode_ratio": decode_ratio, "prefill_ratio": prefill_ratio, "tokens_per_s": tokens_per_s}))
+        print(json.dumps({"decode_ratio": decode_ratio, "prefill_ratio": prefill_ratio, "tokens_per_s": results}))
 
 
-class _Peer:
+class _Engine:
     """An engine in a process of its own, measured on request."""
 
-    def __init__(self, name: str, model: Path, dtype: str, max_batch: int) -> None:
+    def __init__(self, name: str, model: Path, dtype: str, max_batch: int, scratch: Path) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        target = _serve_baton if name == "baton" else _serve_transformers
-        self._process = context.Process(target=target, args=(theirs, str(model), dtype, max_batch), daemon=True)
+        target = {"baton": _serve_baton, "transformers": _serve_transformers, "llama.cpp": _serve_llama_cpp}[name]
+        self._process = context.Process(target=target, args=(theirs, model, dtype, max_batch, scratch), daemon=True)
         self._process.start()
         theirs.close()
         assert self._pipe.recv() == "ready"
@@ -113,17 +125,26 @@ def _answer(pipe: Connection, measures: dict[str, Callable[[int, int], float]]) 
         pipe.send(measures[kind](size, steps))
 
 
-def _serve_baton(pipe: Connection, model: str, dtype: str, max_batch: int) -> None:
+def _serve_baton(pipe: Connection, model: Path, dtype: str, max_batch: int, scratch: Path) -> None:
     from benchmarks.replica_probe import ReplicaProbe  # noqa: PLC0415  this process alone imports jax
 
-    probe = ReplicaProbe(Path(model), dtype, max_batch, PROMPT, CONTEXT)
+    del scratch
+    probe = ReplicaProbe(model, dtype, max_batch, PROMPT, CONTEXT)
     _answer(pipe, {"decode": probe.decode, "prefill": lambda size, steps: probe.prefill(size, 3)})
 
 
-def _serve_transformers(pipe: Connection, model: str, dtype: str, max_batch: int) -> None:
+def _serve_transformers(pipe: Connection, model: Path, dtype: str, max_batch: int, scratch: Path) -> None:
     from benchmarks.transformers_probe import TransformersProbe  # noqa: PLC0415  this process alone imports torch
 
-    probe: Any = TransformersProbe(Path(model), dtype, CONTEXT)
+    del max_batch, scratch
+    probe: Any = TransformersProbe(model, dtype, CONTEXT)
+    _answer(pipe, {"decode": probe.decode, "prefill": lambda size, steps: probe.prefill(size, 3)})
+
+
+def _serve_llama_cpp(pipe: Connection, model: Path, dtype: str, max_batch: int, scratch: Path) -> None:
+    from benchmarks.llama_cpp_probe import LlamaCppProbe  # noqa: PLC0415  optional packages
+
+    probe: Any = LlamaCppProbe(model, dtype, max_batch, PROMPT, CONTEXT, scratch)
     _answer(pipe, {"decode": probe.decode, "prefill": lambda size, steps: probe.prefill(size, 3)})
 
 

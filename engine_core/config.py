@@ -24,6 +24,7 @@ class ModelConfig:
         "auto"  # auto | float32 | bfloat16; auto: the checkpoint's on TPU and GPU, the fastest exact one on CPU
     )
     experts: str = "auto"  # auto | grouped | fused: MoE by grouped products of sorted rows, or all experts on every row
+    cpu_kernels: str = "auto"  # auto | xla | compiled: products and attention on a CPU; auto: compiled for large models
     layers: str = "auto"  # auto | scan | unroll; auto: scan on TPU and GPU, unroll on CPU
 
 
@@ -111,6 +112,8 @@ class EngineConfig:
             raise ConfigError(f"model.layers must be auto, scan or unroll, not {self.model.layers!r}")
         if self.model.experts not in ("auto", "grouped", "fused"):
             raise ConfigError(f"model.experts must be auto, grouped or fused, not {self.model.experts!r}")
+        if self.model.cpu_kernels not in ("auto", "xla", "compiled"):
+            raise ConfigError(f"model.cpu_kernels must be auto, xla or compiled, not {self.model.cpu_kernels!r}")
         if not 0 < self.cache.memory_fraction <= 1:
             raise ConfigError(f"cache.memory_fraction must be in (0, 1], not {self.cache.memory_fraction}")
         for name, value in (

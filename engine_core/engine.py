@@ -8,7 +8,7 @@ page given to a new owner is written only by steps dispatched after that.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from engine_core.compile_counter import CompileCounter
 from engine_core.config import EngineConfig
+from engine_core.cpu_kernels import open_cpu_kernels
 from engine_core.kv_cache import create_cache, gather_pages, scatter_pages
 from engine_core.layers.linear import choose_numbers
 from engine_core.layers.moe import choose_experts
@@ -81,6 +82,8 @@ class Engine:
         devices = jax.local_devices()[: config.degrees.num_devices]
         mesh = make_mesh(config.degrees, devices)
         numbers = choose_numbers(resolved.dtype, devices[0].platform)
+        if devices[0].platform == "cpu":
+            numbers = replace(numbers, kernels=open_cpu_kernels(config, resolved.dtype, model_dir, progress))
         experts = choose_experts(config.model.experts, numbers.weight, devices[0].platform)
         model = Decoder(resolved.spec, numbers, degrees=config.degrees, experts=experts, scan=resolved.stacked)
         self._params = load_params(model_dir, model, mesh, _share_reporter(progress))

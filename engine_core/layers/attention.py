@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from engine_core.kernels.paged_attention import Rows, Scoring, paged_attention
+from engine_core.kernels.paged_attention import Implementation, Rows, Scoring, paged_attention
 from engine_core.layers.linear import ColumnLinear, Numbers, RowLinear
 from engine_core.layers.norm import RMSNorm
 from engine_core.layers.params import Source
@@ -61,6 +61,7 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm("self_attn.k_norm.weight", head_dim, eps) if spec.qk_norm else None
         self.head_dim = head_dim
         self.compute = numbers.compute
+        self.implementation: Implementation = "auto" if numbers.kernels is None else numbers.kernels.library
 
     def __call__(
         self,
@@ -88,5 +89,6 @@ class Attention(nnx.Module):
         q = rotate(q, inputs.cos, inputs.sin).astype(self.compute)
         k = rotate(k, inputs.cos, inputs.sin).astype(self.compute)
         scoring = Scoring(scale=self.head_dim**-0.5, window=window)
-        attended, cache = paged_attention(q, k, v.astype(self.compute), cache, layer, inputs.rows, scoring, "auto")
+        v = v.astype(self.compute)
+        attended, cache = paged_attention(q, k, v, cache, layer, inputs.rows, scoring, self.implementation)
         return self.out(attended.reshape(x.shape[0], -1)), cache

@@ -23,20 +23,19 @@ class VocabTable(nnx.Module):
             ParamSpec((padded, hidden), numbers.weight, (mesh.TENSOR, None), (Source(name, vocab),)),
         )
         self.vocab = vocab
-        self.residual = numbers.residual
-        self.min_rows = numbers.min_rows
+        self.numbers = numbers
         self.tp = tp
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """[T] i32 -> [T, D] in the residual dtype. One all-reduce: a device adds zeros for rows it does not hold."""
         weight = self.weight[...]
         local = tokens - mesh.shard_index(self.tp) * weight.shape[0]
-        rows = weight.at[local].get(mode="clip").astype(self.residual)
+        rows = weight.at[local].get(mode="clip").astype(self.numbers.residual)
         if self.tp > 1:
             rows = jnp.where(((local >= 0) & (local < weight.shape[0]))[:, None], rows, 0)
         return mesh.all_reduce(rows, self.tp)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[B, D] -> [B, V] f32, equal on every device. One all-gather."""
-        local = matmul(x, self.weight[...], self.min_rows)
+        local = matmul(x, self.weight[...], self.numbers)
         return mesh.all_gather(local, self.tp)[:, : self.vocab]

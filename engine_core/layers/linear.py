@@ -2,7 +2,8 @@
 
 Weights keep Hugging Face's orientation `[out, in]`. On XLA:CPU (jax 0.10 and 0.12, 2 cores, Qwen3-0.6B shapes) a bf16
 product with it streams 17 GB/s of weights from 4 rows on, against 9 GB/s with `[in, out]`; below 4 rows it falls to
-2 GB/s, so such batches are padded. On TPU and GPU the orientation is free.
+2 GB/s, so such batches are padded. Compiled kernels take the same orientation (`engine_core.kernels.cpu`). On TPU and
+GPU it is free.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from engine_core import mesh
+from engine_core.kernels.cpu import products
+from engine_core.kernels.cpu.choice import CpuKernels
 from engine_core.layers.params import ParamSpec, Source, declare
 
 
@@ -26,43 +29,41 @@ class Numbers:
         compute: dtype of matmul inputs and of queries, keys and values.
         weight: dtype in which matrices are stored.
         residual: dtype of activations between matmuls.
-        min_rows: a product with fewer rows is padded to this many.
+        min_rows: a product in XLA with fewer rows is padded to this many.
+        kernels: compiled ones, to use where they are the faster; None: XLA does all.
     """
 
     compute: str
     weight: str
     residual: str
     min_rows: int
+    kernels: CpuKernels | None
 
 
 def choose_numbers(compute: str, platform: str) -> Numbers:
-    """How to compute in `compute` ("float32" or "bfloat16") on a platform ("cpu", "gpu", "tpu")."""
+    """How to compute in `compute` ("float32" or "bfloat16") on a platform ("cpu", "gpu", "tpu"), by XLA alone."""
     if platform != "cpu" or compute == "float32":
-        return Numbers(compute=compute, weight=compute, residual=compute, min_rows=1)
-    return Numbers(compute=compute, weight=weight_dtype(compute, platform), residual="float32", min_rows=4)
+        return Numbers(compute=compute, weight=compute, residual=compute, min_rows=1, kernels=None)
+    return Numbers(compute=compute, weight=compute, residual="float32", min_rows=4, kernels=None)
 
 
-def weight_dtype(compute: str, platform: str) -> str:
-    """Storage of matrices, chosen by measured speed."""
-    del platform
-    return compute
-
-
-def matmul(x: jax.Array, weight: jax.Array, min_rows: int) -> jax.Array:
+def matmul(x: jax.Array, weight: jax.Array, numbers: Numbers) -> jax.Array:
     """`x @ weight.T`, accumulated in f32.
 
     Args:
         x: [T, in] any float dtype; rounded to the weight's.
         weight: [out, in].
-        min_rows: T is padded to this many rows when it is smaller.
+        numbers: how to compute.
 
     Returns:
         [T, out] f32.
     """
     rows = x.shape[0]
     x = x.astype(weight.dtype)
-    if rows < min_rows:
-        x = jnp.pad(x, ((0, min_rows - rows), (0, 0)))
+    if numbers.kernels is not None and numbers.kernels.multiplies(x):
+        return products.matmul(x, weight, numbers.kernels.library.matmul)
+    if rows < numbers.min_rows:
+        x = jnp.pad(x, ((0, numbers.min_rows - rows), (0, 0)))
     exact = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     contract = (((1,), (1,)), ((), ()))
     y = jax.lax.dot_general(x, weight, contract, precision=exact, preferred_element_type=jnp.float32)
@@ -83,12 +84,12 @@ class ColumnLinear(nnx.Module):
             ParamSpec((out_size, in_size), numbers.weight, (mesh.TENSOR, None), tuple(sources)),
         )
         self.bias = declare(ParamSpec((out_size,), "float32", (mesh.TENSOR,), tuple(biases))) if biases else None
-        self.min_rows = numbers.min_rows
+        self.numbers = numbers
         self.splits = tuple(source.rows * source.copies // tp for source in sources)
 
     def __call__(self, x: jax.Array) -> list[jax.Array]:
         """[T, in] -> one [T, rows * copies / tp] f32 per source."""
-        y = matmul(x, self.weight[...], self.min_rows)
+        y = matmul(x, self.weight[...], self.numbers)
         if self.bias is not None:
             y = y + self.bias[...]
         ends = [sum(self.splits[: i + 1]) for i in range(len(self.splits) - 1)]
@@ -100,10 +101,9 @@ class RowLinear(nnx.Module):
 
     def __init__(self, source: Source, in_size: int, numbers: Numbers, tp: int) -> None:
         self.weight = declare(ParamSpec((source.rows, in_size), numbers.weight, (None, mesh.TENSOR), (source,)))
-        self.min_rows = numbers.min_rows
-        self.residual = numbers.residual
+        self.numbers = numbers
         self.tp = tp
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, in / tp] -> [T, out] in the residual dtype, equal on every device."""
-        return mesh.all_reduce(matmul(x, self.weight[...], self.min_rows).astype(self.residual), self.tp)
+        return mesh.all_reduce(matmul(x, self.weight[...], self.numbers).astype(self.numbers.residual), self.tp)

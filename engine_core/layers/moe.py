@@ -133,7 +133,7 @@ class MoeMlp(nnx.Module):
             [T, D] in the residual dtype, zeros in padding rows. One all-reduce over the tensor axis. Over the expert
             axis: two exchanges of rows and an all-gather of counts, or (fused) all-gathers and a reduce-scatter.
         """
-        logits = matmul(x, self.router[...], self.numbers.min_rows)
+        logits = matmul(x, self.router[...], self.numbers)
         routing = route(logits, valid, self.spec.experts_per_token, normalize=self.spec.normalize)
         weights = ExpertWeights(self.gate_up[...], self.down[...])
         if self.choice.experts == "fused":

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from engine_core.config import Degrees
+from engine_core.kernels.cpu.choice import CpuKernels
 from engine_core.kv_cache import CacheLayout, create_cache
 from engine_core.layers.linear import choose_numbers
 from engine_core.layers.moe import choose_experts
@@ -110,12 +111,14 @@ class PagedRunner:
         degrees: Degrees = ONE_DEVICE,
         dtype: str = "float32",
         experts: str = "auto",
+        kernels: CpuKernels | None = None,
     ) -> None:
         self.spec = load_spec(directory)
         self.shards = degrees.row_shards
         self.mesh = make_mesh(degrees, jax.devices())
         choice = choose_experts(experts, dtype, "cpu")
-        self.model = Decoder(self.spec, choose_numbers(dtype, "cpu"), degrees=degrees, experts=choice, scan=scan)
+        numbers = replace(choose_numbers(dtype, "cpu"), kernels=kernels)
+        self.model = Decoder(self.spec, numbers, degrees=degrees, experts=choice, scan=scan)
         self.params = load_params(directory, self.model, self.mesh, None)
         self._layout = CacheLayout(
             num_layers=self.spec.num_layers,

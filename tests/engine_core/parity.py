@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from engine_core.config import Degrees
+from engine_core.kernels.cpu.choice import CpuKernels
 from tests.engine_core.paged_runner import Chunk, PagedRunner, replay
 from tests.golden.cases import LENGTH_A, LENGTH_B, SHARED
 
@@ -24,13 +25,21 @@ def load_expected(case: str) -> Expected:
     return [(stored[f"tokens_{x}"].tolist(), stored[f"logits_{x}"]) for x in "ab"]
 
 
-def check_parity(directory: Path, expected: Expected, *, scan: bool, degrees: Degrees, experts: str) -> PagedRunner:
+def check_parity(
+    directory: Path,
+    expected: Expected,
+    *,
+    scan: bool,
+    degrees: Degrees,
+    experts: str,
+    kernels: CpuKernels | None = None,
+) -> PagedRunner:
     """Logits of every position, and every greedy token, equal the oracle's; returns the runner.
 
     Each row shard serves the same two sequences, but starts a step later than the one before it and so idles, reads
     prompts and decodes while the others do something else.
     """
-    runner = PagedRunner(directory, scan=scan, degrees=degrees, experts=experts)
+    runner = PagedRunner(directory, scan=scan, degrees=degrees, experts=experts, kernels=kernels)
     (tokens_a, _), (tokens_b, _) = expected
     steps = list(replay(tokens_a, tokens_b, (LENGTH_A, LENGTH_B), SHARED))
     checked = 0

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from engine_core.errors import ConfigError
+from engine_core.kernels.cpu import attention as compiled
+from engine_core.kernels.cpu.library import Library
 from engine_core.kernels.paged_attention import reference, tpu_decode, tpu_prefill, tuned, xla
 from engine_core.kernels.paged_attention.rows import Rows, Scoring
 from engine_core.kernels.shapes import check_shapes
 from engine_core.kv_cache import from_storage, pack_heads, to_storage
 
-Implementation = Literal["auto", "reference", "xla", "tpu", "tpu_interpreted"]
+Implementation = Literal["auto", "reference", "xla", "tpu", "tpu_interpreted"] | Library
 
 _INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 _HEAD_DIMS = (64, 128, 256)
@@ -106,7 +108,7 @@ def paged_attention(
         rows: which token belongs where.
         scoring: scale, window and the like.
         implementation: "auto" chooses by the platform that the trace is for; "tpu_interpreted" runs the TPU kernels in
-            the TPU interpreter, which finds races, on a CPU.
+            the TPU interpreter, which finds races, on a CPU; a `Library` is that of a CPU, XLA where it cannot do it.
 
     Returns:
         [T, N, H] in q's dtype, zeros in padding rows; the cache.
@@ -124,7 +126,8 @@ def paged_attention(
     if implementation == "tpu_interpreted":
         out, written = _on_tpu(q, k, v, from_storage(cache), layer, rows, scoring, _INTERPRET)
         return out, to_storage(written, cache.dtype)
-    return _in_xla(q, k, v, cache, layer, rows, scoring)
+    library = implementation if isinstance(implementation, Library) else None
+    return _on_host(q, k, v, cache, layer, rows, scoring, library)
 
 
 def _check(q: jax.Array, k: jax.Array, v: jax.Array, cache: jax.Array, rows: Rows, scoring: Scoring) -> None:
@@ -152,7 +155,7 @@ def _device_kind() -> str:
     return jax.devices()[0].device_kind if device is None else str(device.device_kind)
 
 
-def _in_xla(
+def _on_host(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -160,15 +163,19 @@ def _in_xla(
     layer: jax.Array | int,
     rows: Rows,
     scoring: Scoring,
+    library: Library | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Write, then attend."""
+    """Write, then attend: by XLA, or a CPU's compiled kernel."""
     for name in ("soft_cap", "sinks", "custom_mask", "k_scale", "v_scale"):
         if getattr(scoring, name) is not None:
             raise ValueError(f"paged attention in XLA has no {name}")
     here = rows.at_layer(layer, *cache.shape[:2])
     pages = write_kv(cache.reshape(-1, *cache.shape[2:]), k, v, here.page_ids, here.offsets)
     window = jnp.asarray(scoring.window, jnp.int32)
-    if q.shape[0] == rows.kv_lens.shape[0]:
+    if library is not None and compiled.attends(q, pages):
+        args = (q, pages, here.kv_lens, here.page_table, here.cu_q_lens, window)
+        out = compiled.attend(*args, scale=scoring.scale, target=library.attention)
+    elif q.shape[0] == rows.kv_lens.shape[0]:
         out = xla.decode(q, pages, here.kv_lens, here.page_table, window, scale=scoring.scale)
     else:
         out = xla.prefill(q, pages, here.kv_lens, here.page_table, here.cu_q_lens, window, scale=scoring.scale)

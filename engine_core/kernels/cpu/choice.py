@@ -1,0 +1,74 @@
+"""Where the compiled kernels are used: measured once per process, not guessed from the CPU's name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from engine_core.kernels.cpu import products
+from engine_core.kernels.cpu.library import Library
+
+_PROBED_ROWS = (1, 4, 16, 64, 256)
+_DEPTH = 2048
+_WEIGHTS = {row: 16384 if row <= 64 else 2048 for row in _PROBED_ROWS}  # few rows: more than a cache holds
+_ROUNDS = 4
+_GAIN = 0.95  # of XLA's time, that a kernel must stay below to be worth its place
+
+Product = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CpuKernels:
+    """Compiled kernels, and where they are the faster. Attention always is: XLA:CPU runs it on one core.
+
+    Attributes:
+        library: registered.
+        rows: of `_PROBED_ROWS`, those at which products are.
+    """
+
+    library: Library
+    rows: tuple[int, ...]
+
+    def multiplies(self, x: jax.Array) -> bool:
+        """Whether the product of x: [T, in] is for them: as at the most rows probed that are not above T."""
+        probed = max(row for row in _PROBED_ROWS if row <= max(1, x.shape[0]))
+        return x.shape[1] % products.DEPTH_ALIGN == 0 and probed in self.rows
+
+
+def choose_kernels(library: Library, dtype: str, in_xla: Product) -> CpuKernels:
+    """Time products of both kinds, in turn.
+
+    Args:
+        library: registered.
+        dtype: of x and weights.
+        in_xla: (x: [T, in], weight: [out, in]) -> [T, out] f32.
+    """
+
+    def compiled(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return products.matmul(x, weight, library.matmul)
+
+    functions = (jax.jit(compiled), jax.jit(in_xla))
+    faster = []
+    for rows in _PROBED_ROWS:
+        x = jnp.full((rows, _DEPTH), 0.5, dtype)
+        weight = jnp.full((_WEIGHTS[rows], _DEPTH), 0.5, dtype)
+        ours, theirs = _best_times(functions, x, weight)
+        if ours < _GAIN * theirs:
+            faster.append(rows)
+    return CpuKernels(library=library, rows=tuple(faster))
+
+
+def _best_times(functions: tuple[Product, ...], x: jax.Array, weight: jax.Array) -> list[float]:
+    """Seconds of each one's best run, the first one (which compiles) left out."""
+    best = [float("inf")] * len(functions)
+    for turn in range(_ROUNDS + 1):
+        for i, function in enumerate(functions):
+            start = time.perf_counter()
+            function(x, weight).block_until_ready()
+            if turn:
+                best[i] = min(best[i], time.perf_counter() - start)
+    return best

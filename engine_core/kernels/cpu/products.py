@@ -1,0 +1,27 @@
+"""The entry to compiled products."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from engine_core.kernels.shapes import check_shapes
+
+DEPTH_ALIGN = 32
+"""What a row's length must be a multiple of: two vectors of the widest kind."""
+
+
+def matmul(x: jax.Array, weight: jax.Array, target: str) -> jax.Array:
+    """`x @ weight.T`, accumulated in float32; each row by itself, whatever its neighbours hold.
+
+    Args:
+        x: [T, in] in the weight's dtype, `in` a multiple of DEPTH_ALIGN.
+        weight: [out, in] f32 or bf16.
+        target: the kernel's name in XLA.
+
+    Returns:
+        [T, out] f32.
+    """
+    check_shapes("T I", x, "O I", weight)
+    out: jax.Array = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((len(x), len(weight)), jnp.float32))(x, weight)
+    return out

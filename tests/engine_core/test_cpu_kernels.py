@@ -1,0 +1,157 @@
+"""Compiled kernels of the CPU: products against numpy, attention against the reference, a model against XLA's."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.checkpoints import SHAPES, write_random_checkpoint
+from engine_core.config import Degrees, EngineConfig, ModelConfig
+from engine_core.cpu_kernels import open_cpu_kernels
+from engine_core.errors import ConfigError
+from engine_core.kernels.cpu import attention, products
+from engine_core.kernels.cpu.choice import CpuKernels
+from engine_core.kernels.cpu.library import COMPILERS, open_library
+from engine_core.layers.linear import choose_numbers, matmul
+from engine_core.types import Numerics
+from tests.engine_core.paged_runner import Chunk, PagedRunner
+from tests.engine_core.parity import GOLDEN, check_parity, load_expected
+from tests.engine_core.test_paged_attention import TOLERANCE, make_case
+
+HEADS = (6, 2, 32)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    if not any(map(shutil.which, COMPILERS)):
+        pytest.skip("no C++ compiler")
+    built = open_library(tmp_path_factory.mktemp("kernels"), COMPILERS)
+    assert built is not None
+    return built
+
+
+@pytest.fixture(scope="module")
+def kernels(library):
+    return CpuKernels(library=library, rows=(1, 4, 16, 64, 256))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("rows", "depth", "width"), [(1, 32, 7), (2, 1024, 1), (5, 1056, 100), (7, 3072, 49), (33, 64, 48), (130, 2080, 97)]
+)
+def test_products_are_numpys(library, dtype, rows, depth, width):
+    rng = np.random.default_rng(rows)
+    x = jnp.asarray(rng.standard_normal((rows, depth)), dtype)
+    weight = jnp.asarray(rng.standard_normal((width, depth)), dtype)
+    exact = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    ours = jax.jit(lambda x, weight: products.matmul(x, weight, library.matmul))(x, weight)
+    assert ours.shape == (rows, width) and ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours, exact, rtol=0, atol=1e-6 * depth**0.5 * 4)
+
+
+def test_a_row_of_a_product_does_not_see_its_neighbours(library):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((9, 2048)).astype(np.float32)
+    weight = jnp.asarray(rng.standard_normal((50, 2048)), jnp.float32)
+    product = jax.jit(lambda x: products.matmul(x, weight, library.matmul))
+    other = rng.standard_normal(x.shape).astype(np.float32)
+    other[4] = x[4]
+    np.testing.assert_array_equal(product(x)[4], product(other)[4])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("window", [0, 1, 20])
+def test_prefill_is_the_references(library, dtype, window):
+    case = make_case([70, 1, 40, 5], [70, 90, 150, 64], heads=HEADS, dtype=dtype, padding=9)
+    assert attention.attends(case.q, case.cache)
+    wanted = case.attend("reference", window)
+    np.testing.assert_allclose(case.attend(library, window), wanted, rtol=0, atol=TOLERANCE[dtype])
+    assert not case.attend(library, window)[-9:].any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("window", [0, 1, 20])
+def test_decode_is_the_references(library, dtype, window):
+    lens = [1, 64, 0, 65, 130, 15]
+    case = make_case([1] * 6, lens, heads=HEADS, dtype=dtype)
+    wanted = case.attend("reference", window)
+    np.testing.assert_allclose(case.attend(library, window), wanted, rtol=0, atol=TOLERANCE[dtype])
+    assert not case.attend(library, window)[2].any()
+
+
+def test_a_decode_row_does_not_see_its_neighbours(library):
+    case = make_case([1] * 5, [9, 64, 200, 65, 33], heads=HEADS)
+    together = case.attend(library)
+    for row in range(5):
+        np.testing.assert_array_equal(case.attend(library, rows=[row])[0], together[row])
+
+
+def test_heads_that_do_not_fit_are_left_to_xla(library):
+    case = make_case([5, 3], [9, 20], heads=(4, 2, 8))
+    assert not attention.attends(case.q, case.cache)
+    np.testing.assert_array_equal(case.attend(library), case.attend("xla"))
+
+
+def test_a_model_with_compiled_products_matches_transformers(kernels):
+    check_parity(
+        GOLDEN / "qwen2", load_expected("qwen2"), scan=False, degrees=Degrees(), experts="auto", kernels=kernels
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "scan"),
+    [("float32", 1e-4, False), ("float32", 1e-4, True), ("bfloat16", 0.1, False)],
+    ids=["float32", "scanned", "bfloat16"],
+)
+def test_a_model_equals_xlas(kernels, tmp_path, dtype, tolerance, scan):
+    shape = SHAPES["qwen3-20m"] | {"num_hidden_layers": 2, "vocab_size": 512, "intermediate_size": 256}
+    directory = write_random_checkpoint(tmp_path, shape)
+    chunk = Chunk(pages=list(range(10)), start=0, tokens=range(3, 40), slot=0)
+    ours = PagedRunner(directory, scan=scan, dtype=dtype, kernels=kernels).logits([chunk], 64, 2)[:37]
+    theirs = PagedRunner(directory, scan=scan, dtype=dtype).logits([chunk], 64, 2)[:37]
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
+
+
+def test_products_are_for_xla_where_it_is_the_faster(library):
+    kernels = CpuKernels(library=library, rows=(4, 16))
+    taken = [rows for rows in (1, 3, 4, 15, 16, 63, 64, 500) if kernels.multiplies(jnp.zeros((rows, 64)))]
+    assert taken == [4, 15, 16, 63]
+    assert not kernels.multiplies(jnp.zeros((4, 72)))
+    numbers = replace(choose_numbers("float32", "cpu"), kernels=kernels)
+    calls = str(jax.make_jaxpr(lambda x, w: matmul(x, w, numbers))(jnp.zeros((4, 64)), jnp.zeros((8, 64))))
+    assert library.matmul in calls
+
+
+def test_without_a_compiler_there_is_no_library(tmp_path):
+    assert open_library(tmp_path, ["no-such-compiler"]) is None
+
+
+def test_a_compiler_that_fails_leaves_nothing(tmp_path, caplog):
+    assert open_library(tmp_path, ["false"]) is None
+    assert "cannot compile" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        EngineConfig(model=ModelConfig(cpu_kernels="xla")),
+        EngineConfig(model=ModelConfig(cpu_kernels="compiled"), numerics=Numerics.STRICT),
+        EngineConfig(model=ModelConfig(cpu_kernels="compiled"), compile_cache=""),
+        EngineConfig(),
+    ],
+    ids=["xla asked for", "strict", "nowhere to keep them", "a small model"],
+)
+def test_xla_alone(config):
+    assert open_cpu_kernels(config, "float32", Path(GOLDEN / "qwen3"), lambda _: None) is None
+
+
+def test_the_choice_is_checked():
+    with pytest.raises(ConfigError, match="cpu_kernels"):
+        EngineConfig(model=ModelConfig(cpu_kernels="gpu"))
