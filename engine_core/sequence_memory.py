@@ -198,7 +198,7 @@ class SequenceMemory:
         def rank(index: int) -> tuple[bool, int, int, int]:
             shard = self.shards[index]
             crowded = shard.num_sequences > fewest + self._slack
-            return crowded, -shard.cache.count(hashes), shard.num_sequences, -shard.cache.num_available
+            return crowded, -shard.cache.count(hashes), shard.num_sequences, -shard.cache.pool.free_count
 
         return sorted(usable, key=rank)
 
