@@ -4,6 +4,9 @@ A page (Kwon et al. 2023) holds `page_size` token places of one layer, in the la
 `pallas/ops/tpu/ragged_paged_attention`): `[page_size, align(2K, pack) / pack, pack, align(H, head_align)]`, K and V
 interleaved on the head axis (K0, V0, K1, V1, ...), pack = 32 / bits of the dtype.
 
+Heads that are narrower than a row of lanes (H 64 of 128) lie side by side in one, K0 K1, V0 V1, ..., where the heads of
+each device fill whole rows and words: `CacheLayout.heads_per_row`. Only where they do not is a row padded.
+
 Storage: bfloat16 on a CPU is held as uint16, the same bits: XLA:CPU scatters bfloat16 a hundred times slower than
 integers in jax 0.10. `to_storage` and `from_storage` are the only places that know.
 """
@@ -39,7 +42,8 @@ class CacheLayout:
         num_kv_heads: K.
         head_dim: H, unpadded.
         dtype: "float32" or "bfloat16", in the cache and on the wire.
-        head_align: H is padded to a multiple of it; 128 on TPU, 1 elsewhere.
+        head_align: a row's length is a multiple of it; 128 on TPU, 1 elsewhere.
+        tp: devices that the KV heads are split over.
     """
 
     num_layers: int
@@ -49,12 +53,13 @@ class CacheLayout:
     head_dim: int
     dtype: str
     head_align: int
+    tp: int = 1
 
     def __post_init__(self) -> None:
         """Refuse sizes that no cache can have."""
         if self.dtype not in _ITEM_BYTES:
             raise ConfigError(f"cache dtype must be float32 or bfloat16, not {self.dtype!r}")
-        for name in ("num_layers", "num_pages", "page_size", "num_kv_heads", "head_dim", "head_align"):
+        for name in ("num_layers", "num_pages", "page_size", "num_kv_heads", "head_dim", "head_align", "tp"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"cache {name} must be at least 1, not {getattr(self, name)}")
 
@@ -70,10 +75,18 @@ class CacheLayout:
         return values * _ITEM_BYTES[self.dtype]
 
     @property
+    def heads_per_row(self) -> int:
+        """KV heads side by side in a row, so that it has no padding; 1 where that cannot be."""
+        fitting = self.head_align // self.head_dim
+        words_are_whole = fitting and (2 * self.num_kv_heads) % (fitting * self.pack * self.tp) == 0
+        rows_are_whole = fitting and self.num_kv_heads % (fitting * self.tp) == 0
+        return fitting if words_are_whole and rows_are_whole and fitting * self.head_dim == self.head_align else 1
+
+    @property
     def page_shape(self) -> tuple[int, int, int, int]:
-        """`[page_size, align(2K, pack) / pack, pack, align(H, head_align)]`."""
-        heads = _align(2 * self.num_kv_heads, self.pack) // self.pack
-        return (self.page_size, heads, self.pack, _align(self.head_dim, self.head_align))
+        """`[page_size, align(2K / F, pack) / pack, pack, align(F * H, head_align)]`, F heads per row."""
+        heads = _align(2 * self.num_kv_heads // self.heads_per_row, self.pack) // self.pack
+        return (self.page_size, heads, self.pack, _align(self.heads_per_row * self.head_dim, self.head_align))
 
     @property
     def page_bytes(self) -> int:
@@ -88,11 +101,13 @@ class KVCache:
 
     Attributes:
         layers: `[num_pages, *page_shape]` for each layer, or `[L, num_pages, *page_shape]` for each scanned segment.
-        head_dim: H where the pages pad it, else 0. Static; a function that returns new layers keeps it (`replace`).
+        head_dim: H where a row is longer, else 0. Static; a function that returns new layers keeps it (`replace`).
+        heads_per_row: see `CacheLayout`. Static.
     """
 
     layers: tuple[jax.Array, ...]
     head_dim: int = field(default=0, metadata={"static": True})
+    heads_per_row: int = field(default=1, metadata={"static": True})
 
 
 def create_cache(layout: CacheLayout, mesh: Mesh | None, stacked: bool) -> KVCache:
@@ -114,8 +129,10 @@ def create_cache(layout: CacheLayout, mesh: Mesh | None, stacked: bool) -> KVCac
     place = None if mesh is None else sharding(mesh, cache_axes(stacked))
     head_dim = layout.head_dim if layout.page_shape[-1] > layout.head_dim else 0
     if stacked:
-        return KVCache((jnp.zeros((layout.num_layers, *shape), dtype, device=place),), head_dim)
-    return KVCache(tuple(jnp.zeros(shape, dtype, device=place) for _ in range(layout.num_layers)), head_dim)
+        layers: tuple[jax.Array, ...] = (jnp.zeros((layout.num_layers, *shape), dtype, device=place),)
+    else:
+        layers = tuple(jnp.zeros(shape, dtype, device=place) for _ in range(layout.num_layers))
+    return KVCache(layers, head_dim, layout.heads_per_row)
 
 
 def to_storage(values: jax.Array, storage: jax.typing.DTypeLike) -> jax.Array:
@@ -138,6 +155,28 @@ def pack_heads(heads: jax.Array, head_shape: tuple[int, ...]) -> jax.Array:
     return jnp.pad(heads, padding).reshape(*heads.shape[:-2], *head_shape)
 
 
+def joined_heads(num_kv_heads: int, head_dim: int, page_shape: tuple[int, ...]) -> int:
+    """Heads side by side in a row of these pages, `[page_size, words, pack, width]`; 1 where rows hold one."""
+    _, words, pack, width = page_shape
+    fitting = width // head_dim
+    whole = fitting * words * pack == 2 * num_kv_heads and fitting * head_dim == width
+    return fitting if whole else 1
+
+
+def join_heads(heads: jax.Array, heads_per_row: int) -> jax.Array:
+    """`[..., 2K, H]` to `[..., 2K / F, F * H]`, rows K0 K1, V0 V1, ... of F heads side by side."""
+    *dims, count, head_dim = heads.shape
+    grouped = heads.reshape(*dims, count // (2 * heads_per_row), heads_per_row, 2, head_dim)
+    return jnp.swapaxes(grouped, -3, -2).reshape(*dims, count // heads_per_row, heads_per_row * head_dim)
+
+
+def split_rows(rows: jax.Array, heads_per_row: int) -> jax.Array:
+    """Undo `join_heads`."""
+    *dims, count, width = rows.shape
+    grouped = rows.reshape(*dims, count // 2, 2, heads_per_row, width // heads_per_row)
+    return jnp.swapaxes(grouped, -3, -2).reshape(*dims, count * heads_per_row, width // heads_per_row)
+
+
 def gather_pages(cache: KVCache, page_ids: jax.Array) -> tuple[jax.Array, ...]:
     """Copy pages out of every layer, as logical heads.
 
@@ -153,8 +192,11 @@ def gather_pages(cache: KVCache, page_ids: jax.Array) -> tuple[jax.Array, ...]:
         for index in range(array.shape[0]) if array.ndim == _STACKED_NDIM else [None]:
             at = page_ids if index is None else (index, page_ids)
             pages = array.at[at].get(mode="clip", wrap_negative_indices=False)
-            heads = pages.reshape(*pages.shape[:2], -1, pages.shape[-1])
-            blocks.append(from_storage(heads[..., : cache.head_dim or None]))
+            rows = pages.reshape(*pages.shape[:2], -1, pages.shape[-1])
+            if cache.heads_per_row > 1:
+                blocks.append(from_storage(split_rows(rows, cache.heads_per_row)))
+            else:
+                blocks.append(from_storage(rows[..., : cache.head_dim or None]))
     return tuple(blocks)
 
 
@@ -174,7 +216,10 @@ def scatter_pages(cache: KVCache, page_ids: jax.Array, blocks: tuple[jax.Array, 
     for array in cache.layers:
         for index in range(array.shape[0]) if array.ndim == _STACKED_NDIM else [None]:
             at = page_ids if index is None else (index, page_ids)
-            packed = to_storage(pack_heads(next(rest), array.shape[-3:]), array.dtype)
+            heads = next(rest)
+            if cache.heads_per_row > 1:
+                heads = join_heads(heads, cache.heads_per_row)
+            packed = to_storage(pack_heads(heads, array.shape[-3:]), array.dtype)
             array = array.at[at].set(packed, mode="drop", wrap_negative_indices=False)
         layers.append(array)
     return replace(cache, layers=tuple(layers))

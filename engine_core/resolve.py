@@ -12,6 +12,7 @@ import msgspec
 
 from engine_core.config import EngineConfig
 from engine_core.errors import CheckpointError, ConfigError
+from engine_core.kernels.paged_attention import TuningKey, check_supported
 from engine_core.kv_cache import CacheLayout
 from engine_core.messages import PROTOCOL_VERSION
 from engine_core.models.spec import ModelSpec
@@ -86,8 +87,11 @@ def resolve(config: EngineConfig, spec: ModelSpec, identity: str, devices: list[
     if max_model_len > spec.max_position:
         raise ConfigError(f"batch.max_model_len is {max_model_len}, the model's context is {spec.max_position}")
     dtype = compute_dtype(config.model.dtype, spec, platform)
-    layout = cache_layout(spec, dtype, config.cache.page_size, platform)
+    layout = cache_layout(spec, dtype, config.cache.page_size, platform, degrees.tp)
     pages_per_seq = -(-max_model_len // layout.page_size)
+    if platform == "tpu":
+        rows = max(config.batch.num_slots, config.batch.prefill_seqs)
+        check_attention(spec, layout, devices[0].device_kind, rows * pages_per_seq)
     num_pages = _num_pages(config, spec, layout, devices, pages_per_seq)
     strict = config.numerics is Numerics.STRICT
     layout = replace(layout, num_pages=num_pages)
@@ -107,7 +111,7 @@ def resolve(config: EngineConfig, spec: ModelSpec, identity: str, devices: list[
     )
 
 
-def cache_layout(spec: ModelSpec, dtype: str, page_size: int, platform: str) -> CacheLayout:
+def cache_layout(spec: ModelSpec, dtype: str, page_size: int, platform: str, tp: int) -> CacheLayout:
     """The cache of a model on a platform, of one page.
 
     Args:
@@ -115,6 +119,7 @@ def cache_layout(spec: ModelSpec, dtype: str, page_size: int, platform: str) -> 
         dtype: of keys and values.
         page_size: tokens per page; 0: the platform's.
         platform: "cpu", "gpu" or "tpu".
+        tp: devices that the KV heads are split over.
     """
     return CacheLayout(
         num_layers=spec.num_layers,
@@ -124,7 +129,32 @@ def cache_layout(spec: ModelSpec, dtype: str, page_size: int, platform: str) -> 
         head_dim=spec.head_dim,
         dtype=dtype,
         head_align=128 if platform == "tpu" else 1,
+        tp=tp,
     )
+
+
+def check_attention(spec: ModelSpec, layout: CacheLayout, device_kind: str, table_entries: int) -> None:
+    """Refuse at start what the attention kernels for TPU would refuse at the first request.
+
+    Args:
+        spec: of the checkpoint.
+        layout: of its cache.
+        device_kind: as JAX names the TPU.
+        table_entries: page ids of the largest step.
+
+    Raises:
+        ConfigError: naming what is not supported, and what is.
+    """
+    key = TuningKey(
+        op="decode",
+        num_heads=max(1, spec.num_heads // layout.tp),
+        num_kv_heads=max(1, spec.num_kv_heads // layout.tp),
+        head_dim=spec.head_dim,
+        dtype=layout.dtype,
+        cache_dtype=layout.dtype,
+        page_size=layout.page_size,
+    )
+    check_supported(key, device_kind, table_entries)
 
 
 def compute_dtype(asked: str, spec: ModelSpec, platform: str) -> str:

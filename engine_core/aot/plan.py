@@ -20,7 +20,7 @@ from engine_core.mesh import make_mesh
 from engine_core.models.decoder import Decoder
 from engine_core.models.registry import spec_from_config
 from engine_core.models.spec import ModelSpec
-from engine_core.resolve import cache_layout, compute_dtype
+from engine_core.resolve import cache_layout, check_attention, compute_dtype
 from engine_core.types import Role
 
 _GIB = 2**30
@@ -118,12 +118,15 @@ def _fit(spec: ModelSpec, topology: Topology, request: PlanRequest, progress: Pr
         model = Decoder(spec, numbers, degrees=Degrees(tp=len(devices)), experts=experts, scan=True)
     except ConfigError as error:
         raise ConfigError(f"--topology {topology.name} has {len(devices)} devices: {error}") from None
-    layout = cache_layout(spec, dtype, 0, "tpu")
+    layout = cache_layout(spec, dtype, 0, "tpu", model.degrees.tp)
     sizes = StepSizes(
         num_slots=request.max_batch,
         pages_per_seq=-(-request.context // layout.page_size),
         prefill_tokens=request.prefill_tokens,
         prefill_rows=request.prefill_rows,
+    )
+    check_attention(
+        spec, layout, devices[0].device_kind, max(sizes.num_slots, sizes.prefill_rows) * sizes.pages_per_seq
     )
     weights = model_load.weight_bytes(model)
     fit = _Fit(

@@ -43,7 +43,7 @@ def test_weights_are_split_over_the_devices():
 def test_a_dense_decode_step():
     """Two FLOPs for each weight and token but the embedding's; every weight and every sequence's KV read once."""
     model = decoder("qwen3-8b", 4)
-    layout = cache_layout(model.spec, "bfloat16", 0, "tpu")
+    layout = cache_layout(model.spec, "bfloat16", 0, "tpu", model.degrees.tp)
     load = decode_load(model, layout, 10, 1000)
     multiplied = num_parameters(model) - 151936 * 4096
     assert load.matmul_flops == pytest.approx(2 * 10 * multiplied / 4, rel=1e-3)
@@ -55,7 +55,7 @@ def test_a_dense_decode_step():
 def test_experts_that_are_used_and_experts_that_are_read():
     """A3B: 3.3 billion active parameters, 8 of 128 experts; one token reads those, 128 tokens nearly all."""
     model = decoder("qwen3-30b-a3b", 1)
-    layout = cache_layout(model.spec, "bfloat16", 0, "tpu")
+    layout = cache_layout(model.spec, "bfloat16", 0, "tpu", model.degrees.tp)
     one, many = decode_load(model, layout, 1, 1), decode_load(model, layout, 128, 1)
     active = 3.35e9 - 151936 * 2048
     assert one.matmul_flops == pytest.approx(2 * active, rel=0.01)
@@ -67,7 +67,7 @@ def test_experts_that_are_used_and_experts_that_are_read():
 def test_chunks_of_a_prompt_see_half_of_it_on_average():
     """The sum over all chunks is that of the whole prompt: n (n + 1) / 2 pairs."""
     model = decoder("qwen3-8b", 1)
-    layout = cache_layout(model.spec, "bfloat16", 0, "tpu")
+    layout = cache_layout(model.spec, "bfloat16", 0, "tpu", model.degrees.tp)
     load = prefill_load(model, layout, 512, 4096)
     pairs = 4096 * 4097 / 2
     assert load.attention_flops * 8 == pytest.approx(4 * pairs * 32 * 128 * 36)
