@@ -4,6 +4,9 @@ A page (Kwon et al. 2023) holds `page_size` token places of one layer, in the la
 `pallas/ops/tpu/ragged_paged_attention`): `[page_size, align(2K, pack) / pack, pack, align(H, head_align)]`, K and V
 interleaved on the head axis (K0, V0, K1, V1, ...), pack = 32 / bits of the dtype.
 
+Heads that are narrower than a row of lanes (H 64 of 128) lie side by side in one, K0 K1, V0 V1, ..., where the heads of
+each device fill whole rows and words: `CacheLayout.heads_per_row`. Only where they do not is a row padded.
+
 Storage: bfloat16 on a CPU is held as uint16, the same bits: XLA:CPU scatters bfloat16 a hundred times slower than
 integers in jax 0.10. `to_storage` and `from_storage` are the only places that know.
 """
@@ -18,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from engine_core.errors import ConfigError
-from engine_core.mesh import TENSOR, cache_axes, sharding
+from engine_core.mesh import TENSOR, cache_axes, kv_copies, sharding
 
 _STACKED_NDIM = 6  # of a scanned segment's array; 5 is one layer's
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -39,8 +42,8 @@ class CacheLayout:
         num_kv_heads: K.
         head_dim: H, unpadded.
         dtype: "float32" or "bfloat16", in the cache and on the wire.
-        head_align: H is padded to a multiple of it; 128 on TPU, 1 elsewhere.
-        kv_copies: how often a page holds each KV head, on as many devices; on the wire it is one.
+        head_align: a row's length is a multiple of it; 128 on TPU, 1 elsewhere.
+        tp: devices that the KV heads, and where they are fewer, copies of them, are split over.
     """
 
     num_layers: int
@@ -50,13 +53,13 @@ class CacheLayout:
     head_dim: int
     dtype: str
     head_align: int
-    kv_copies: int = 1
+    tp: int = 1
 
     def __post_init__(self) -> None:
         """Refuse sizes that no cache can have."""
         if self.dtype not in _ITEM_BYTES:
             raise ConfigError(f"cache dtype must be float32 or bfloat16, not {self.dtype!r}")
-        for name in ("num_layers", "num_pages", "page_size", "num_kv_heads", "head_dim", "head_align", "kv_copies"):
+        for name in ("num_layers", "num_pages", "page_size", "num_kv_heads", "head_dim", "head_align", "tp"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"cache {name} must be at least 1, not {getattr(self, name)}")
 
@@ -72,10 +75,28 @@ class CacheLayout:
         return values * _ITEM_BYTES[self.dtype]
 
     @property
+    def kv_copies(self) -> int:
+        """How often a page holds each KV head, on as many devices; on the wire it is one."""
+        return kv_copies(self.num_kv_heads, self.tp)
+
+    @property
+    def num_held_heads(self) -> int:
+        """KV heads of a page, copies counted."""
+        return self.num_kv_heads * self.kv_copies
+
+    @property
+    def heads_per_row(self) -> int:
+        """KV heads side by side in a row, so that it has no padding; 1 where that cannot be."""
+        fitting = self.head_align // self.head_dim
+        words_are_whole = fitting and (2 * self.num_held_heads) % (fitting * self.pack * self.tp) == 0
+        rows_are_whole = fitting and self.num_held_heads % (fitting * self.tp) == 0
+        return fitting if words_are_whole and rows_are_whole and fitting * self.head_dim == self.head_align else 1
+
+    @property
     def page_shape(self) -> tuple[int, int, int, int]:
-        """`[page_size, align(2K, pack) / pack, pack, align(H, head_align)]`, copies of heads counted in K."""
-        heads = _align(2 * self.num_kv_heads * self.kv_copies, self.pack) // self.pack
-        return (self.page_size, heads, self.pack, _align(self.head_dim, self.head_align))
+        """`[page_size, align(2K / F, pack) / pack, pack, align(F * H, head_align)]`, F heads per row, copies in K."""
+        heads = _align(2 * self.num_held_heads // self.heads_per_row, self.pack) // self.pack
+        return (self.page_size, heads, self.pack, _align(self.heads_per_row * self.head_dim, self.head_align))
 
     @property
     def page_bytes(self) -> int:
@@ -90,12 +111,14 @@ class KVCache:
 
     Attributes:
         layers: `[num_pages, *page_shape]` for each layer, or `[L, num_pages, *page_shape]` for each scanned segment.
-        head_dim: H where the pages pad it, else 0. Static; a function that returns new layers keeps it (`replace`).
-        kv_copies: of each KV head, behind one another. Static too.
+        head_dim: H where a row is longer, else 0. Static; a function that returns new layers keeps it (`replace`).
+        heads_per_row: see `CacheLayout`. Static.
+        kv_copies: of each KV head, behind one another. Static too; it is 1 where rows hold several heads.
     """
 
     layers: tuple[jax.Array, ...]
     head_dim: int = field(default=0, metadata={"static": True})
+    heads_per_row: int = field(default=1, metadata={"static": True})
     kv_copies: int = field(default=1, metadata={"static": True})
 
 
@@ -113,14 +136,13 @@ def create_cache(layout: CacheLayout, mesh: Mesh | None, stacked: bool) -> KVCac
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     dtype = jnp.uint16 if platform == "cpu" and layout.dtype == "bfloat16" else jnp.dtype(layout.dtype)
     shape = (layout.num_pages, *layout.page_shape)
-    num_heads = layout.num_kv_heads * layout.kv_copies
-    if mesh is not None and num_heads % mesh.shape[TENSOR]:
-        raise ConfigError(f"{num_heads} KV heads do not divide over tp = {mesh.shape[TENSOR]}")
+    if mesh is not None and layout.num_held_heads % mesh.shape[TENSOR]:
+        raise ConfigError(f"{layout.num_held_heads} KV heads do not divide over tp = {mesh.shape[TENSOR]}")
     place = None if mesh is None else sharding(mesh, cache_axes(stacked))
     head_dim = layout.head_dim if layout.page_shape[-1] > layout.head_dim else 0
     shapes = [(layout.num_layers, *shape)] if stacked else [shape] * layout.num_layers
     layers = tuple(jnp.zeros(one, dtype, device=place) for one in shapes)
-    return KVCache(layers, head_dim, layout.kv_copies)
+    return KVCache(layers, head_dim, layout.heads_per_row, layout.kv_copies)
 
 
 def to_storage(values: jax.Array, storage: jax.typing.DTypeLike) -> jax.Array:
@@ -143,6 +165,28 @@ def pack_heads(heads: jax.Array, head_shape: tuple[int, ...]) -> jax.Array:
     return jnp.pad(heads, padding).reshape(*heads.shape[:-2], *head_shape)
 
 
+def joined_heads(num_kv_heads: int, head_dim: int, page_shape: tuple[int, ...]) -> int:
+    """Heads side by side in a row of these pages, `[page_size, words, pack, width]`; 1 where rows hold one."""
+    _, words, pack, width = page_shape
+    fitting = width // head_dim
+    whole = fitting * words * pack == 2 * num_kv_heads and fitting * head_dim == width
+    return fitting if whole else 1
+
+
+def join_heads(heads: jax.Array, heads_per_row: int) -> jax.Array:
+    """`[..., 2K, H]` to `[..., 2K / F, F * H]`, rows K0 K1, V0 V1, ... of F heads side by side."""
+    *dims, count, head_dim = heads.shape
+    grouped = heads.reshape(*dims, count // (2 * heads_per_row), heads_per_row, 2, head_dim)
+    return jnp.swapaxes(grouped, -3, -2).reshape(*dims, count // heads_per_row, heads_per_row * head_dim)
+
+
+def split_rows(rows: jax.Array, heads_per_row: int) -> jax.Array:
+    """Undo `join_heads`."""
+    *dims, count, width = rows.shape
+    grouped = rows.reshape(*dims, count // 2, 2, heads_per_row, width // heads_per_row)
+    return jnp.swapaxes(grouped, -3, -2).reshape(*dims, count * heads_per_row, width // heads_per_row)
+
+
 def gather_pages(cache: KVCache, page_ids: jax.Array) -> tuple[jax.Array, ...]:
     """Copy pages out of every layer, as logical heads.
 
@@ -158,8 +202,12 @@ def gather_pages(cache: KVCache, page_ids: jax.Array) -> tuple[jax.Array, ...]:
         for index in range(array.shape[0]) if array.ndim == _STACKED_NDIM else [None]:
             at = page_ids if index is None else (index, page_ids)
             pages = array.at[at].get(mode="clip", wrap_negative_indices=False)
-            heads = pages.reshape(*pages.shape[:2], -1, cache.kv_copies, 2, pages.shape[-1])[:, :, :, 0]
-            logical = heads.reshape(*pages.shape[:2], -1, pages.shape[-1])
+            rows = pages.reshape(*pages.shape[:2], -1, pages.shape[-1])
+            if cache.heads_per_row > 1:
+                blocks.append(from_storage(split_rows(rows, cache.heads_per_row)))
+                continue
+            heads = rows.reshape(*rows.shape[:2], -1, cache.kv_copies, 2, rows.shape[-1])[:, :, :, 0]
+            logical = heads.reshape(*rows.shape[:2], -1, rows.shape[-1])
             blocks.append(from_storage(logical[..., : cache.head_dim or None]))
     return tuple(blocks)
 
@@ -181,6 +229,8 @@ def scatter_pages(cache: KVCache, page_ids: jax.Array, blocks: tuple[jax.Array, 
         for index in range(array.shape[0]) if array.ndim == _STACKED_NDIM else [None]:
             at = page_ids if index is None else (index, page_ids)
             heads = _copied(next(rest), cache.kv_copies)
+            if cache.heads_per_row > 1:
+                heads = join_heads(heads, cache.heads_per_row)
             packed = to_storage(pack_heads(heads, array.shape[-3:]), array.dtype)
             array = array.at[at].set(packed, mode="drop", wrap_negative_indices=False)
         layers.append(array)

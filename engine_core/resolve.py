@@ -12,6 +12,7 @@ import msgspec
 
 from engine_core.config import Degrees, EngineConfig
 from engine_core.errors import CheckpointError, ConfigError
+from engine_core.kernels.paged_attention import TuningKey, check_supported
 from engine_core.kv_cache import CacheLayout
 from engine_core.mesh import kv_copies
 from engine_core.messages import PROTOCOL_VERSION
@@ -92,8 +93,11 @@ def resolve(config: EngineConfig, spec: ModelSpec, identity: str, devices: list[
     if max_model_len > spec.max_position:
         raise ConfigError(f"batch.max_model_len is {max_model_len}, the model's context is {spec.max_position}")
     dtype = compute_dtype(config.model.dtype, spec, platform)
-    layout = cache_layout(spec, dtype, config.cache.page_size, platform, config.tp)
+    layout = cache_layout(spec, dtype, config.cache.page_size, platform, degrees.tp)
     pages_per_seq = -(-max_model_len // layout.page_size)
+    if platform == "tpu":
+        rows = max(config.batch.num_slots // degrees.row_shards, config.batch.prefill_seqs)
+        check_attention(spec, layout, devices[0].device_kind, rows * pages_per_seq)
     num_pages = _num_pages(config, spec, layout, devices, pages_per_seq)
     strict = config.numerics is Numerics.STRICT
     layout = replace(layout, num_pages=num_pages)
@@ -125,7 +129,7 @@ def cache_layout(spec: ModelSpec, dtype: str, page_size: int, platform: str, tp:
         dtype: of keys and values.
         page_size: tokens per page; 0: the platform's.
         platform: "cpu", "gpu" or "tpu".
-        tp: devices over which a page's KV heads are split.
+        tp: devices that the KV heads, and where they are fewer, copies of them, are split over.
     """
     return CacheLayout(
         num_layers=spec.num_layers,
@@ -135,8 +139,32 @@ def cache_layout(spec: ModelSpec, dtype: str, page_size: int, platform: str, tp:
         head_dim=spec.head_dim,
         dtype=dtype,
         head_align=128 if platform == "tpu" else 1,
-        kv_copies=kv_copies(spec.num_kv_heads, tp),
+        tp=tp,
     )
+
+
+def check_attention(spec: ModelSpec, layout: CacheLayout, device_kind: str, table_entries: int) -> None:
+    """Refuse at start what the attention kernels for TPU would refuse at the first request.
+
+    Args:
+        spec: of the checkpoint.
+        layout: of its cache.
+        device_kind: as JAX names the TPU.
+        table_entries: page ids of the largest step.
+
+    Raises:
+        ConfigError: naming what is not supported, and what is.
+    """
+    key = TuningKey(
+        op="decode",
+        num_heads=max(1, spec.num_heads // layout.tp),
+        num_kv_heads=max(1, layout.num_held_heads // layout.tp),
+        head_dim=spec.head_dim,
+        dtype=layout.dtype,
+        cache_dtype=layout.dtype,
+        page_size=layout.page_size,
+    )
+    check_supported(key, device_kind, table_entries)
 
 
 def compute_dtype(asked: str, spec: ModelSpec, platform: str) -> str:

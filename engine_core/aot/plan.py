@@ -22,7 +22,7 @@ from engine_core.mesh import make_mesh
 from engine_core.models.decoder import Decoder
 from engine_core.models.registry import spec_from_config
 from engine_core.models.spec import ModelSpec
-from engine_core.resolve import cache_layout, compute_dtype
+from engine_core.resolve import cache_layout, check_attention, compute_dtype
 from engine_core.types import Role
 
 _GIB = 2**30
@@ -154,6 +154,8 @@ def _fit_model(model: Decoder, topology: Topology, request: PlanRequest, progres
         prefill_tokens=request.prefill_tokens,
         prefill_rows=request.prefill_rows,
     )
+    rows = max(sizes.num_slots // shards, sizes.prefill_rows)
+    check_attention(model.spec, layout, devices[0].device_kind, rows * sizes.pages_per_seq)
     weights = model_load.weight_bytes(model)
     fit = _Fit(
         topology=topology,

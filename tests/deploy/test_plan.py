@@ -66,6 +66,20 @@ def test_a_bad_model_is_named(tmp_path, config, message):
 class TestCompiled:
     pytestmark = compiles
 
+    @pytest.mark.parametrize(
+        ("config", "flags", "message"),
+        [
+            ({"head_dim": 96}, (), "head_dim 96 is not supported; supported: 64, 128, 256"),
+            ({}, ("--max-batch", "8192"), "a page table of 262144 ids does not fit scalar memory"),
+        ],
+    )
+    def test_what_the_kernels_cannot_do_is_refused(self, tmp_path, config, flags, message):
+        (tmp_path / "config.json").write_text(json.dumps(SMALL | config))
+        done = run_cli("plan", "--model", str(tmp_path), "--topology", "v6e-1", *flags)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
     def test_a_small_model_on_four_chips(self, small):
         status, result = plan(small, "--topology", "v6e-4", "--max-batch", "8", "--context", "1024")
         assert (status, result["fits"]) == (0, True)

@@ -16,7 +16,7 @@ from engine_core.kernels.cpu.choice import CpuKernels
 from engine_core.kv_cache import CacheLayout, create_cache
 from engine_core.layers.linear import choose_numbers
 from engine_core.layers.moe import choose_experts
-from engine_core.mesh import ROWS, by_rows, cache_axes, kv_copies, make_mesh
+from engine_core.mesh import ROWS, by_rows, cache_axes, make_mesh
 from engine_core.models.decoder import Decoder
 from engine_core.models.registry import load_spec
 from engine_core.step import build_step, input_specs, param_specs
@@ -128,7 +128,7 @@ class PagedRunner:
             head_dim=self.spec.head_dim,
             dtype=dtype,
             head_align=1,
-            kv_copies=kv_copies(self.spec.num_kv_heads, degrees.tp),
+            tp=degrees.tp,
         )
         self.step = build_step(self.model, self.mesh)
         cache_spec = P(*cache_axes(scan))

@@ -31,6 +31,30 @@ def test_layout():
     assert make_layout().page_shape == (4, 4, 1, 8)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("head_dim", "heads"), [(64, 8), (64, 2), (32, 8), (128, 1), (256, 3)])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_no_byte_is_wasted(dtype, head_dim, heads, tp):
+    """A token takes what its keys and values have, where the heads of each device fill rows of 128 lanes."""
+    layout = make_layout(
+        page_size=128, num_kv_heads=heads * tp, head_dim=head_dim, head_align=128, dtype=dtype, tp=tp, num_layers=1
+    )
+    assert layout.page_shape[-1] % 128 == 0
+    assert layout.page_shape[1] % tp == 0, "the words of a page are split over the devices"
+    assert (
+        layout.page_bytes == layout.block_bytes == 128 * 2 * heads * tp * head_dim * (2 if dtype == "bfloat16" else 4)
+    )
+
+
+def test_padded_where_heads_fill_no_row():
+    odd = make_layout(num_kv_heads=3, head_dim=64, head_align=128, dtype="bfloat16")
+    assert (odd.heads_per_row, odd.page_shape) == (1, (4, 3, 2, 128))
+    split = make_layout(num_kv_heads=8, head_dim=64, head_align=128, dtype="bfloat16", tp=8)
+    assert (split.heads_per_row, split.page_shape) == (1, (4, 8, 2, 128)), "one head on each device"
+    assert make_layout(num_kv_heads=2, head_dim=80, head_align=128).heads_per_row == 1
+    assert make_layout(num_kv_heads=2, head_dim=8, head_align=1).heads_per_row == 1
+
+
 @pytest.mark.parametrize("given", [{"dtype": "int8"}, {"num_pages": 0}, {"head_align": 0}])
 def test_layout_refuses(given):
     with pytest.raises(ConfigError):
@@ -39,13 +63,13 @@ def test_layout_refuses(given):
 
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("head_align", [1, 16])
+@pytest.mark.parametrize("head_align", [1, 16, 12])
 def test_pages_come_back_and_others_stay(dtype, stacked, head_align):
     check_round_trip(make_layout(dtype=dtype, head_align=head_align), None, stacked)
 
 
 def test_copies_of_heads_are_in_the_pages_and_never_outside():
-    layout = make_layout(kv_copies=3, dtype="bfloat16")
+    layout = make_layout(tp=6, dtype="bfloat16")
     check_round_trip(layout, None, stacked=False)
     cache = create_cache(layout, None, stacked=False)
     blocks = np.arange(4 * 4 * 8, dtype=np.float32).reshape(1, 4, 4, 8)
@@ -99,9 +123,10 @@ def split_over_two():
     mesh = make_mesh(Degrees(tp=2), jax.devices())
     for stacked in (False, True):
         for dtype in ("float32", "bfloat16"):
-            layout = make_layout(dtype=dtype)
+            layout = make_layout(dtype=dtype, num_kv_heads=4, head_align=16, tp=2)
+            assert layout.heads_per_row == 2
             check_round_trip(layout, mesh, stacked)
-            check_round_trip(make_layout(dtype=dtype, num_kv_heads=1, kv_copies=2), mesh, stacked)
+            check_round_trip(make_layout(dtype=dtype, num_kv_heads=1, tp=2), mesh, stacked)
             cache = create_cache(layout, mesh, stacked)
             assert cache.layers[0].addressable_shards[0].data.size * 2 == cache.layers[0].size
             compiled = jax.jit(gather_pages).lower(cache, jnp.zeros(2, jnp.int32)).compile().as_text()

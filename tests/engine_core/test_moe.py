@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from engine_core.config import Degrees
+from engine_core.errors import ConfigError
 from engine_core.kernels.moe.router import route
 from engine_core.layers.linear import choose_numbers
 from engine_core.layers.moe import MoeMlp, choose_experts
@@ -126,3 +127,9 @@ def test_equals_the_layer_of_transformers(experts: str, load: str, family: str) 
         wanted = block(torch.tensor(x)[None])[0].numpy()
     found = run(layer, leaves, x, valid)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_sizes_that_the_tpu_kernel_lacks_are_refused_when_the_model_is_built() -> None:
+    choice = choose_experts("auto", "bfloat16", "tpu")
+    with pytest.raises(ConfigError, match="depth 24 of an expert is no multiple of 16"):
+        MoeMlp(moe_spec(normalize=False), HIDDEN, choose_numbers("bfloat16", "tpu"), Degrees(), choice)

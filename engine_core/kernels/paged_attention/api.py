@@ -15,10 +15,10 @@ from jax.experimental.pallas import tpu as pltpu
 from engine_core.errors import ConfigError
 from engine_core.kernels.cpu import attention as compiled
 from engine_core.kernels.cpu.library import Library
-from engine_core.kernels.paged_attention import reference, tpu_decode, tpu_prefill, tuned, xla
+from engine_core.kernels.paged_attention import reference, side_by_side, tpu_decode, tpu_prefill, tuned, xla
 from engine_core.kernels.paged_attention.rows import Rows, Scoring
 from engine_core.kernels.shapes import check_shapes
-from engine_core.kv_cache import from_storage, pack_heads, to_storage
+from engine_core.kv_cache import from_storage, joined_heads, pack_heads, to_storage
 
 Implementation = Literal["auto", "reference", "xla", "tpu", "tpu_interpreted"] | Library
 
@@ -103,7 +103,7 @@ def paged_attention(
         k: [T, K, H] of the same tokens, after rotary embedding.
         v: [T, K, H].
         cache: [L, num_pages, *page_shape] (`engine_core.kv_cache`); updated in place where the caller donates it.
-            Places that no query sees may hold anything, NaN too.
+            Places that no query sees may hold anything, NaN too. Heads may lie side by side in its rows.
         layer: [] i32, the layer, [0, L).
         rows: which token belongs where.
         scoring: scale, window and the like.
@@ -117,6 +117,11 @@ def paged_attention(
         ValueError: shapes do not fit, or the implementation lacks a feature.
     """
     _check(q, k, v, cache, rows, scoring)
+    joined = joined_heads(k.shape[1], k.shape[2], cache.shape[2:])
+    if joined > 1:
+        queries, keys, values = side_by_side.join(q, k, v, joined)
+        out, cache = paged_attention(queries, keys, values, cache, layer, rows, scoring, implementation)
+        return side_by_side.take(out, k.shape[1], joined), cache
     if implementation == "auto":
         implementation = "tpu" if _platform() == "tpu" else "xla"
     if implementation == "reference":
@@ -135,7 +140,8 @@ def _check(q: jax.Array, k: jax.Array, v: jax.Array, cache: jax.Array, rows: Row
     check_shapes("B", rows.kv_lens, "B P", rows.page_table)
     if rows.cu_q_lens.shape != (rows.kv_lens.shape[0] + 1,):
         raise ValueError(f"[B + 1]: cu_q_lens has shape {rows.cu_q_lens.shape} but B is {rows.kv_lens.shape[0]}")
-    num_kv_heads = cache.shape[3] * cache.shape[4] // 2
+    joined = joined_heads(k.shape[1], k.shape[2], cache.shape[2:])
+    num_kv_heads = joined * cache.shape[3] * cache.shape[4] // 2
     if q.shape[1] % k.shape[1] or q.shape[2] > cache.shape[5] or k.shape[1] > num_kv_heads:
         raise ValueError(f"[T N H]: {q.shape} does not fit a cache of {num_kv_heads} heads of {cache.shape[5]}")
     if scoring.sinks is not None:
