@@ -87,6 +87,10 @@ class SequenceMemory:
             self.cache.insert(sequence.hashes[:count], sequence.pages[:count], start=sequence.num_stored)
             sequence.num_stored = count
 
+    def blocks(self, sequence: Sequence, start: int, end: int) -> list[bytes]:
+        """Hashes of the full blocks of a matched sequence that tokens `start` to `end` fill; none without reuse."""
+        return sequence.hashes[start // self.page_size : end // self.page_size]
+
     def release(self, sequence: Sequence) -> None:
         """Return everything the sequence holds. Calling it again does nothing."""
         if sequence.slot >= 0:
@@ -151,13 +155,15 @@ class ChunkQueue:
         """
         chunks: list[Chunk] = []
         left = num_tokens
-        while left > 0 and len(chunks) < num_rows and (self._active or self._admit()):
+        coming: set[bytes] = set()  # blocks that this step fills
+        while left > 0 and len(chunks) < num_rows and (self._active or self._admit(coming)):
             sequence = self._active[0]
             total = len(sequence.token_ids)
             start = sequence.num_dispatched
             count = min(left, total - start)
             chunks.append(Chunk(sequence, start, count, is_last=start + count == total))
             sequence.num_dispatched += count
+            coming.update(self._memory.blocks(sequence, start, start + count))
             left -= count
             if sequence.num_dispatched < total:
                 break
@@ -165,20 +171,23 @@ class ChunkQueue:
             self._active.popleft()
         return chunks
 
-    def _admit(self) -> bool:
+    def _admit(self, coming: set[bytes]) -> bool:
         """The first of those that wait gets its pages and a slot, if there are any.
 
-        As late as possible: what was stored meanwhile is found in the cache.
+        As late as possible: what was stored meanwhile is found in the cache, and what this step computes will be.
         """
-        if not self._waiting or not self._memory.table.num_free or not self._reserve(self._waiting[0]):
+        if not self._waiting or not self._memory.table.num_free or not self._reserve(self._waiting[0], coming):
             return False
         self._active.append(self._waiting.popleft())
         return True
 
-    def _reserve(self, sequence: Sequence) -> bool:
+    def _reserve(self, sequence: Sequence, coming: set[bytes]) -> bool:
         memory = self._memory
         total = len(sequence.token_ids)
         memory.match_prefix(sequence)
+        if not coming.isdisjoint(sequence.hashes[len(sequence.pages) : len(sequence.pages) + 1]):
+            memory.release(sequence)
+            return False
         if sequence.num_cached >= total:
             self._recompute_last_block(sequence)
         try:
