@@ -62,13 +62,15 @@ class ChunkQueue:
         shards = len(self._memory.shards)
         chunks: list[Chunk] = []
         tokens, rows = [num_tokens] * shards, [num_rows] * shards
+        coming: set[bytes] = set()  # blocks that this step fills
         at = 0
-        while any(map(min, tokens, rows)) and (at < len(self._active) or self._admit(num_rows * shards)):
+        while any(map(min, tokens, rows)) and (at < len(self._active) or self._admit(num_rows * shards, coming)):
             sequence = self._active[at]
             shard = sequence.shard
             count = min(tokens[shard], most, len(sequence.token_ids) - sequence.num_dispatched)
             if count and rows[shard]:
                 chunks.append(self._advance(sequence, count))
+                coming.update(self._memory.blocks(sequence, sequence.num_dispatched - count, sequence.num_dispatched))
                 tokens[shard] -= count
                 rows[shard] -= 1
             if sequence.num_dispatched < len(sequence.token_ids):
@@ -84,16 +86,15 @@ class ChunkQueue:
         sequence.num_sampled += is_last
         return Chunk(sequence, start, count, is_last=is_last)
 
-    def _admit(self, num_rows: int) -> bool:
+    def _admit(self, num_rows: int, coming: set[bytes]) -> bool:
         """The first of those that wait gets its pages and a slot, if there are any.
 
-        As late as possible: what was stored meanwhile is found in the cache.
+        As late as possible: what was stored meanwhile is found in the cache, and what this step computes will be.
         """
-        if (
-            not self._waiting
-            or len(self._active) >= num_rows
-            or not self._memory.place(self._waiting[0], computes=True)
-        ):
+        if not self._waiting or len(self._active) >= num_rows:
+            return False
+        sequence = self._waiting[0]
+        if self._memory.first_missing(sequence) in coming or not self._memory.place(sequence, computes=True):
             return False
         self._active.append(self._waiting.popleft())
         return True

@@ -129,6 +129,17 @@ class SequenceMemory:
             for shard in self.shards:
                 shard.cache.touch(sequence.hashes)
 
+    def first_missing(self, sequence: Seq) -> bytes | None:
+        """Of a sequence that waits, the first full block that no shard has cached; None where it would not matter."""
+        if not self._reuse or sequence.scores_prompt:
+            return None
+        num_cached = max(shard.cache.count(sequence.hashes) for shard in self.shards)
+        return sequence.hashes[num_cached] if num_cached < len(sequence.hashes) else None
+
+    def blocks(self, sequence: Seq, start: int, end: int) -> list[bytes]:
+        """Hashes of the full blocks that tokens `start` to `end` fill; none without reuse."""
+        return sequence.hashes[start // self.page_size : end // self.page_size] if self._reuse else []
+
     def grow(self, sequence: Seq, num_tokens: int) -> None:
         """Make sure the sequence has pages for `num_tokens` tokens.
 

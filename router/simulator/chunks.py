@@ -92,7 +92,9 @@ class Readings:
         """Chunks for one step, dispatched."""
         chunks: list[tuple[Reading, int, int]] = []
         left, num_pairs = self._chunk_tokens, 0
-        while left > 0 and len(chunks) < self._max_rows and (self._active or self._admit()):
+        size = self._memory.page_size
+        coming: set[bytes] = set()  # blocks that this step fills
+        while left > 0 and len(chunks) < self._max_rows and (self._active or self._admit(coming)):
             reading = self._active[0]
             start = reading.num_done
             count = min(left, reading.num_tokens - start)
@@ -100,6 +102,7 @@ class Readings:
             num_pairs += count * start + count * (count + 1) // 2
             left -= count
             reading.num_done += count
+            coming.update(reading.attempt.job.hashes[start // size : reading.num_done // size])
             if reading.num_done < reading.num_tokens:
                 break
             self._active.popleft()
@@ -109,15 +112,20 @@ class Readings:
             )
         return Step(chunks, self._chunk_tokens - left, num_pairs) if chunks else None
 
-    def _admit(self) -> bool:
-        """The first of those that wait gets pages, if there are any: as late as possible, to find what is cached."""
+    def _admit(self, coming: set[bytes]) -> bool:
+        """The first of those that wait gets pages, if there are any; not before what it shares is cached."""
         if not self._waiting:
             return False
         reading = self._waiting[0]
-        reserved = self._memory.reserve(reading.attempt.job.hashes, reading.num_tokens - 1, reading.num_tokens)
+        hashes = reading.attempt.job.hashes
+        reserved = self._memory.reserve(hashes, reading.num_tokens - 1, reading.num_tokens)
         if reserved is None:
             return False
-        reading.pages, num_cached = reserved
+        pages, num_cached = reserved
+        if not coming.isdisjoint(hashes[num_cached : num_cached + 1]):
+            self._memory.release(pages)
+            return False
+        reading.pages = pages
         reading.num_cached = num_cached * self._memory.page_size
         reading.num_done = reading.num_computed = reading.num_cached
         reading.num_stored = num_cached

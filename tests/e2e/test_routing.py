@@ -10,6 +10,7 @@ import random
 import signal
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import httpx
@@ -101,12 +102,15 @@ def test_shared_prefixes_land_where_their_blocks_are(pairs: Cluster) -> None:
     assert attempt["num_weighed"] == 4
 
 
-def test_a_hot_prefix_spreads_though_requests_come_one_at_a_time(pairs: Cluster) -> None:
-    """One block that all share must not draw everything to the worker that had it first: no queue is ever seen."""
+def test_a_hot_prefix_spreads_before_a_worker_saturates(pairs: Cluster) -> None:
+    """One block that all share must not draw everything to the worker that had it first: four clients, one prefix."""
     shared = text(3, PAGE)
-    told = [ask(pairs, shared + text(100 + seed, CONTEXT - 2 * PAGE), max_tokens=1) for seed in range(40)]
-    counts = Counter(one.prefill for one in told)
-    assert len(counts) == 2 and min(counts.values()) >= 5, pairs.get(f"/explain/{told[-1].request_id}")
+    prompts = [shared + text(100 + seed, CONTEXT - 2 * PAGE) for seed in range(48)]
+    with ThreadPoolExecutor(4) as clients:
+        told = list(clients.map(lambda prompt: ask(pairs, prompt, max_tokens=1), prompts))
+    for role in ("prefill", "decode"):
+        counts = Counter(getattr(one, role) for one in told)
+        assert len(counts) == 2 and min(counts.values()) >= 8, counts
 
 
 def test_lost_events_are_noticed_and_made_good(pairs: Cluster) -> None:

@@ -109,10 +109,10 @@ def test_prefix_hit_is_reported_and_only_wanted_blocks_are_sent():
 
 
 def test_a_prompt_that_waits_behind_its_prefix_finds_it():
-    """Two at once: the second one's turn comes when the blocks of the first are there."""
-    replica, events = fake_replica(), Events()
+    """Two at once: the second one's turn comes when the blocks of the first are there, if need be a step later."""
+    replica, events = fake_replica(prefill_tokens=32), Events()
     scheduler = PrefillScheduler(replica, events)
-    shared = list(range(10, 34))
+    shared = list(range(10, 22))
     for name, rest in (("a", [40, 41]), ("b", [50, 51])):
         scheduler.add(request(name, shared + rest))
         scheduler.grant((name, 0), [])
