@@ -10,7 +10,7 @@ import msgspec
 
 from engine_core.types import FinishReason, Numerics, Request, Role, Tier, TokenLogprobs
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
