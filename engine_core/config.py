@@ -101,6 +101,7 @@ class EngineConfig:
     dp: int = 1  # data-parallel degree: sequences; experts are shared by all of its ranks' sequences
     numerics: Numerics = Numerics.FAST
     prefix_cache: bool = True
+    step_timeout_s: float = 30.0  # a step that takes longer hangs: the worker is replaced
     compile_cache: str = "~/.cache/baton/xla"  # persistent compilation cache; empty: off
 
     def __post_init__(self) -> None:
@@ -111,6 +112,8 @@ class EngineConfig:
             raise ConfigError(f"model.layers must be auto, scan or unroll, not {self.model.layers!r}")
         if self.model.experts not in ("auto", "grouped", "fused"):
             raise ConfigError(f"model.experts must be auto, grouped or fused, not {self.model.experts!r}")
+        if self.step_timeout_s <= 0:
+            raise ConfigError(f"step_timeout_s must be positive, not {self.step_timeout_s}")
         if not 0 < self.cache.memory_fraction <= 1:
             raise ConfigError(f"cache.memory_fraction must be in (0, 1], not {self.cache.memory_fraction}")
         for name, value in (

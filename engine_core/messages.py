@@ -256,6 +256,7 @@ class WorkerStats(Message, frozen=True):
         loop_lag_s: longest delay of the event loop since the last of these messages.
         memory_used_bytes, memory_limit_bytes: of the devices together; where they are CPUs, of the process and machine.
         links: by the prefill worker's KV address, "host:port".
+        refused: connections that were ended for what they said, by the error's code.
     """
 
     queue: Distribution
@@ -275,6 +276,7 @@ class WorkerStats(Message, frozen=True):
     memory_used_bytes: int
     memory_limit_bytes: int
     links: dict[str, LinkStats]
+    refused: dict[str, int]
 
 
 GatewayToWorker = Hello | Prefill | Decode | Cancel | SnapshotRequest
