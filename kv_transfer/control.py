@@ -375,8 +375,9 @@ class ControlClient:
         was_connected, self.info = self.info is not None, None
         self._connected.clear()
         self._ended.set()
-        self.error = error if isinstance(error, BatonError) else WorkerDied(f"connection lost: {error or 'closed'}")
+        lost = WorkerDied(f"connection lost: {error or 'closed'}")
+        self.error = error if isinstance(error, BatonError) else lost
         if self._task is not None and was_connected:
-            self._events.on_lost(self, self.error)
+            self._events.on_lost(self, lost)  # retryable, whatever ended it
         elif self._task is not None:
             logger.warning("worker %s:%s: %s", self.address.host, self.address.port, self.error)

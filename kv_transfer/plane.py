@@ -425,6 +425,11 @@ class PlaneKvReceiver:
         """Of the other process."""
         return self._plane.pid
 
+    @property
+    def num_open(self) -> int:
+        """Hand-offs under way."""
+        return len(self._open)
+
     # KvReceiver
 
     def request(self, address: PeerAddress, ticket: Ticket) -> None:
