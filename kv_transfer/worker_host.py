@@ -140,7 +140,7 @@ class WorkerHost:
         self._owners: dict[Key, GatewayLink] = {}
         self._deadlines: dict[Key, asyncio.TimerHandle] = {}
         self._step_timeout_s = step_timeout_s
-        self._hangs = False
+        self._failed = False
         self._stopping = False
         self._subscribers: set[GatewayLink] = set()
         self._published_at = 0.0
@@ -182,7 +182,7 @@ class WorkerHost:
     @property
     def healthy(self) -> bool:
         """Whether the engine thread is alive and gets on."""
-        return self._engine_thread.alive and not self._hangs
+        return self._engine_thread.alive and not self._failed
 
     def load(self) -> Load:
         """What this worker is doing."""
@@ -346,6 +346,7 @@ class WorkerHost:
             self._at_rest.set()
 
     def _on_crash(self, error: BaseException) -> None:
+        self._failed = True
         self._call_back(self._fail_all, WorkerDied(f"the engine stopped: {type(error).__name__}: {error}"))
 
     def _fail_all(self, error: BatonError) -> None:
@@ -375,8 +376,8 @@ class WorkerHost:
     def _watch_steps(self) -> None:
         """A step that never ends: its requests go on elsewhere, and the fleet replaces this worker."""
         seconds = self._engine_thread.seconds_since_beat
-        if not self._hangs and self._engine_thread.alive and seconds > self._step_timeout_s:
-            self._hangs = True
+        if not self._failed and self._engine_thread.alive and seconds > self._step_timeout_s:
+            self._failed = True
             logger.error("a step has been running for %.1f s", seconds)
             self._fail_all(WorkerDied(f"a step of the engine hangs: {seconds:.1f} s"))
 
