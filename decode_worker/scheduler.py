@@ -53,10 +53,11 @@ class DecodeEvents(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Landing:
-    """A sequence whose KV comes from elsewhere."""
+    """A sequence whose KV comes from elsewhere. `written`: indices of the blocks that are in its pages."""
 
     sequence: Seq
     prefill: PeerAddress
+    written: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +174,7 @@ class DecodeScheduler:
         generation = self._replica.memory.generation
         if [generation(page) for page in pages] == blocks.generations:
             self._replica.engine.scatter(pages, blocks.layers)
+            landing.written.update(blocks.indices)
 
     def _finish_landing(self, key: Key, first_token: TokenChunk) -> None:
         landing = self._landing.pop(key, None)
@@ -200,6 +202,8 @@ class DecodeScheduler:
         sequence = self._sequences.get(key)
         if sequence is None:
             return
+        if key in self._landing:
+            self._keep_landed(self._landing[key])
         self._landing.pop(key, None)
         self._waiting = deque(entry for entry in self._waiting if entry.sequence is not sequence)
         if sequence in self._ready:
@@ -209,6 +213,17 @@ class DecodeScheduler:
         self._queue.remove(sequence)
         self._scoring.remove(sequence)
         self._drop(sequence)
+
+    def _keep_landed(self, landing: _Landing) -> None:
+        """Leading blocks that have landed stay in the prefix cache: the next attempt need not fetch them again."""
+        sequence, memory = landing.sequence, self._replica.memory
+        for arrived in self._arrived:
+            if isinstance(arrived, _Blocks) and arrived.key == sequence.key:
+                self._write(arrived)
+        end = sequence.num_cached // memory.page_size
+        while end in landing.written:
+            end += 1
+        memory.store(sequence, min(end * memory.page_size, len(sequence.token_ids)))
 
     def tick(self) -> bool:
         """One round: reserve landings, admit, dispatch a prefill chunk and a decode step, read the steps before."""

@@ -64,6 +64,7 @@ class DecodeWorker:
             accept=self._accept,
             on_cancel=self._on_cancel,
             replica=self._replica,
+            step_timeout_s=config.step_timeout_s,
         )
         self._serials = itertools.count(1)
         self._receiver: PlaneKvReceiver | NetKvReceiver

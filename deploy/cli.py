@@ -36,6 +36,7 @@ examples:
   baton scale --prefill 3                       more prefill workers, while it runs
   baton replay --trace FILE                     what placement policies would make of your traffic
   baton plan --model Qwen/Qwen3-32B --topology v6e-8    does it fit there, and how fast is it; no TPU needed
+  baton chaos --minutes 5                       kill, freeze, cut and drain under load; every stream must survive
   baton doctor                                  whether this machine is fit for it
   baton up deploy/ray/v6e-1p1d.yaml             a cluster of TPU slices
   baton bench pd                                what disaggregation costs and gains on this machine
@@ -62,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["replay"]:
         return _replay(arguments[1:])
+    if arguments[:1] == ["chaos"]:
+        return _bench("chaos.command", arguments[1:])
     if arguments[:1] == ["bench"] and len(arguments) > 1 and arguments[1] in BENCHMARKS:
         return _bench(arguments[1], arguments[2:])
     parser = build_parser()
@@ -95,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     status = _command(commands, "status", "show the workers of a running Baton", STATUS_EPILOG, _status)
     status.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     _add_port(status)
+    commands.add_parser("chaos", help="disturb a real cluster under load, and prove that nothing came of it")
     commands.add_parser("replay", help="replay a trace against a simulated fleet, under several placement policies")
     _add_explain(_command(commands, "explain", "show why a request went where it did", EXPLAIN_EPILOG, _explain))
     status.add_argument("--cluster", type=Path, metavar="FILE", help="on the head of this cluster (see `baton up`)")
@@ -314,7 +318,7 @@ def _bench(name: str, argv: list[str]) -> int:
     try:
         module = importlib.import_module(f"benchmarks.{name}")
     except ModuleNotFoundError as error:
-        if error.name not in ("benchmarks", f"benchmarks.{name}"):
+        if error.name not in ("benchmarks", "benchmarks.chaos", f"benchmarks.{name}"):
             raise
         sys.stderr.write(f"baton: error: the benchmark {name} is not installed; run it from a checkout\n")
         return EXIT_CONFIG

@@ -102,18 +102,21 @@ class EngineConfig:
     dp: int = 1  # data-parallel degree: sequences; experts are shared by all of its ranks' sequences
     numerics: Numerics = Numerics.FAST
     prefix_cache: bool = True
+    step_timeout_s: float = 30.0  # a step that takes longer hangs: the worker is replaced
     compile_cache: str = "~/.cache/baton/xla"  # persistent compilation cache; empty: off
 
     def __post_init__(self) -> None:
         """Refuse what can never work."""
-        if self.model.dtype not in ("auto", "float32", "bfloat16"):
-            raise ConfigError(f"model.dtype must be auto, float32 or bfloat16, not {self.model.dtype!r}")
-        if self.model.layers not in ("auto", "scan", "unroll"):
-            raise ConfigError(f"model.layers must be auto, scan or unroll, not {self.model.layers!r}")
-        if self.model.experts not in ("auto", "grouped", "fused"):
-            raise ConfigError(f"model.experts must be auto, grouped or fused, not {self.model.experts!r}")
-        if self.model.cpu_kernels not in ("auto", "xla", "compiled"):
-            raise ConfigError(f"model.cpu_kernels must be auto, xla or compiled, not {self.model.cpu_kernels!r}")
+        for name, choice, first, second in (
+            ("dtype", self.model.dtype, "float32", "bfloat16"),
+            ("layers", self.model.layers, "scan", "unroll"),
+            ("experts", self.model.experts, "grouped", "fused"),
+            ("cpu_kernels", self.model.cpu_kernels, "xla", "compiled"),
+        ):
+            if choice not in ("auto", first, second):
+                raise ConfigError(f"model.{name} must be auto, {first} or {second}, not {choice!r}")
+        if self.step_timeout_s <= 0:
+            raise ConfigError(f"step_timeout_s must be positive, not {self.step_timeout_s}")
         if not 0 < self.cache.memory_fraction <= 1:
             raise ConfigError(f"cache.memory_fraction must be in (0, 1], not {self.cache.memory_fraction}")
         for name, value in (

@@ -12,7 +12,12 @@ BatonError(http_status, retryable)
 │ └ Overloaded                429
 ├ DeadlineExceeded            504
 ├ WorkerDied                  502, retryable: the router moves the request
+│ ├ WorkerSilent              no sign of life for too long
+│ └ WorkerLeaving             it drains: its requests go on elsewhere
+├ PoisonRequest               500: workers die of it
 ├ ProtocolError               a peer broke the wire contract: its connection is closed
+│ ├ WrongSecret
+│ └ WrongProtocol             it speaks another version
 └ TransferError
   ├ TransferTimeout           retryable
   ├ TicketExpired             retryable
@@ -140,11 +145,41 @@ class WorkerDied(BatonError):
     code = "worker_died"
 
 
+class WorkerSilent(WorkerDied):
+    """A worker gave no sign of life for too long: frozen, or cut off."""
+
+    code = "worker_silent"
+
+
+class WorkerLeaving(WorkerDied):
+    """A worker drains: what it runs goes on elsewhere."""
+
+    code = "worker_leaving"
+
+
+class PoisonRequest(BatonError):
+    """Two workers died at the same token of this request: it is not tried a third time."""
+
+    code = "poison_request"
+
+
 class ProtocolError(BatonError):
     """A peer broke the wire contract; its connection is closed."""
 
     http_status = 502
     code = "protocol_error"
+
+
+class WrongSecret(ProtocolError):
+    """A peer does not know the cluster's secret."""
+
+    code = "wrong_secret"
+
+
+class WrongProtocol(ProtocolError):
+    """A peer speaks another version of the protocol."""
+
+    code = "wrong_protocol"
 
 
 class TransferError(BatonError):

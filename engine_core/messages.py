@@ -10,7 +10,7 @@ import msgspec
 
 from engine_core.types import FinishReason, Numerics, Request, Role, Tier, TokenLogprobs
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -261,6 +261,7 @@ class WorkerStats(Message, frozen=True):
         loop_lag_s: longest delay of the event loop since the last of these messages.
         memory_used_bytes, memory_limit_bytes: of the devices together; where they are CPUs, of the process and machine.
         links: by the prefill worker's KV address, "host:port".
+        refused: connections that were ended for what they said, by the error's code.
     """
 
     queue: Distribution
@@ -280,6 +281,7 @@ class WorkerStats(Message, frozen=True):
     memory_used_bytes: int
     memory_limit_bytes: int
     links: dict[str, LinkStats]
+    refused: dict[str, int]
 
 
 GatewayToWorker = Hello | Prefill | Decode | Cancel | SnapshotRequest

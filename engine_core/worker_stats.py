@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable
 
 from engine_core.messages import Distribution, LinkStats, WorkerStats
@@ -55,11 +56,13 @@ class StatsRecorder:
     Attributes:
         busy_s: seconds that the engine thread was at work.
         loop_lag_s: longest delay of the event loop since the last snapshot.
+        refused: connections that were ended for what they said, by the error's code.
     """
 
     def __init__(self, device_memory: Callable[[], tuple[int, int]]) -> None:
         self.busy_s = 0.0
         self.loop_lag_s = 0.0
+        self.refused: Counter[str] = Counter()
         self._device_memory = device_memory
         self._queue, self._prefill, self._transfer, self._decode = Tally(), Tally(), Tally(), Tally()
         self._prefill_steps = self._prefill_tokens = self._prefill_padding = 0
@@ -160,6 +163,7 @@ class StatsRecorder:
             loop_lag_s=lag,
             memory_used_bytes=used,
             memory_limit_bytes=limit,
+            refused=dict(self.refused),
             links={
                 source: LinkStats(link.transfers, link.failures, link.num_bytes, link.seconds)
                 for source, link in list(self._links.items())

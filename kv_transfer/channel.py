@@ -1,13 +1,12 @@
 """Channel: typed messages over one TCP connection, for the control plane.
 
-A frame is a big-endian u32 length and that many bytes of msgpack. Everything here runs on the event-loop thread.
+A frame (`framing`) holds one message in msgpack. Everything here runs on the event-loop thread.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-import struct
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -15,6 +14,7 @@ import msgspec
 
 from engine_core.errors import ProtocolError
 from engine_core.messages import GatewayToWorker, Message, WorkerToGateway
+from kv_transfer.framing import HEAD, check_of
 
 MAX_FRAME_BYTES = 64 << 20
 MAX_PENDING_BYTES = 256 << 20  # a peer that leaves this much unread is cut off
@@ -24,8 +24,7 @@ KEEPALIVE = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 2, "TCP_USER_
 MALFORMED = (msgspec.MsgspecError, ValueError, OverflowError, RecursionError)
 """What decoding hostile bytes can raise; UnicodeDecodeError is a ValueError."""
 
-_LENGTH = struct.Struct(">I")
-_HOLE = b"\0" * _LENGTH.size
+_HOLE = b"\0" * HEAD.size
 _ENCODER = msgspec.msgpack.Encoder()
 
 from_gateway: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(GatewayToWorker)
@@ -62,7 +61,8 @@ class Channel(asyncio.Protocol):
         self._on_open = on_open
         self._on_closed = on_closed
         self._in = bytearray()
-        self._needed = _LENGTH.size  # bytes of `_in` that complete its first frame
+        self._needed = HEAD.size  # bytes of `_in` that complete its first frame
+        self._num_received = self._num_sent = 0
         self._out = bytearray()
         self._flush_scheduled = False
         self._error: Exception | None = None
@@ -83,14 +83,16 @@ class Channel(asyncio.Protocol):
         start = len(out)
         out += _HOLE
         try:
-            _ENCODER.encode_into(message, out, start + _LENGTH.size)
-            size = len(out) - start - _LENGTH.size
+            _ENCODER.encode_into(message, out, start + HEAD.size)
+            size = len(out) - start - HEAD.size
             if size > MAX_FRAME_BYTES:
                 raise ProtocolError(f"a {type(message).__name__} of {size} bytes exceeds the frame limit")
         except BaseException:
             del out[start:]
             raise
-        _LENGTH.pack_into(out, start, size)
+        with memoryview(out) as view, view[start + HEAD.size :] as body:
+            HEAD.pack_into(out, start, size, check_of(body, self._num_sent))
+        self._num_sent += 1
         if not self._flush_scheduled:
             self._flush_scheduled = True
             self._loop.call_soon(self._flush)
@@ -168,23 +170,27 @@ class Channel(asyncio.Protocol):
     def _deliver(self, view: memoryview) -> memoryview:
         """Hand the whole frames in `view` to `on_message`; return what follows them."""
         position, end = 0, len(view)
-        self._needed = _LENGTH.size
-        while end - position >= _LENGTH.size:
-            size = _LENGTH.unpack_from(view, position)[0]
+        self._needed = HEAD.size
+        while end - position >= HEAD.size:
+            size, check = HEAD.unpack_from(view, position)
             if size > self.max_frame_bytes:
                 self.abort(ProtocolError(f"frame of {size} bytes exceeds {self.max_frame_bytes}"))
                 return view[:0]
-            body = position + _LENGTH.size
+            body = position + HEAD.size
             if end - body < size:
-                self._needed = _LENGTH.size + size
+                self._needed = HEAD.size + size
                 break
             position = body + size
-            self._receive(view[body:position])
+            self._receive(view[body:position], check)
             if self._error is not None or self._transport.is_closing():
                 return view[:0]
         return view[position:]
 
-    def _receive(self, body: memoryview) -> None:
+    def _receive(self, body: memoryview, check: int) -> None:
+        if check != check_of(body, self._num_received):
+            self.abort(ProtocolError(f"frame {self._num_received} is damaged or out of order"))
+            return
+        self._num_received += 1
         try:
             message = self._decode(body)
         except MALFORMED as error:

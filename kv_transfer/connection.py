@@ -19,7 +19,8 @@ import numpy as np
 from engine_core.errors import ProtocolError, TransferError
 from kv_transfer.channel import MALFORMED, set_socket_options
 from kv_transfer.cipher import TAG_BYTES, FrameCipher
-from kv_transfer.wire import LENGTH, MAX_HEADER_BYTES, KvBlocks, encode_body
+from kv_transfer.framing import HEAD, check_of
+from kv_transfer.wire import MAX_HEADER_BYTES, KvBlocks, encode_body
 
 READ_BYTES = 64 << 10
 TURN_BYTES = 4 << 20  # moved per turn of the event loop at most, so that other connections get theirs
@@ -72,6 +73,7 @@ class KvConnection:
         self._socket = connected
         self._decode = decoder.decode
         self.events = events
+        self._num_received = self._num_sent = 0
         self._out: deque[memoryview] = deque()
         self._is_writing = False
         self._in = bytearray()
@@ -95,10 +97,12 @@ class KvConnection:
 
     def _sealed(self, message: msgspec.Struct, payload: Sequence[memoryview]) -> Iterable[bytes | memoryview]:
         body = encode_body(message)
-        if self.cipher is None:
-            return (LENGTH.pack(len(body)), body, *payload)
-        body = self.cipher.seal([body])
-        return (LENGTH.pack(len(body)), body, *([self.cipher.seal(payload)] if payload else []))
+        if self.cipher is not None:
+            body = self.cipher.seal([body])
+            payload = [memoryview(self.cipher.seal(payload))] if payload else []
+        head = HEAD.pack(len(body), check_of(body, self._num_sent))
+        self._num_sent += 1
+        return (head, body, *payload)
 
     def close(self, error: Exception) -> None:
         """Close at once."""
@@ -200,7 +204,7 @@ class KvConnection:
                 end = self._header_end(view, position)
                 if end < 0:
                     break
-                self._on_frame(view[position + LENGTH.size : end])
+                self._on_frame(view[position:end])
                 position = end
         finally:
             view.release()
@@ -208,21 +212,23 @@ class KvConnection:
 
     def _header_end(self, view: memoryview, position: int) -> int:
         """End of the message that begins at `position`; -1 while it is not whole."""
-        if len(view) - position < LENGTH.size:
+        if len(view) - position < HEAD.size:
             return -1
-        size = LENGTH.unpack_from(view, position)[0]
+        size, _ = HEAD.unpack_from(view, position)
         if size > self.max_header_bytes:
             raise ProtocolError(f"message of {size} bytes exceeds {self.max_header_bytes}")
-        end: int = position + LENGTH.size + size
+        end: int = position + HEAD.size + size
         return end if end <= len(view) else -1
 
-    def _on_frame(self, body: memoryview) -> None:
-        try:
-            message = self._decode(self.cipher.open(body) if self.cipher else body)
-        except MALFORMED as error:
-            raise ProtocolError(f"malformed message: {error}") from error
-        finally:
-            body.release()
+    def _on_frame(self, frame: memoryview) -> None:
+        with frame, frame[HEAD.size :] as body:
+            if HEAD.unpack_from(frame)[1] != check_of(body, self._num_received):
+                raise ProtocolError(f"message {self._num_received} is damaged or out of order")
+            self._num_received += 1
+            try:
+                message = self._decode(self.cipher.open(body) if self.cipher else body)
+            except MALFORMED as error:
+                raise ProtocolError(f"malformed message: {error}") from error
         if isinstance(message, KvBlocks) and message.place is None:
             self._target = self.events.on_header(self, message)
             self._expect_payload(message)

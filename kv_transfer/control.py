@@ -11,11 +11,12 @@ import contextlib
 import logging
 import random
 import socket
+from collections import Counter
 from typing import Any, Protocol
 
 import msgspec
 
-from engine_core.errors import BatonError, ConfigError, ProtocolError, WorkerDied
+from engine_core.errors import BatonError, ConfigError, ProtocolError, WorkerDied, WrongProtocol, WrongSecret
 from engine_core.messages import (
     PROTOCOL_VERSION,
     BlockEvents,
@@ -82,10 +83,15 @@ class GatewayLink:
 
 
 class ControlServer:
-    """A worker's ear for gateways."""
+    """A worker's ear for gateways.
+
+    Attributes:
+        refused: connections that were ended for what they said, by the error's code.
+    """
 
     def __init__(self, secret: bytes | None, events: GatewayEvents) -> None:
         self.links: set[GatewayLink] = set()
+        self.refused: Counter[str] = Counter()
         self._secret = secret
         self._events = events
         self._channels: set[Channel] = set()
@@ -147,9 +153,10 @@ class ControlServer:
         if not isinstance(message, Hello):
             raise ProtocolError(f"{type(message).__name__} before Hello")
         problem = self._problem(message, nonce)
-        if problem:
+        if problem is not None:
+            self.refused[problem.code] += 1
             logger.warning("refused gateway %s: %s", channel.peername, problem)
-            channel.send(Refused(ProtocolError.code, problem))
+            channel.send(Refused(problem.code, str(problem)))
             channel.close()
             return
         link = GatewayLink(channel, message.peer)
@@ -161,12 +168,12 @@ class ControlServer:
         channel.on_message = lambda _, request: self._on_request(link, request)
         self.links.add(link)
 
-    def _problem(self, hello: Hello, nonce: bytes) -> str:
+    def _problem(self, hello: Hello, nonce: bytes) -> ProtocolError | None:
         if hello.protocol != PROTOCOL_VERSION:
-            return f"protocol {hello.protocol}, this worker speaks {PROTOCOL_VERSION}"
+            return WrongProtocol(f"protocol {hello.protocol}, this worker speaks {PROTOCOL_VERSION}")
         if not proves(hello.secret_proof, self._secret, Side.CONTROL_CALLER, nonce, hello.nonce):
-            return "wrong secret"
-        return ""
+            return WrongSecret("wrong secret")
+        return None
 
     def _on_request(self, link: GatewayLink, message: Any) -> None:
         if isinstance(message, Hello):
@@ -175,7 +182,10 @@ class ControlServer:
 
     def _on_closed(self, channel: Channel, error: Exception | None) -> None:
         self._channels.discard(channel)
-        if error:
+        if isinstance(error, ProtocolError):
+            self.refused[error.code] += 1
+            logger.warning("hung up on gateway %s: %s", channel.peername, error)
+        elif error:
             logger.info("gateway connection ended: %s", error)
         for link in [link for link in self.links if link._channel is channel]:
             self.links.discard(link)
@@ -365,8 +375,9 @@ class ControlClient:
         was_connected, self.info = self.info is not None, None
         self._connected.clear()
         self._ended.set()
-        self.error = error if isinstance(error, BatonError) else WorkerDied(f"connection lost: {error or 'closed'}")
+        lost = WorkerDied(f"connection lost: {error or 'closed'}")
+        self.error = error if isinstance(error, BatonError) else lost
         if self._task is not None and was_connected:
-            self._events.on_lost(self, self.error)
+            self._events.on_lost(self, lost)  # retryable, whatever ended it
         elif self._task is not None:
             logger.warning("worker %s:%s: %s", self.address.host, self.address.port, self.error)

@@ -203,6 +203,11 @@ class ReceiverEndpoint(ABC):
         self._events = events
         self._ticker = Ticker(self.loop, self.on_tick)
 
+    @property
+    def num_open(self) -> int:
+        """Hand-offs under way."""
+        return len(self.core)
+
     def request(self, address: PeerAddress, ticket: Ticket) -> None:
         """See KvReceiver."""
         self.loop.call_soon_threadsafe(

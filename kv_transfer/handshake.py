@@ -21,7 +21,15 @@ from typing import Any
 import numpy as np
 
 from engine_core.config import TransferConfig
-from engine_core.errors import BatonError, ConfigError, LayoutMismatch, ProtocolError, TransferTimeout
+from engine_core.errors import (
+    BatonError,
+    ConfigError,
+    LayoutMismatch,
+    ProtocolError,
+    TransferTimeout,
+    WrongProtocol,
+    WrongSecret,
+)
 from engine_core.messages import Challenge, Refused
 from kv_transfer.arena import Segment, SegmentRef
 from kv_transfer.auth import Side, make_proof, new_nonce, proves
@@ -87,7 +95,7 @@ class ListenerHandshake:
         secret: shared with decode workers, or None.
         encrypts: seal frames even if the caller does not want it.
         admit: takes the connection over; gives the transport and the session of the answer.
-        on_over: called once, however it ended.
+        on_over: called once, with the error that the connection was ended for, or None where it was not.
 
     `admit` may raise a BatonError, whose reason the caller is told.
     """
@@ -99,7 +107,7 @@ class ListenerHandshake:
         secret: bytes | None,
         encrypts: bool,
         admit: Callable[[KvConnection, KvHello], tuple[Transport, bytes]],
-        on_over: Callable[[ListenerHandshake], None],
+        on_over: Callable[[ListenerHandshake, ProtocolError | LayoutMismatch | None], None],
     ) -> None:
         self._identity = identity
         self._secret = secret
@@ -144,7 +152,7 @@ class ListenerHandshake:
         if encrypts:
             assert self._secret is not None
             connection.cipher = FrameCipher(self._secret, Side.KV_LISTENER, self._nonce, message.nonce)
-        self._on_over(self)
+        self._on_over(self, None)
 
     def on_header(self, connection: KvConnection, header: KvBlocks) -> np.ndarray | None:
         """Never."""
@@ -160,13 +168,14 @@ class ListenerHandshake:
         """Refused, silent, or gone."""
         self._timeout.cancel()
         logger.warning("a KV connection ended in its handshake: %s", error)
-        self._on_over(self)
+        reason = error.__cause__ or error
+        self._on_over(self, reason if isinstance(reason, (ProtocolError, LayoutMismatch)) else None)
 
     def _check(self, hello: KvHello) -> None:
         if hello.protocol != KV_PROTOCOL or not hello.worker_id:
-            raise ProtocolError(f"protocol {hello.protocol}, this worker speaks {KV_PROTOCOL}")
+            raise WrongProtocol(f"protocol {hello.protocol}, this worker speaks {KV_PROTOCOL}")
         if not proves(hello.secret_proof, self._secret, Side.KV_CALLER, self._nonce, hello.nonce):
-            raise ProtocolError("wrong secret")
+            raise WrongSecret("wrong secret")
         if hello.encrypts and self._secret is None:
             raise ProtocolError("frames cannot be sealed without a secret")
         if hello.fingerprint != self._identity.fingerprint:

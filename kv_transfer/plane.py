@@ -42,6 +42,7 @@ from kv_transfer.plane_wire import (
     PlaneOffer,
     PlanePush,
     PlaneReady,
+    PlaneRefused,
     PlaneRetire,
     PlaneReturn,
     PlaneSegment,
@@ -215,6 +216,8 @@ class PlaneKvSender:
         self._queue: deque[Message | _Unstaged] = deque()  # behind blocks that have no room
         self._open: set[Key] = set()
         self._room = asyncio.Event()
+        self.on_refused: Callable[[str], None] = lambda code: None
+        """See NetKvSender."""
 
     async def start(self, host: str, port: int) -> int:
         """Start the plane, which listens; port 0 takes any free one. Returns the port."""
@@ -295,6 +298,8 @@ class PlaneKvSender:
                 self._on_return(loans)
             case PlaneRetire(segment):
                 self._retire(segment)
+            case PlaneRefused(code):
+                self.on_refused(code)
             case _:
                 raise ProtocolError(f"{type(message).__name__} from the data plane")
 
@@ -419,6 +424,11 @@ class PlaneKvReceiver:
     def plane_pid(self) -> int:
         """Of the other process."""
         return self._plane.pid
+
+    @property
+    def num_open(self) -> int:
+        """Hand-offs under way."""
+        return len(self._open)
 
     # KvReceiver
 

@@ -37,6 +37,7 @@ from kv_transfer.plane_wire import (
     PlaneOffer,
     PlanePush,
     PlaneReady,
+    PlaneRefused,
     PlaneRetire,
     PlaneReturn,
     PlaneSegment,
@@ -85,6 +86,7 @@ class _PrefillPlane:
         self._returns = Returns(lambda loans: channel.send(PlaneReturn(loans)))
         self._sender = NetKvSender(self._identity, start.secret, self, MAX_INFLIGHT_BYTES, self._options)
         self._sender.worker_memory = self
+        self._sender.on_refused = self._on_refused
         self._starting = asyncio.get_running_loop().create_task(self._start(start))
         channel.on_message = self._on_message
 
@@ -122,6 +124,9 @@ class _PrefillPlane:
     def on_cancel(self, request_id: str, epoch: int, error: BatonError) -> None:
         """Pass on."""
         self._channel.send(abort_of(request_id, epoch, error))
+
+    def _on_refused(self, code: str) -> None:
+        self._channel.send(PlaneRefused(code))
 
     def _on_message(self, channel: Channel, message: Any) -> None:
         match message:

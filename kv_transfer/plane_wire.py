@@ -112,6 +112,12 @@ class PlaneRetire(Message, frozen=True):
     segment: int
 
 
+class PlaneRefused(Message, frozen=True):
+    """Plane -> prefill worker: a connection was ended for what it said; the error's code."""
+
+    code: str
+
+
 # Decode
 
 
@@ -165,6 +171,7 @@ ToWorker = (
     | PlaneAbort
     | PlaneReturn
     | PlaneRetire
+    | PlaneRefused
     | PlaneBlocks
     | PlaneForget
     | PlaneDone

@@ -8,12 +8,13 @@ import logging
 import secrets
 import socket
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from engine_core.errors import ConfigError, ProtocolError, TransferError
+from engine_core.errors import BatonError, ConfigError, ProtocolError, TransferError
 from kv_transfer import beats, handoff
 from kv_transfer.arena import Arena, SegmentRef
 from kv_transfer.auth import check_bind
@@ -56,6 +57,8 @@ class NetKvSender(SenderEndpoint):
         self._options = options
         self._sessions: dict[bytes, _ToDecode] = {}
         self._waiting: set[ListenerHandshake] = set()
+        self.on_refused: Callable[[str], None] = lambda code: None
+        """Told the error's code of each connection that was ended for what it said."""
         self._listener: socket.socket | None = None
 
     async def start(self, host: str, port: int) -> int:
@@ -112,6 +115,8 @@ class NetKvSender(SenderEndpoint):
         if self._sessions.pop(link.session, None) is None:
             return
         self.links.discard(link)
+        if isinstance(error, ProtocolError):
+            self.on_refused(error.code)
         logger.info("KV connection to decode worker %s ended: %s", link.worker_id, error)
         self.apply(self.core.on_peer_lost(self.loop.time(), link))
 
@@ -121,9 +126,14 @@ class NetKvSender(SenderEndpoint):
             accepted, _ = self._listener.accept()
             self._waiting.add(
                 ListenerHandshake(
-                    accepted, self.identity, self.secret, self._options.encrypts, self._admit, self._waiting.discard
+                    accepted, self.identity, self.secret, self._options.encrypts, self._admit, self._on_over
                 )
             )
+
+    def _on_over(self, handshake: ListenerHandshake, refusal: BatonError | None) -> None:
+        self._waiting.discard(handshake)
+        if refusal is not None:
+            self.on_refused(refusal.code)
 
     def _admit(self, connection: KvConnection, hello: KvHello) -> tuple[Transport, bytes]:
         if hello.session:

@@ -1,9 +1,9 @@
 """Messages between a decode worker and the prefill workers it fetches KV from, and their bytes.
 
-A frame is a big-endian u32 length and that many bytes of msgpack. Behind a `KvBlocks` without a `place` follow
-`num_bytes` of payload, layer-major: `[L][n][page_size][2K][H]`; with one, the payload lies in memory that the sender
-shares. No frame carries an address of the receiver: blocks are named by (request_id, epoch, block_index, generation),
-and each block's checksum covers that name. The ticket's serial is there because a page's generation alone does not
+A frame (`framing`) holds one message in msgpack. Behind a `KvBlocks` without a `place` follow `num_bytes` of payload,
+layer-major: `[L][n][page_size][2K][H]`; with one, the payload lies in memory that the sender shares. No frame carries
+an address of the receiver: blocks are named by (request_id, epoch, block_index, generation), and each block's checksum
+covers that name. The ticket's serial is there because a page's generation alone does not
 name the page: after a request moved, the same block may wait in another page of the same generation (the simulator
 found it).
 
@@ -14,7 +14,6 @@ session; messages travel on the first, payload on any.
 from __future__ import annotations
 
 import enum
-import struct
 from typing import Any
 
 import msgspec
@@ -25,9 +24,8 @@ from kv_transfer.arena import SegmentRef
 from kv_transfer.layout import BlockLayout
 from kv_transfer.ticket import Ticket
 
-KV_PROTOCOL = 2
+KV_PROTOCOL = 3
 MAX_HEADER_BYTES = 4 << 20
-LENGTH = struct.Struct(">I")
 
 
 class Transport(enum.StrEnum):
@@ -187,12 +185,6 @@ _ENCODER = msgspec.msgpack.Encoder()
 def encode_body(message: msgspec.Struct) -> bytes:
     """The msgpack of a message."""
     return _ENCODER.encode(message)
-
-
-def encode(message: msgspec.Struct) -> bytes:
-    """One frame in the clear, without payload."""
-    body = encode_body(message)
-    return LENGTH.pack(len(body)) + body
 
 
 def check_header(header: KvBlocks, layout: BlockLayout) -> None:

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 Key = tuple[str, int]
 
 BEAT_S = 0.25
+MAX_QUIET = 1  # beats that may be left out in a row
 STOP_TIMEOUT_S = 10.0
 PUBLISH_S = 0.02  # block events of a busy worker are sent this often
 STATS_S = 1.0
@@ -115,6 +116,7 @@ class WorkerHost:
         accept: takes a validated Prefill or Decode, on the engine thread.
         on_cancel: told, on the engine thread, of every request that is given up.
         replica: says what fits, and how it is doing.
+        step_timeout_s: a tick of the scheduler that takes longer hangs.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class WorkerHost:
         accept: Callable[[Prefill | Decode], None],
         on_cancel: Callable[[Key], None],
         replica: ServedReplica,
+        step_timeout_s: float,
     ) -> None:
         self.draining = False
         self._scheduler = scheduler
@@ -132,9 +135,12 @@ class WorkerHost:
         self._on_cancel = on_cancel
         self._replica = replica
         self._server = ControlServer(secret, self)
+        self._server.refused = replica.stats.refused
         self._engine_thread = EngineThread(self._tick, self._on_crash)
         self._owners: dict[Key, GatewayLink] = {}
         self._deadlines: dict[Key, asyncio.TimerHandle] = {}
+        self._step_timeout_s = step_timeout_s
+        self._failed = False
         self._stopping = False
         self._subscribers: set[GatewayLink] = set()
         self._published_at = 0.0
@@ -175,8 +181,8 @@ class WorkerHost:
 
     @property
     def healthy(self) -> bool:
-        """Whether the engine thread is alive."""
-        return self._engine_thread.alive
+        """Whether the engine thread is alive and gets on."""
+        return self._engine_thread.alive and not self._failed
 
     def load(self) -> Load:
         """What this worker is doing."""
@@ -340,6 +346,7 @@ class WorkerHost:
             self._at_rest.set()
 
     def _on_crash(self, error: BaseException) -> None:
+        self._failed = True
         self._call_back(self._fail_all, WorkerDied(f"the engine stopped: {type(error).__name__}: {error}"))
 
     def _fail_all(self, error: BatonError) -> None:
@@ -347,23 +354,32 @@ class WorkerHost:
             self._send_failure(key, error)
 
     async def _beat(self) -> None:
-        """Load at most every 250 ms where it changed, and once a second regardless; with that, the statistics."""
+        """Load at most every 250 ms where it changed, and every 500 ms regardless; the statistics once a second."""
         last, quiet = None, 0
         stats = self._replica.stats
         told_at = time.monotonic()
         while True:
             began_at = time.monotonic()
+            self._watch_steps()
             if began_at - told_at >= STATS_S:
                 told_at = began_at
                 self._server.tell(stats.snapshot())
             load = self.load()
-            if load != last or quiet >= round(1 / BEAT_S) - 1:
+            if self.healthy and (load != last or quiet >= MAX_QUIET):  # else silence: nothing more comes of it
                 self._server.broadcast(load)
                 last, quiet = load, 0
             else:
                 quiet += 1
             await asyncio.sleep(BEAT_S)
             stats.loop_lag_s = max(stats.loop_lag_s, time.monotonic() - began_at - BEAT_S)
+
+    def _watch_steps(self) -> None:
+        """A step that never ends: its requests go on elsewhere, and the fleet replaces this worker."""
+        seconds = self._engine_thread.seconds_since_beat
+        if not self._failed and self._engine_thread.alive and seconds > self._step_timeout_s:
+            self._failed = True
+            logger.error("a step has been running for %.1f s", seconds)
+            self._fail_all(WorkerDied(f"a step of the engine hangs: {seconds:.1f} s"))
 
 
 def _failure(key: Key, error: BatonError) -> Failed:

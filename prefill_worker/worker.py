@@ -23,6 +23,8 @@ from kv_transfer.ticket import Ticket
 from kv_transfer.worker_host import Key, WorkerHost
 from prefill_worker.scheduler import PrefillScheduler
 
+POLL_S = 0.02
+LAST_WORD_S = 0.2  # first tokens that follow the blocks are not acknowledged
 TICKET_LEASE_S = 120.0  # a prompt that no ticket comes for, because decode has no room, is given up after this long
 
 
@@ -67,6 +69,7 @@ class PrefillWorker:
             accept=self._accept,
             on_cancel=self._on_cancel,
             replica=self._replica,
+            step_timeout_s=config.step_timeout_s,
         )
         self._waker: asyncio.Task[None] | None = None
         self._sender: PlaneKvSender | NetKvSender
@@ -77,14 +80,19 @@ class PrefillWorker:
         self._loop = asyncio.get_running_loop()
         address = self._info.address
         self._sender = open_sender(self._identity, self._secret, self, self._options)
+        self._sender.on_refused = lambda code: self._replica.stats.refused.update([code])
         kv_port = await self._sender.start(address.host, address.kv_port)
         address = msgspec.structs.replace(address, kv_port=kv_port)
         self._info = await self._host.start(address.host, msgspec.structs.replace(self._info, address=address))
         return self._info
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no new prompts; finish those at hand."""
+        """Take no new prompts; finish those at hand, and wait until decode workers have collected their blocks."""
+        until = self._loop.time() + timeout_s
         await self._host.drain(timeout_s)
+        while self._sender.inflight_bytes and self._loop.time() < until:  # noqa: ASYNC110
+            await asyncio.sleep(POLL_S)
+        await asyncio.sleep(LAST_WORD_S)
 
     async def stop(self) -> None:
         """Close everything."""

@@ -25,11 +25,11 @@ class GatewayConfig:
     max_wait_s: float = 60.0  # until the first token, where the client does not say; longer waits get 429
     max_backlog_s: float = 2.0  # of prompts at each prefill worker, beyond which requests wait in the gateway
     tenant_weights: tuple[str, ...] = ()  # NAME=WEIGHT: shares of a crowded service; 1 for tenants not named
-    max_attempts: int = 3  # lives of a stream whose workers die
+    max_attempts: int = 3  # in a row that bring a stream no token; each one that does counts anew
     request_timeout_s: float = 600.0  # from arrival to the last token
     worker_wait_s: float = 60.0  # how long a request waits for a worker to appear; a replacement has to start
-    suspect_after_s: float = 2.0  # a worker silent for so long gets no new requests while others are there
-    lost_after_s: float = 10.0  # a worker silent for so long loses its requests to others
+    suspect_after_s: float = 1.0  # a worker silent for so long gets no new requests while others are there
+    lost_after_s: float = 2.0  # a worker silent for so long loses its requests to others
     inline_tokenize_chars: int = 8192  # longer texts are tokenized on a thread
     special_tokens_in_prompt: bool = True  # /v1/completions parses special-token strings; chat never does
     block_salt: str = ""  # secret; keys the names of cached blocks. `baton serve` draws one per run

@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 from engine_core.errors import BatonError, CapacityError
 from router.answers import usage_of
 from router.dialects import Dialect, Job
+from router.generation import Generation
 from router.http import (
     SSE_HEADERS,
     ClientGone,
@@ -23,7 +24,7 @@ from router.http import (
     send_error,
     send_json,
 )
-from router.service import Generation, Service
+from router.service import Service
 from router.wishes import Wishes, read_wishes
 
 logger = logging.getLogger(__name__)

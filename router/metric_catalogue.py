@@ -201,6 +201,15 @@ SPECS: tuple[MetricSpec, ...] = (
         "Memory in use on a worker's devices (HBM); where they are CPUs, its process's resident memory",
     ),
     _worker(Kind.GAUGE, "baton_device_memory_limit_bytes", "Memory there is on a worker's devices"),
+    MetricSpec(
+        "baton_refused_connections",
+        Kind.COUNTER,
+        Source.WORKER,
+        (*_WORKER, "reason"),
+        "Connections that a worker ended: wrong secret, version or fingerprint, damaged or hostile frames",
+        "",
+        (),
+    ),
     # KV hand-over by pair.
     _link("baton_transfers", "Complete KV hand-overs"),
     _link("baton_transfer_failures", "KV hand-overs that failed; the request was placed again"),

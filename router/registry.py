@@ -8,7 +8,9 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from engine_core.errors import BatonError, WorkerDied
+import msgspec
+
+from engine_core.errors import BatonError, WorkerDied, WorkerSilent
 from engine_core.messages import BlockEvents, BlockSnapshot, Failed, Load, Measured, Tokens, WorkerInfo, WorkerStats
 from engine_core.types import Role
 from kv_transfer.control import ControlClient
@@ -39,6 +41,10 @@ class FleetListener(Protocol):
 
     def on_lost(self, worker: WorkerState, error: BatonError) -> None:
         """All that was asked of the worker is lost."""
+        ...
+
+    def on_leaving(self, worker: WorkerState) -> None:
+        """The worker drains: it finishes what nobody takes from it."""
         ...
 
     def on_room(self, now: float) -> None:
@@ -92,7 +98,8 @@ class WorkerState:
         if (info.worker_id, info.incarnation) != (self.info.worker_id, self.info.incarnation):
             logger.warning("expected worker %s, found %s.%d", self.name, info.worker_id, info.incarnation)
             return
-        self.info = self.candidate.info = info
+        reached_at = self.info.address  # the fleet knows best how to reach it
+        self.info = self.candidate.info = msgspec.structs.replace(info, address=reached_at)
         self.connected = True
         self.candidate.suspect = False
         if self.feed is not None:
@@ -116,6 +123,8 @@ class WorkerState:
             self.on_connected(client, client.info)
         if self.usable != before:
             self._registry.changed()
+        if message.draining and before:
+            self._listener.on_leaving(self)
         self._listener.on_room(client.heard_at)
 
     def on_measured(self, client: ControlClient, message: Measured) -> None:
@@ -214,10 +223,13 @@ class Registry:
         """These are the members, and no others."""
         members = {(info.worker_id, info.incarnation): info for info in infos}
         lives = {info.worker_id: info.incarnation for info in infos}
+        left = []
         for key, worker in list(self.workers.items()):
             if key in members:
                 worker.leaving = False
                 continue
+            if not worker.leaving:
+                left.append(worker)
             worker.leaving = True
             if worker.info.worker_id in lives:  # a later life: this one has ended
                 worker.lose(WorkerDied(f"worker {worker.name} was replaced"))
@@ -226,6 +238,8 @@ class Registry:
                 worker = self.workers[key] = WorkerState(info, self, self._make_client)
                 worker.client.start()
         self.changed()
+        for worker in left:
+            self.listener.on_leaving(worker)
 
     def changed(self) -> None:
         """Some worker became usable or ceased to be."""
@@ -308,4 +322,4 @@ class Registry:
                     silent_s = now - worker.client.heard_at - late
                     worker.candidate.suspect = silent_s > self._suspect_after_s
                     if silent_s > self._lost_after_s:
-                        worker.lose(WorkerDied(f"worker {worker.name} has been silent for {silent_s:.1f} s"))
+                        worker.lose(WorkerSilent(f"worker {worker.name} has been silent for {silent_s:.1f} s"))

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -17,9 +17,11 @@ from engine_core.errors import (
     DeadlineExceeded,
     NoWorkerAvailable,
     Overloaded,
+    PoisonRequest,
     RequestError,
     TransferError,
     WorkerDied,
+    WorkerLeaving,
 )
 from engine_core.messages import Cancel, Decode, Failed, Prefill, TokenChunk, Tokens, WorkerInfo
 from engine_core.types import Request, Role
@@ -28,12 +30,14 @@ from router.block_index import BlockIndex
 from router.clients import MakeClient
 from router.config import GatewayConfig
 from router.cost_model import TransferModel
-from router.decision import Decisions, Option
+from router.decision import Decisions
+from router.failures import error_of
 from router.fleet_view import FleetView
+from router.generation import Generation
 from router.history import History
 from router.load_meter import LoadMeter, LoadTotals
 from router.loop_lag import watch_loop
-from router.mailbox import Item, Mailbox
+from router.mailbox import Mailbox
 from router.metrics import Metrics
 from router.pair_costs import PlacementConfig
 from router.placement import JointPlacement, Placement
@@ -52,45 +56,8 @@ logger = logging.getLogger(__name__)
 
 DEADLINE_INTERVAL_S = 0.5
 INDEX_BLOCKS = 100_000  # room to begin with; it grows
+VERDICT_S = 1.0  # a lost worker that is back within this time did not die
 RETRY_DELAY_S = 0.05  # before a request goes to a worker that failed it, times the number of attempts
-
-
-class Generation:
-    """The choices of one HTTP request. Close it on every path: that frees whatever the workers still hold."""
-
-    def __init__(self, service: Service, streams: Sequence[Stream], mailbox: Mailbox) -> None:
-        self._service = service
-        self._streams = streams
-        self._mailbox = mailbox
-
-    async def take(self) -> list[Item]:
-        """Wait for chunks of any choice; take all that are here.
-
-        Raises:
-            BatonError: a choice ended without an answer; the others are of no use then.
-        """
-        return await self._mailbox.take()
-
-    def stop(self, index: int) -> None:
-        """Enough of choice `index`: a stop string was found."""
-        self._service.cancel(self._streams[index], "stop")
-
-    def placed(self) -> Option | None:
-        """Where the first choice runs, or ran last."""
-        decisions = self._service.decisions.of(self._streams[0].request.request_id)
-        return decisions[-1].chosen if decisions else None
-
-    def cached_tokens(self, n: int) -> int:
-        """Prompt tokens that were found in prefix caches, counted for one of the `n` choices of each prompt.
-
-        What both workers of a choice hold counts once.
-        """
-        return sum(stream.cached_tokens for stream in self._streams[::n])
-
-    def close(self) -> None:
-        """Cancel what has not ended."""
-        for stream in self._streams:
-            self._service.cancel(stream, "cancelled")
 
 
 class Service:
@@ -232,7 +199,10 @@ class Service:
         """A request ended without an answer; a prefill worker that is no longer needed may say what it likes."""
         stream = self._streams.get(message.request_id)
         if stream is not None and stream.journal.epoch == message.epoch and stream in worker.streams:
-            error = _as_error(message)
+            error = error_of(message)
+            if isinstance(error, WorkerDied):  # its engine has stopped, whatever else of it still runs
+                worker.lose(error)
+                return
             self._blame(stream, worker, error)
             self._attempt_failed(stream, error, worker)
 
@@ -250,6 +220,15 @@ class Service:
             worker.candidate.breaker.failed(self._now())
         for stream in list(worker.streams):
             self._attempt_failed(stream, error, worker)
+
+    def on_leaving(self, worker: WorkerState) -> None:
+        """Its streams go on elsewhere at once, from prompt plus what was generated, where some other worker decodes."""
+        if not self.registry.decode or self.draining:
+            return
+        for stream in list(worker.streams):
+            if stream.decode is worker:
+                self._abandon_attempt(stream)
+                self._start_again(stream, WorkerLeaving(f"worker {worker.name} is leaving"))
 
     def on_room(self, now: float) -> None:
         """Place those that wait, as long as there is room."""
@@ -408,12 +387,19 @@ class Service:
     def _attempt_failed(self, stream: Stream, error: BatonError, culprit: WorkerState | None) -> None:
         """Move the stream elsewhere, from prompt plus what was generated; or give up."""
         self._abandon_attempt(stream)
-        final = not error.retryable or stream.journal.epoch + 1 >= self.config.max_attempts or self.draining
+        journal, record = stream.journal, stream.failures
+        key = (culprit.info.worker_id, culprit.info.incarnation) if culprit is not None else None
+        record.note(journal.start, len(journal.token_ids), error, key)
+        final = not error.retryable or record.num_futile >= self.config.max_attempts or self.draining
         if final or not (isinstance(error, WorkerDied) or self._retry_budget.take()):
             self._fail(stream, error)
             return
         if culprit is not None:
             stream.avoid.append(culprit.candidate.key)
+        self._start_again(stream, error)
+
+    def _start_again(self, stream: Stream, error: BatonError) -> None:
+        """The next attempt, behind what the client has."""
         self.metrics.retries[error.code] += 1
         epoch = stream.journal.restart()
         request = stream.request
@@ -427,6 +413,7 @@ class Service:
     async def _retry(self, stream: Stream) -> None:
         epoch = stream.journal.epoch
         try:
+            await self._clear_of_suspicion(stream)
             while not stream.ended and stream.journal.epoch == epoch:
                 if not self.registry.decode:
                     await self._wait_for_worker()
@@ -441,6 +428,19 @@ class Service:
         except BatonError as error:
             if not stream.ended:
                 self._fail(stream, error)
+
+    async def _clear_of_suspicion(self, stream: Stream) -> None:
+        """Return once it is known that workers did not die of this request. Raises PoisonRequest where they did."""
+        victims = stream.failures.victims
+        until = self._now() + VERDICT_S
+        while stream.failures.is_suspect and not stream.ended:
+            back = [key for key in victims if key in self.registry.workers and self.registry.workers[key].connected]
+            for key in back:
+                victims.remove(key)
+            if not back and self._now() >= until:
+                names = ", ".join(f"{worker_id}.{life}" for worker_id, life in victims)
+                raise PoisonRequest(f"workers {names} died at the same token of this request; it is not tried again")
+            await asyncio.sleep(RETRY_DELAY_S)
 
     def _abandon_attempt(self, stream: Stream) -> None:
         """Release the attempt, and tell its workers so."""
@@ -495,19 +495,3 @@ class Service:
 
 def _too_late(seconds: float) -> Overloaded:
     return Overloaded(f"the first token would take about {seconds:.3f} s", "deadline", max(1.0, seconds))
-
-
-def _subclasses(kind: type[BatonError]) -> Iterator[type[BatonError]]:
-    yield kind
-    for child in kind.__subclasses__():
-        yield from _subclasses(child)
-
-
-def _as_error(message: Failed) -> BatonError:
-    """The exception that the worker had."""
-    by_code = {kind.code: kind for kind in _subclasses(BatonError) if kind is not Overloaded}
-    kind = by_code.get(message.code, BatonError)
-    error = kind(message.message)
-    error.code = message.code
-    error.retryable = message.retryable
-    return error

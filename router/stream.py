@@ -9,6 +9,7 @@ import msgspec
 
 from engine_core.messages import TokenChunk
 from engine_core.types import Request
+from router.failures import FailureRecord
 from router.journal import Journal
 from router.mailbox import Mailbox
 
@@ -62,6 +63,7 @@ class Stream:
         placement: None between two attempts and after the end; `prefill` and `decode` are its workers.
         route: of the latest attempt, also after the end.
         avoid: workers that failed it, by their keys.
+        failures: what its failed attempts say of it.
         session: what the client calls its session.
         due: when the client wants the first token at the latest; None where it did not say.
         traceparent: of the client's trace, as W3C's header says it; empty where there is none.
@@ -78,6 +80,7 @@ class Stream:
         "decode",
         "due",
         "ended",
+        "failures",
         "first_at",
         "index",
         "journal",
@@ -106,6 +109,7 @@ class Stream:
         self.route: Route | None = None
         self.stage = Stage.READING
         self.avoid: list[tuple[str, int]] = []
+        self.failures = FailureRecord()
         self.cached_tokens = 0
         self.arrived_at = arrived_at
         self.sent_at = 0.0

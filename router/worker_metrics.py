@@ -103,6 +103,8 @@ def worker_families(workers: Iterable[WorkerState]) -> Iterator[Metric]:
         for name, field in STAGES.items():
             distribution: Distribution = getattr(worker.stats, field)
             stages[name].add_metric(labels, stage_buckets(distribution), distribution.total_s)
+        for reason, count in worker.stats.refused.items():
+            families["baton_refused_connections"].add_metric([*labels, reason], count)  # type: ignore[attr-defined]
         for source, link in worker.stats.links.items():
             for name, field in LINKS.items():
                 pair = [names.get(source, source), worker.info.worker_id]

@@ -173,10 +173,15 @@ class FakeWorker:
         self.active = {key: value for key, value in self.active.items() if value[0] is not link}
 
     async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        told_at = loop.time()
         while True:
             await asyncio.sleep(self.step_s)
             if not self.silent:
                 self._step()
+                if loop.time() - told_at > 0.25:
+                    told_at = loop.time()
+                    self.beat(self.load)
 
     def _step(self) -> None:
         frames: dict[GatewayLink, list[TokenChunk]] = {}

@@ -352,3 +352,50 @@ def test_a_stream_that_goes_on_elsewhere_does_not_score_its_prompt_again():
     assert said + events.answer("a", 1) == generate(prompt, 9)
     assert not any(chunk.prompt_logprobs for chunk in events.chunks["a", 1])
     assert_released(replica, scheduler)
+
+
+@pytest.mark.parametrize("ending", ["cancel", "fail"])
+@pytest.mark.parametrize("landed", [0, 1, 2, 3])
+def test_what_has_landed_is_not_fetched_again(landed, ending):
+    """The hand-over breaks off behind some blocks: the next attempt asks for the others only."""
+    replica, events = fake_replica(), Events()
+    scheduler = DecodeScheduler(replica, events)
+    prompt = list(range(10, 24))
+    scheduler.add(request("a", prompt, 6), PREFILL)
+    run(scheduler)
+    ((key, _, wanted),) = events.tickets
+    land(replica, scheduler, key, wanted[:landed], prompt)
+    if landed % 2:
+        run(scheduler)  # written; else it breaks off before
+    if ending == "cancel":
+        scheduler.cancel(key)
+    else:
+        scheduler.fail(key, TransferTimeout("prefill died"))
+    again = Request("a", prompt, len(prompt), SamplingParams(temperature=0.0, max_tokens=6), epoch=1)
+    scheduler.add(again, PREFILL)
+    run(scheduler)
+    key, _, wanted = events.tickets[1]
+    assert [index for index, _ in wanted] == list(range(landed, 4))
+    land(replica, scheduler, key, wanted, prompt)
+    token = first_token("a", prompt)
+    scheduler.landed(key, TokenChunk("a", 1, 0, token.token_ids))
+    run(scheduler)
+    assert events.answer("a", 1) == generate(prompt, 6)[1:]
+    assert_released(replica, scheduler)
+
+
+def test_only_leading_blocks_are_kept():
+    replica, events = fake_replica(), Events()
+    scheduler = DecodeScheduler(replica, events)
+    prompt = list(range(10, 24))
+    scheduler.add(request("a", prompt, 6), PREFILL)
+    run(scheduler)
+    ((key, _, wanted),) = events.tickets
+    land(replica, scheduler, key, [wanted[0], wanted[2]], prompt)
+    run(scheduler)
+    scheduler.cancel(key)
+    scheduler.add(Request("a", prompt, len(prompt), SamplingParams(temperature=0.0, max_tokens=6), epoch=1), PREFILL)
+    run(scheduler)
+    assert [index for index, _ in events.tickets[1][2]] == [1, 2, 3]
+    scheduler.cancel(("a", 1))
+    assert_released(replica, scheduler)

@@ -114,13 +114,13 @@ class Cluster(Baton):
 
 
 class Streaming:
-    """A long greedy stream that is read in a thread; begun once this returns.
+    """A long greedy stream that is read in a thread; it has begun once this returns, but for `wait=False`.
 
     Attributes:
         events: what came so far.
     """
 
-    def __init__(self, cluster: Cluster, max_tokens: int = 900, **fields: Any) -> None:
+    def __init__(self, cluster: Cluster, max_tokens: int = 900, *, wait: bool = True, **fields: Any) -> None:
         self.events: list[dict[str, Any]] = []
         self._failure: Exception | None = None
         asked = {"prompt": "The lazy dog", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
@@ -128,7 +128,8 @@ class Streaming:
         self._url = f"{cluster.url}/v1/completions"
         self._thread = threading.Thread(target=self._read)
         self._thread.start()
-        until(lambda: len(self.events) > 3 or not self._thread.is_alive(), 60)
+        if wait:
+            until(lambda: len(self.events) > 3 or not self._thread.is_alive(), 60)
 
     def _read(self) -> None:
         try:

@@ -13,7 +13,8 @@ from tests.e2e.model import make_checkpoint
 
 NUM_PAGES = 2048
 FEW_PAGES = 64  # two sequences of the greatest length
-STRICT = ("--numerics", "strict", "--cache.num_pages", str(FEW_PAGES), "--batch.max_model_len", "512")
+PATIENT = ("--gateway.suspect_after_s", "5", "--gateway.lost_after_s", "10")  # a crowded machine is no fault here
+STRICT = (*PATIENT, "--numerics", "strict", "--cache.num_pages", str(FEW_PAGES), "--batch.max_model_len", "512")
 APART = ("--gateway.local_prefill_tokens", "0")  # an idle decode worker would read these short prompts itself
 SMALL_CHUNKS = ("--batch.prefill_tokens", "64")  # so that a prompt keeps a worker busy for a while
 FLAGS = {

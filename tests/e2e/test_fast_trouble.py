@@ -11,17 +11,20 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.baton_process import until
 from tests.e2e.clusters import STOP_S, Cluster, Streaming
 from tests.e2e.conftest import NUM_PAGES
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 LONG = 900
+LOST_S = 2.0  # a worker silent for so long loses its streams
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +152,44 @@ def test_a_killed_worker_is_replaced_and_its_streams_go_on(fast: Cluster, worker
     assert Streaming(fast).text() == undisturbed
     fast.until_at_rest(NUM_PAGES)
     assert all(values["compiles_after_warmup"] == 0 for values in fast.metrics().values())
+
+
+@pytest.mark.parametrize("worker_id", ["prefill-0", "decode-0"])
+def test_a_frozen_worker_loses_its_streams_and_is_found_again(fast: Cluster, worker_id: str, undisturbed: str) -> None:
+    before = fast.member(worker_id)
+    moved = fast.num_retries()
+    stream = Streaming(fast)
+    assert stream.running, "the stream was over too soon to be disturbed"
+    os.kill(before["pid"], signal.SIGSTOP)
+    try:
+        waiting = Streaming(fast, wait=False)
+        until(lambda: fast.num_retries() > moved, LOST_S + 2)
+    finally:
+        os.kill(before["pid"], signal.SIGCONT)
+    assert stream.text() == undisturbed
+    assert waiting.text() == undisturbed
+    assert fast.member(worker_id)["pid"] == before["pid"]
+    fast.until_at_rest(NUM_PAGES)
+
+
+def test_a_killed_gateway_frees_its_requests_and_is_replaced(fast: Cluster, undisturbed: str) -> None:
+    stream = Streaming(fast)
+    assert stream.running, "the stream was over too soon to be disturbed"
+    pids = [m.pid for m in fast.family() if b"ServeReplica" in Path(f"/proc/{m.pid}/cmdline").read_bytes()]
+    os.kill(pids[0], signal.SIGKILL)
+    until(lambda: all(m["load"]["running"] == m["load"]["waiting"] == 0 for m in fast.status()["members"]), 15)
+    until(lambda: _answers(fast), 90)
+    with pytest.raises(AssertionError):
+        stream.text()
+    assert Streaming(fast).text() == undisturbed
+    fast.until_at_rest(NUM_PAGES)
+
+
+def _answers(cluster: Cluster) -> bool:
+    try:
+        return httpx.get(f"{cluster.url}/readiness").status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def test_sigterm_to_the_whole_group_drains(fast: Cluster, undisturbed: str) -> None:

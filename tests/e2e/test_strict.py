@@ -89,6 +89,34 @@ def test_a_dead_worker_changes_no_answer(clusters: Any, apart: dict[str, list[An
     cluster.until_life("decode-1", before["incarnation"] + 1)
 
 
+def test_workers_that_leave_change_no_answer(clusters: Any, apart: dict[str, list[Answer | None]]) -> None:
+    """Under load one decode worker makes room for a prefill worker, and the other way round."""
+    cluster = clusters.get("strict")
+    found: list[list[Answer | None]] = []
+    done = threading.Event()
+
+    def keep_asking() -> None:
+        while not done.is_set():
+            found.append(ask(cluster, LONG, 4))
+
+    thread = threading.Thread(target=keep_asking)
+    thread.start()
+    try:
+        until(lambda: cluster.metrics()["decode-1"]["num_requests_running"] > 0, 30)
+        before = cluster.num_retries()
+        flipped = cluster.cli("scale", "--prefill", "2", "--decode", "1")
+        assert flipped.returncode == 0, flipped.stderr
+        assert cluster.num_retries() > before
+        until(lambda: cluster.metrics()["decode-0"]["num_requests_running"] > 0, 30)
+        assert cluster.cli("scale", "--prefill", "1", "--decode", "2").returncode == 0
+    finally:
+        done.set()
+        thread.join(200)
+    assert found and all(answers == apart["alone"] for answers in found)
+    assert {member["worker_id"] for member in cluster.status()["members"]} == {"prefill-0", "decode-0", "decode-1"}
+    cluster.until_at_rest(FEW_PAGES)
+
+
 def test_the_same_tokens_apart_and_together(clusters: Any, apart: dict[str, list[Answer | None]]) -> None:
     cluster = clusters.get("colocated")
     together = ask(cluster, MIXED, 8, seed=1)

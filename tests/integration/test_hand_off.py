@@ -157,3 +157,33 @@ async def test_bad_requests_fail_alone(cluster):
         assert answer.failure is not None and not answer.failure.retryable, letter
     assert len((await running).token_ids) == 30
     await cluster.assert_at_rest()
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_prefill_worker_that_leaves_is_there_until_its_blocks_are_collected(cluster, monkeypatch):
+    prefill = cluster.workers[0]
+    sampling = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+    requests = [Request(f"{i + 900:032x}", [(7 * i + j) % VOCAB for j in range(50)], 50, sampling) for i in range(4)]
+    answers = [cluster.client.start(request, cluster.decode, cluster.prefill) for request in requests]
+    await asyncio.sleep(0.02)
+    uncollected = [3, 2, 1]
+    monkeypatch.setattr(
+        type(prefill._sender),
+        "inflight_bytes",
+        property(lambda self: uncollected.pop() if uncollected else self._inflight_bytes),
+    )
+    try:
+        await prefill.drain(30)
+        assert not uncollected and prefill._sender.inflight_bytes == 0
+        refused = cluster.client.start(Request("9" * 32, [1, 2, 3], 3, sampling), cluster.decode, cluster.prefill)
+        for answer in answers:
+            async with asyncio.timeout(30):
+                await answer.done.wait()
+            assert answer.failure is None and len(answer.token_ids) == 5
+        async with asyncio.timeout(30):
+            await refused.done.wait()
+        assert refused.failure is not None and refused.failure.retryable
+        cluster.client.cancel(Request("9" * 32, [1, 2, 3], 3, sampling), cluster.decode, cluster.prefill)
+    finally:
+        prefill._host.draining = False
+    await cluster.assert_at_rest()

@@ -17,6 +17,7 @@ from engine_core.errors import ProtocolError
 from engine_core.messages import Cancel, Failed, TokenChunk, Tokens
 from kv_transfer import channel as channel_module
 from kv_transfer.channel import Channel, from_gateway, from_worker
+from kv_transfer.framing import frame
 
 LOOPS = pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uv"])
 
@@ -135,7 +136,7 @@ async def test_bytes_may_arrive_one_at_a_time():
     async with open_wire() as wire:
         _, writer = await wire.raw()
         body = channel_module._ENCODER.encode(Cancel("abc", 1))
-        for byte in (len(body).to_bytes(4, "big") + body) * 3:
+        for byte in b"".join(frame(body, number) for number in range(3)):
             writer.write(bytes([byte]))
             await asyncio.sleep(0)
         await until(lambda: wire.ends and len(wire.ends[0].messages) == 3)
@@ -182,7 +183,7 @@ async def test_an_oversized_message_is_refused_by_the_sender_and_leaves_no_trace
 async def test_an_announced_giant_frame_closes_the_connection_before_it_is_read():
     async with open_wire() as wire:
         reader, writer = await wire.raw()
-        writer.write(b"\xff\xff\xff\xff")
+        writer.write(b"\xff" * 8)
         assert await read_to_end(reader) == b""
         assert isinstance(wire.ends[0].error, ProtocolError)
 
@@ -207,7 +208,7 @@ async def test_a_callback_may_refuse_a_message():
 @given(
     st.one_of(
         st.binary(max_size=200),
-        st.binary(max_size=60).map(lambda body: len(body).to_bytes(4, "big") + body),
+        st.binary(max_size=60).map(lambda body: frame(body, 0)),
         st.tuples(st.integers(0, 60), st.integers(0, 255)).map(lambda flip: corrupted(*flip)),
     )
 )
@@ -228,7 +229,24 @@ def test_hostile_bytes_end_only_their_own_connection(hostile):
 
 
 def corrupted(at: int, value: int) -> bytes:
-    body = channel_module._ENCODER.encode(Cancel("a" * 32, 7))
-    frame = bytearray(len(body).to_bytes(4, "big") + body)
-    frame[at % len(frame)] = value
-    return bytes(frame)
+    """The check is right all the same: the decoder itself has to cope."""
+    body = bytearray(channel_module._ENCODER.encode(Cancel("a" * 32, 7)))
+    body[at % len(body)] = value
+    return frame(body, 0)
+
+
+@pytest.mark.parametrize("damage", ["flip", "lost", "twice", "swapped"])
+async def test_what_the_link_did_to_frames_ends_the_connection(damage):
+    frames = [frame(channel_module._ENCODER.encode(Cancel("a" * 32, epoch)), epoch) for epoch in range(4)]
+    sent = {
+        "flip": [frames[0], frames[1][:-1] + bytes([frames[1][-1] ^ 1])],
+        "lost": [frames[0], frames[2]],
+        "twice": [frames[0], frames[0]],
+        "swapped": [frames[0], frames[2], frames[1]],
+    }[damage]
+    async with open_wire() as wire:
+        reader, writer = await wire.raw()
+        writer.write(b"".join(sent))
+        assert await read_to_end(reader) == b""
+        assert wire.ends[0].messages == [Cancel("a" * 32, 0)]
+        assert "damaged or out of order" in str(wire.ends[0].error)

@@ -21,12 +21,13 @@ from kv_transfer.arena import Segment, SegmentRef
 from kv_transfer.auth import Side, make_proof
 from kv_transfer.blocks import as_layers, as_rows, block_header, checksums, is_intact, payload_rows
 from kv_transfer.connection import KvConnection
+from kv_transfer.framing import HEAD
+from kv_transfer.framing import frame as framed
 from kv_transfer.layout import BlockLayout, fingerprint
 from kv_transfer.receiver import NetKvReceiver
 from kv_transfer.ticket import Landing, Ticket
 from kv_transfer.wire import (
     KV_PROTOCOL,
-    LENGTH,
     KvAbort,
     KvBeat,
     KvBlocks,
@@ -40,7 +41,7 @@ from kv_transfer.wire import (
     TicketMsg,
     Transport,
     check_header,
-    encode,
+    encode_body,
     from_decode,
     from_prefill,
 )
@@ -55,6 +56,27 @@ from tests.kv_transfer.test_transport import (
 )
 
 TICKET = Ticket("r", 0, 1, (Landing(0, 100), Landing(1, 101)), 30_000)
+
+
+def encode(message: msgspec.Struct, number: int = 0) -> bytes:
+    """As message `number` of a connection."""
+    return framed(encode_body(message), number)
+
+
+def in_order(pieces: list[bytes], first: int) -> bytes:
+    """Those that are frames get the check that belongs to their place."""
+    sent = b""
+    for number, piece in enumerate(pieces, first):
+        if len(piece) >= HEAD.size and HEAD.unpack_from(piece)[0] <= len(piece) - HEAD.size:
+            end = HEAD.size + HEAD.unpack_from(piece)[0]
+            piece = framed(piece[HEAD.size : end], number) + piece[end:]
+        sent += piece
+    return sent
+
+
+async def read_frame(reader: asyncio.StreamReader) -> bytes:
+    size, _ = HEAD.unpack(await reader.readexactly(HEAD.size))
+    return await reader.readexactly(size)
 
 
 def frame(layout: BlockLayout = LAYOUT) -> tuple[KvBlocks, np.ndarray]:
@@ -79,7 +101,7 @@ def test_a_frame_survives_and_its_arrays_lie_in_place():
     assert layers[1].tobytes() == payload[2 * LAYOUT.layer_bytes : 4 * LAYOUT.layer_bytes].tobytes()
     rows = as_rows(layers, 2, LAYOUT)
     assert all(np.shares_memory(row, payload) for row in rows)
-    assert from_prefill.decode(encode(header)[LENGTH.size :]) == header
+    assert from_prefill.decode(encode_body(header)) == header
 
 
 @given(st.integers(0, 2 * LAYOUT.block_bytes - 1), st.integers(0, 7))
@@ -199,8 +221,9 @@ def hello(
 
 
 def welcome(secret: bytes, nonce: bytes, transport: str) -> bytes:
+    """Behind a challenge."""
     proof = make_proof(secret, Side.KV_LISTENER, b"p" * 16, nonce)
-    return encode(KvWelcome(KV_PROTOCOL, "evil", 1, "f", proof, transport, False, b"s" * 16))
+    return encode(KvWelcome(KV_PROTOCOL, "evil", 1, "f", proof, transport, False, b"s" * 16), 1)
 
 
 UP = [
@@ -219,7 +242,7 @@ DOWN = [
     encode(PLACED),
     encode(KvSegment(1, SegmentRef("/proc/self/fd/0", 1 << 20, b"t" * 16))),
 ]
-GARBAGE = st.one_of(st.binary(max_size=300), st.binary(max_size=80).map(lambda body: LENGTH.pack(len(body)) + body))
+GARBAGE = st.one_of(st.binary(max_size=300), st.binary(max_size=80).map(lambda body: framed(body, 0)))
 
 
 async def hand_over(pair: Any, name: str, seed: int = 0) -> None:
@@ -238,12 +261,11 @@ def test_a_sender_survives_hostile_callers(hostile, past_handshake):
         async with open_pair("tcp") as pair:
             await hand_over(pair, "before")
             reader, writer = await asyncio.open_connection("127.0.0.1", pair.address.kv_port)
-            size = LENGTH.unpack(await reader.readexactly(4))[0]
-            nonce = from_prefill.decode(await reader.readexactly(size)).nonce
+            nonce = from_prefill.decode(await read_frame(reader)).nonce
             if past_handshake:
                 proof = make_proof(b"secret", Side.KV_CALLER, nonce, b"n" * 16)
                 writer.write(hello(proof))
-            writer.write(b"".join(hostile))
+            writer.write(in_order(hostile, int(past_handshake)))
             writer.write_eof()
             with contextlib.suppress(ConnectionResetError):
                 await asyncio.wait_for(reader.read(), 10)
@@ -265,12 +287,10 @@ def test_a_receiver_survives_a_hostile_prefill_worker(hostile, past_handshake, t
             nonce = b"p" * 16
             if past_handshake:
                 writer.write(encode(Challenge(nonce)))
-                size = LENGTH.unpack(await reader.readexactly(4))[0]
-                caller = from_decode.decode(await reader.readexactly(size))
+                caller = from_decode.decode(await read_frame(reader))
                 writer.write(welcome(b"secret", caller.nonce, transport))
-                size = LENGTH.unpack(await reader.readexactly(4))[0]
-                await reader.readexactly(size)
-            writer.write(b"".join(hostile))
+                await read_frame(reader)
+            writer.write(in_order(hostile, 2 * past_handshake))
             writer.write_eof()
             await reader.read()
         except (ConnectionError, asyncio.IncompleteReadError):
@@ -365,8 +385,7 @@ def test_a_closed_connection_takes_no_more():
 
 
 async def read_message(reader: asyncio.StreamReader, decoder: Any) -> Any:
-    size = LENGTH.unpack(await reader.readexactly(LENGTH.size))[0]
-    return decoder.decode(await reader.readexactly(size))
+    return decoder.decode(await read_frame(reader))
 
 
 async def test_the_listener_itself_refuses_another_layout():
@@ -408,7 +427,7 @@ async def test_before_the_handshake_a_message_is_small():
     async with open_pair("tcp") as pair:
         reader, writer = await asyncio.open_connection("127.0.0.1", pair.address.kv_port)
         await read_message(reader, from_prefill)
-        writer.write(LENGTH.pack(handshake.HANDSHAKE_BYTES + 1))
+        writer.write(HEAD.pack(handshake.HANDSHAKE_BYTES + 1, 0))
         assert await asyncio.wait_for(reader.read(), 3) == b""
         writer.close()
         await writer.wait_closed()
@@ -420,7 +439,7 @@ async def test_an_absurd_size_is_refused_before_memory_is_taken_for_it():
         caller = await read_message(reader, from_decode)
         writer.write(welcome(b"secret", caller.nonce, Transport.TCP))
         await read_message(reader, from_decode)
-        writer.write(encode(msgspec.structs.replace(frame()[0], num_bytes=1 << 45)))
+        writer.write(encode(msgspec.structs.replace(frame()[0], num_bytes=1 << 45), 2))
         with contextlib.suppress(ConnectionError):
             await reader.read()
         writer.close()
@@ -432,6 +451,25 @@ async def test_an_absurd_size_is_refused_before_memory_is_taken_for_it():
         assert "expected" in str(pair.decode.failed["r", 0])
         server.close()
         await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("damage", ["flip", "twice", "gap"])
+async def test_messages_that_are_damaged_or_out_of_order_end_their_connection(damage):
+    async with open_pair("tcp") as pair:
+        await hand_over(pair, "before")
+        reader, writer = await asyncio.open_connection("127.0.0.1", pair.address.kv_port)
+        nonce = (await read_message(reader, from_prefill)).nonce
+        writer.write(hello(make_proof(b"secret", Side.KV_CALLER, nonce, b"n" * 16)))
+        await read_message(reader, from_prefill)
+        ticket = encode(TicketMsg(TICKET), 2 if damage == "gap" else 1)
+        writer.write(ticket[:-3] + bytes([ticket[-3] ^ 4]) + ticket[-2:] if damage == "flip" else ticket)
+        if damage == "twice":
+            writer.write(ticket)
+        assert await asyncio.wait_for(reader.read(), 3) == b""
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+        await hand_over(pair, "after")
 
 
 @pytest.mark.parametrize("early", [TicketMsg(TICKET), TicketCancel("r", 0), KvBeat()])
@@ -483,7 +521,7 @@ def test_the_transport_is_the_best_of_decode_that_prefill_can_do(offered, probe,
         "other host": SegmentRef(segment.ref.path, 64, b"?" * 16),
         "no segment": SegmentRef("/proc/self/exe", 64, b"?" * 16),
     }
-    message = from_decode.decode(hello(transports=offered, probe=refs[probe])[LENGTH.size :])
+    message = from_decode.decode(hello(transports=offered, probe=refs[probe])[HEAD.size :])
     if chosen is None:
         with pytest.raises(ProtocolError, match="no transport in common"):
             handshake.choose(message, tuple(Transport))

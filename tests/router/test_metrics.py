@@ -20,7 +20,7 @@ ONE = Distribution([1, *[0] * len(STAGE_BOUNDS)], 0.0005)
 def stats(**changes) -> WorkerStats:
     fields = dict.fromkeys(WorkerStats.__struct_fields__, 0)
     fields |= dict.fromkeys(("queue", "prefill", "transfer", "decode"), ONE)
-    return WorkerStats(**{**fields, "links": {}, **changes})
+    return WorkerStats(**{**fields, "links": {}, "refused": {}, **changes})
 
 
 async def exposed(cluster: Cluster) -> dict[str, object]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from engine_core.messages import Cancel, Decode, Load, Prefill
+from engine_core.messages import Cancel, Decode, Failed, Load, Prefill
 from engine_core.types import Role
 from tests.fakes import FakeWorker, make_tokenizer
 from tests.router.conftest import Cluster, run_cluster
@@ -213,12 +213,99 @@ async def test_drain_finishes_streams_and_takes_no_more(model_dir: Path, answer_
         assert not any(worker._server.links for worker in cluster.prefill + cluster.decode)
 
 
-async def test_scaling_down_lets_streams_finish(pair: Cluster, answer_ids: list[int]) -> None:
+async def test_the_streams_of_a_worker_that_leaves_go_on_elsewhere(pair: Cluster, answer_ids: list[int]) -> None:
     for worker in pair.decode:
         worker.step_s = 0.01
     calls = [asyncio.create_task(collect(pair)) for _ in range(4)]
     await pair.until(lambda: all(worker.active for worker in pair.decode))
     pair.gateway.follow([pair.prefill[0].info, pair.decode[0].info])
+    await pair.until(lambda: not pair.decode[1].active, 0.3)
     assert {text for text, _ in await asyncio.gather(*calls)} == {said(answer_ids, 40)}
-    assert not any(pair.service.metrics.retries.values())
+    assert pair.service.metrics.retries["worker_leaving"] == sum(pair.service.metrics.retries.values()) > 0
     assert len(pair.service.registry.workers) == 2
+
+
+async def test_the_last_decode_worker_that_leaves_finishes_its_streams(cluster: Cluster, answer_ids: list[int]) -> None:
+    cluster.decode[0].step_s = 0.01
+    call = asyncio.create_task(collect(cluster))
+    await cluster.until(lambda: bool(cluster.decode[0].active))
+    cluster.decode[0].beat(Load(1, 0, 0, 100, True, 0))
+    assert (await call)[0] == said(answer_ids, 40)
+    assert not any(cluster.service.metrics.retries.values())
+
+
+@pytest.mark.parametrize("position", [0, 7])
+async def test_a_request_that_kills_two_workers_is_not_tried_again(
+    model_dir: Path, answer_ids: list[int], position: int
+) -> None:
+    async with run_cluster(model_dir, answer_ids, prefill=0, decode=3, colocated=True) as cluster:
+        for worker in cluster.decode:
+            worker.die_at = position
+        reply = await cluster.http.post("/v1/completions", json=BODY)
+        error = reply.json()["error"]
+        assert (reply.status_code, error["code"]) == (500, "poison_request")
+        assert "decode-" in error["message"]
+        alive = [worker for worker in cluster.decode if worker.die_at is not None]
+        assert len(alive) == 1
+        alive[0].die_at = None
+        assert (await collect(cluster))[0] == said(answer_ids, 40), "nobody else is refused"
+
+
+async def test_lost_connections_are_no_deaths(model_dir: Path, answer_ids: list[int]) -> None:
+    """Workers that are back at once did not die of the request, however often their links are cut."""
+    async with run_cluster(model_dir, answer_ids, prefill=0, decode=2, colocated=True) as cluster:
+        for worker in cluster.decode:
+            worker.step_s = 0.3
+        call = asyncio.create_task(collect(cluster, max_tokens=3))
+        for _ in range(2):
+            await cluster.until(lambda: any(worker.active for worker in cluster.decode))
+            for worker in cluster.decode:
+                for channel in list(worker._server._channels):
+                    channel.abort(ConnectionError("cut"))
+            await cluster.until(lambda: not any(worker.active for worker in cluster.decode))
+        assert (await call)[0] == said(answer_ids, 3)
+
+
+async def test_attempts_that_bring_tokens_are_not_counted(pair: Cluster, answer_ids: list[int]) -> None:
+    """More failures than `max_attempts`, each behind the last one's token."""
+    for worker in pair.decode:
+        worker.step_s = 0.02
+    call = asyncio.create_task(collect(pair))
+    for _ in range(5):
+        await pair.until(lambda: any(worker.active for worker in pair.decode))
+        journal = next(iter(pair.service._streams.values())).journal
+        seen = len(journal.token_ids)
+        await pair.until(lambda journal=journal, seen=seen: len(journal.token_ids) > seen + 1)
+        busy = next(worker for worker in pair.decode if worker.active)
+        link, request, _ = next(iter(busy.active.values()))
+        link.send(Failed(request.request_id, request.epoch, "worker_died", "made to fail", True))
+        await pair.until(lambda journal=journal, seen=seen: journal.start > seen)
+    assert (await call)[0] == said(answer_ids, 40)
+    assert sum(pair.service.metrics.retries.values()) == 5
+
+
+async def test_a_retry_gets_what_is_left_of_the_time(pair: Cluster) -> None:
+    for worker in pair.decode:
+        worker.step_s, worker.die_at = 0.1, 2
+    await pair.http.post("/v1/completions", json={**BODY, "max_tokens": 3})
+    left = [m.deadline_ms for worker in pair.decode for m in worker.received if isinstance(m, Decode)]
+    assert len(left) == 2 and max(left) - min(left) >= 100
+
+
+async def test_a_client_that_reads_slowly_holds_up_nobody(cluster: Cluster, answer_ids: list[int]) -> None:
+    """Its worker is done with it as soon as it has generated; the text waits in the gateway."""
+    body = json.dumps({**BODY, "max_tokens": 450, "stream": True, "n": 8}).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", cluster.gateway.port, limit=1 << 10)
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    writer.write(head % len(body) + body)
+    await cluster.until(lambda: bool(cluster.decode[0].active))
+    reader._transport.pause_reading()  # type: ignore[attr-defined]
+    assert (await collect(cluster))[0] == said(answer_ids, 40)
+    await cluster.until(lambda: not cluster.decode[0].active, 10)
+    await cluster.until(lambda: not cluster.service._streams, 10)
+    reader._transport.resume_reading()  # type: ignore[attr-defined]
+    async with asyncio.timeout(10):
+        text = b""
+        while b"data: [DONE]" not in text:
+            text = text[-20:] + await reader.read(1 << 16)
+    writer.close()

@@ -1,0 +1,120 @@
+"""Seeded faults, one after another: what is killed, frozen, drained, or done to a link."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.chaos.cluster import Cluster
+from benchmarks.chaos.proxy import FAIR, FaultProxy, Weather
+from benchmarks.chaos.station import Station
+from engine_core.types import Role
+
+PAUSE_S = (1.0, 3.0)  # between two faults
+LINK_S = (0.5, 3.0)
+FREEZE_S = (2.5, 5.0)
+BACK_S = 120.0
+WEATHERS: dict[str, Weather] = {
+    "delay": Weather(delay_s=0.1),
+    "drip": Weather(bytes_per_s=20_000),
+    "lose": Weather(lose=0.02),
+    "double": Weather(double=0.02),
+    "swap": Weather(swap=0.02),
+    "flip": Weather(flip=0.02),
+    "hold": Weather(holds=True),
+}
+PROCESS_FAULTS = ("kill", "freeze", "drain")
+LINK_FAULTS = ("cut", *WEATHERS)
+
+
+class Faults:
+    """Does harm until told to stop, and then puts everything right.
+
+    Attributes:
+        counts: faults by kind.
+        victims: workers whose process was killed, or may have been replaced because it was frozen or drained.
+    """
+
+    def __init__(self, cluster: Cluster, station: Station, rng: random.Random, say: Callable[[str], None]) -> None:
+        self.counts: Counter[str] = Counter()
+        self.victims: set[str] = set()
+        self._cluster = cluster
+        self._station = station
+        self._rng = rng
+        self._say = say
+
+    async def until(self, over: asyncio.Event) -> None:
+        """A process fault only while every worker serves; else something happens to a link."""
+        kinds: list[str] = []
+        while not over.is_set():
+            if not kinds:  # each kind once before any comes again
+                kinds = self._rng.sample(PROCESS_FAULTS + LINK_FAULTS, len(PROCESS_FAULTS + LINK_FAULTS))
+            status = await self._cluster.status()
+            is_whole = status.ready and len(status.members) == sum(status.wanted.values())
+            kind = next((k for k in kinds if is_whole or k in LINK_FAULTS), self._rng.choice(LINK_FAULTS))
+            if kind in kinds:
+                kinds.remove(kind)
+            self.counts[kind] += 1
+            await (self._process_fault(kind, status) if kind in PROCESS_FAULTS else self._link_fault(kind))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(over.wait(), self._rng.uniform(*PAUSE_S))
+
+    async def _process_fault(self, kind: str, status: Any) -> None:
+        if kind == "drain":
+            await self._drain(status)
+            return
+        victim = self._rng.choice(status.members)
+        self.victims.add(victim.worker_id)
+        self._say(f"{kind} {victim.worker_id}")
+        with contextlib.suppress(ProcessLookupError):
+            if kind == "kill":
+                os.kill(victim.pid, signal.SIGKILL)
+                return
+            os.kill(victim.pid, signal.SIGSTOP)
+            try:
+                await asyncio.sleep(self._rng.uniform(*FREEZE_S))
+            finally:
+                os.kill(victim.pid, signal.SIGCONT)
+
+    async def _drain(self, status: Any) -> None:
+        """One worker fewer, and back again."""
+        roles = [role for role in Role if status.wanted[role.value] > 1]
+        if not roles:
+            return
+        role = self._rng.choice(roles)
+        count = status.wanted[role.value]
+        self._say(f"drain {role}-{count - 1}")
+        self.victims.add(f"{role}-{count - 1}")
+        await self._cluster.scale(role, count - 1)
+        await self._cluster.until_ready(BACK_S)
+        await self._cluster.scale(role, count)
+
+    async def _link_fault(self, kind: str) -> None:
+        post = self._rng.choice(sorted(self._station.posts.values(), key=lambda post: post.worker_id))
+        name, proxy = self._rng.choice([("control", post.control), *([("kv", post.kv)] if post.kv else [])])
+        self._say(f"{kind} on the {name} link of {post.worker_id}")
+        if kind == "cut":
+            proxy.cut()
+            return
+        way = self._rng.choice(["to_server", "to_client"])
+        setattr(proxy, way, WEATHERS[kind])
+        try:
+            await asyncio.sleep(self._rng.uniform(*LINK_S))
+        finally:
+            proxy.to_server = proxy.to_client = FAIR
+
+    def open_sockets(self, num_gateways: int, connections: int) -> int:
+        """Connections through the proxies beyond those there should be."""
+        posts = self._station.posts.values()
+        num_decode = sum(post.kv is None for post in posts)
+
+        def beyond(proxy: FaultProxy | None, allowed: int) -> int:
+            return 0 if proxy is None else max(0, proxy.num_open - allowed)
+
+        return sum(beyond(p.control, num_gateways) + beyond(p.kv, num_decode * connections) for p in posts)

@@ -1,0 +1,149 @@
+"""Streams of every kind over and over, each compared with what it said undisturbed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from benchmarks.mixed_load import mixed_requests
+
+TIMEOUT_S = 180.0
+
+Said = tuple[Any, ...]
+"""Per choice text, finish reason, tokens and log probabilities; and the usage: equal means the same stream."""
+
+
+def chaos_requests(count: int, vocab: int, max_tokens: int, seed: int) -> list[dict[str, Any]]:
+    """Greedy and seeded, penalties, log probabilities; some with n and stop strings, most of them long."""
+    rng = random.Random(seed)
+    bodies = mixed_requests(count, vocab, max_prompt=120, max_tokens=max_tokens, seed=seed)
+    for index, body in enumerate(bodies):
+        body["max_tokens"] = rng.randint(max_tokens // 2, max_tokens)
+        body["ignore_eos"] = True
+        if index % 6 == 3:
+            body["n"] = 2
+            body |= {"temperature": 0.8, "seed": rng.randrange(2**31)}
+        if index % 5 == 2:
+            body["stop"] = [rng.choice(["e", "a", "qu", "th", " s"])]
+    return bodies
+
+
+@dataclass(slots=True)
+class Score:
+    """What became of the streams.
+
+    Attributes:
+        errors: of those that were lost, some.
+        longest_gap_s: between two events of a stream.
+    """
+
+    streams: int = 0
+    mismatched: int = 0
+    lost: int = 0
+    longest_gap_s: float = 0.0
+    errors: list[str] = field(default_factory=list)
+
+
+class Load:
+    """Clients of one gateway.
+
+    Args:
+        url: of the OpenAI API.
+        bodies: what they ask, in turn.
+    """
+
+    def __init__(self, url: str, model: str, bodies: Sequence[dict[str, Any]]) -> None:
+        self.score = Score()
+        self._url = f"{url}/completions"
+        options = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
+        self._bodies = [{**body, **options} for body in bodies]
+        self._said: list[Said] = []
+        self._next = 0
+
+    async def undisturbed(self, concurrency: int) -> None:
+        """Ask everything once; what is said then is the truth. Raises RuntimeError where a stream is lost."""
+        found: dict[int, Said] = {}
+        todo = list(range(len(self._bodies)))
+
+        async def work(client: httpx.AsyncClient) -> None:
+            while todo:
+                index = todo.pop()
+                found[index] = await self._ask(client, self._bodies[index])
+
+        async with httpx.AsyncClient(timeout=TIMEOUT_S) as client:
+            await asyncio.gather(*(work(client) for _ in range(concurrency)))
+        self._said = [found[index] for index in range(len(self._bodies))]
+
+    async def until(self, over: asyncio.Event, concurrency: int) -> None:
+        """Ask again and again until told; streams that run then may end."""
+        async with httpx.AsyncClient(timeout=TIMEOUT_S) as client:
+            await asyncio.gather(*(self._work(client, over) for _ in range(concurrency)))
+
+    async def _work(self, client: httpx.AsyncClient, over: asyncio.Event) -> None:
+        while not over.is_set():
+            index = self._next % len(self._bodies)
+            self._next += 1
+            self.score.streams += 1
+            try:
+                said = await self._ask(client, self._bodies[index])
+            except (httpx.HTTPError, RuntimeError) as error:
+                self.score.lost += 1
+                self.score.errors.append(f"{type(error).__name__}: {error}")
+                continue
+            if said != self._said[index]:
+                self.score.mismatched += 1
+                self.score.errors.append(f"request {index}: {said!r:.300} instead of {self._said[index]!r:.300}")
+
+    async def _ask(self, client: httpx.AsyncClient, body: dict[str, Any]) -> Said:
+        loop = asyncio.get_running_loop()
+        stream, heard_at = _Stream(body.get("n", 1)), 0.0
+        async with client.stream("POST", self._url, json=body) as reply:
+            if reply.status_code != 200:
+                raise RuntimeError(f"{reply.status_code}: {(await reply.aread()).decode():.300}")
+            async for line in reply.aiter_lines():
+                if heard_at:
+                    self.score.longest_gap_s = max(self.score.longest_gap_s, loop.time() - heard_at)
+                heard_at = loop.time()
+                if line.startswith("data: "):
+                    stream.take(line.removeprefix("data: "))
+        return stream.said()
+
+
+class _Stream:
+    """One answer as its events come."""
+
+    def __init__(self, n: int) -> None:
+        self._texts = [""] * n
+        self._reasons: list[str | None] = [None] * n
+        self._tokens: list[list[Any]] = [[] for _ in range(n)]
+        self._usage: dict[str, int] = {}
+        self._done = False
+
+    def take(self, text: str) -> None:
+        """The content of an event. Raises RuntimeError where it is an error."""
+        if text == "[DONE]":
+            self._done = True
+            return
+        event = json.loads(text)
+        if "error" in event:
+            raise RuntimeError(event["error"]["message"])
+        self._usage = event.get("usage") or self._usage
+        for choice in event["choices"]:
+            index = choice["index"]
+            self._texts[index] += choice["text"]
+            self._reasons[index] = choice["finish_reason"] or self._reasons[index]
+            if columns := choice["logprobs"]:
+                self._tokens[index] += zip(columns["tokens"], columns["token_logprobs"], strict=True)
+
+    def said(self) -> Said:
+        """All of it. Raises RuntimeError where something is missing."""
+        if not self._done or not self._usage or None in self._reasons:
+            raise RuntimeError("the stream ended early")
+        choices = zip(self._texts, self._reasons, map(tuple, self._tokens), strict=True)
+        return tuple(choices), self._usage["prompt_tokens"], self._usage["completion_tokens"]

@@ -1,0 +1,110 @@
+"""A worker's host when its engine fails: gateways hear of it within the bound, and nothing more is taken."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from engine_core.messages import Decode, PeerAddress
+from engine_core.types import Request, Role, SamplingParams
+from engine_core.worker_stats import StatsRecorder
+from kv_transfer.worker_host import WorkerHost
+from tests.deploy.fakes import worker_info
+from tests.mini_cluster import Client
+
+STEP_TIMEOUT_S = 0.5
+
+
+class Scheduler:
+    """Ticks as it is told to."""
+
+    num_running = num_waiting = queued_tokens = num_preemptions = 0
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+        self.hangs = False
+        self.released = threading.Event()
+
+    def drain_samples(self) -> list[Any]:
+        return []
+
+    def cancel(self, key: Any) -> None:
+        pass
+
+    def tick(self) -> bool:
+        if self.error is not None:
+            raise self.error
+        if self.hangs:
+            self.released.wait()
+        return False
+
+
+async def started(scheduler: Scheduler) -> tuple[WorkerHost, Client, Any]:
+    replica = SimpleNamespace(
+        vocab_size=100,
+        max_model_len=100,
+        free_pages=9,
+        compiles_after_warmup=0,
+        drain_block_events=list,
+        block_hashes=list,
+        stats=StatsRecorder(lambda: (0, 0)),
+    )
+    host = WorkerHost(
+        secret=None,
+        scheduler=scheduler,
+        accept=lambda message: None,
+        on_cancel=lambda key: None,
+        replica=replica,
+        step_timeout_s=STEP_TIMEOUT_S,
+    )
+    info = await host.start("127.0.0.1", worker_info("d", 1, Role.DECODE, 0))
+    client = Client()
+    return host, client, await client.connect(info)
+
+
+def decode(name: str) -> Decode:
+    return Decode(Request(name, [1, 2], 2, SamplingParams()), PeerAddress("127.0.0.1", 1, 1), 60_000)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("fault", ["hangs", "out of memory", "bug"])
+async def test_an_engine_that_fails_loses_its_requests_and_is_told_to_be_sick(fault: str) -> None:
+    scheduler = Scheduler()
+    host, client, link = await started(scheduler)
+    try:
+        assert host.healthy
+        link.send(decode("a"))
+        await asyncio.sleep(0.05)
+        if fault == "hangs":
+            scheduler.hangs = True
+        else:
+            scheduler.error = MemoryError("RESOURCE_EXHAUSTED") if fault == "out of memory" else ZeroDivisionError()
+        answer = client.answers["a", 0]
+        async with asyncio.timeout(STEP_TIMEOUT_S + 2):
+            await answer.done.wait()
+        assert answer.failure is not None
+        assert (answer.failure.code, answer.failure.retryable) == ("worker_died", True)
+        assert not host.healthy
+        client.loads.clear()
+        link.send(decode("b"))
+        async with asyncio.timeout(2):
+            await client.answers["b", 0].done.wait()
+        assert client.answers["b", 0].failure.code == "worker_died"
+        await asyncio.sleep(0.8)
+        assert not client.loads, "a sick worker does not beat"
+    finally:
+        scheduler.released.set()
+        await client.close()
+        await host.stop()
+
+
+async def test_an_idle_engine_does_not_hang() -> None:
+    host, client, _ = await started(Scheduler())
+    await asyncio.sleep(2 * STEP_TIMEOUT_S)
+    assert host.healthy and client.loads
+    await client.close()
+    await host.stop()
