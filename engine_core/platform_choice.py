@@ -17,7 +17,8 @@ def choose_platforms() -> None:
     jax tries every platform that is installed: where that is libtpu and there is no TPU, as on a machine that compiles
     for one (`baton plan`), libtpu asks the network what the machine is and prints a page of errors.
     """
-    if jax.config.jax_platforms or has_tpu(Path("/dev")) or metadata.entry_points(group=_PLUGINS):
+    chosen = jax.config.jax_platforms  # type: ignore[attr-defined]  # made at run time
+    if chosen or has_tpu(Path("/dev")) or metadata.entry_points(group=_PLUGINS):
         return
     jax.config.update("jax_platforms", "cpu")
 

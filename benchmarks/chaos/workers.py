@@ -71,5 +71,8 @@ class ChaosDecodeWorker(DecodeWorker):
 def held_of(replica: Replica) -> dict[str, int]:
     """Pages that sequences hold, and slots in use."""
     memory = replica.memory
-    pool, table = memory.cache.pool, memory.table
-    return {"pages": pool.num_pages - memory.cache.num_available, "slots": table.num_slots - table.num_free}
+    tables = [shard.table for shard in memory.shards]
+    return {
+        "pages": replica.resolved.layout.num_pages - memory.free_pages,
+        "slots": sum(table.num_slots - table.num_free for table in tables),
+    }
