@@ -65,9 +65,8 @@ def _write_sizes(writer: Any, config: dict[str, Any]) -> None:
     writer.add_tokenizer_model("no_vocab")
 
 
-@llama_cpp.llama_log_callback
-def _silent(level: int, text: bytes, context: object) -> None:
-    """Its log is a page per load."""
+# Its log is a page per load. It calls this for as long as the process lives.
+_SILENT = llama_cpp.llama_log_callback(lambda level, text, context: None)
 
 
 class LlamaCppProbe:
@@ -83,7 +82,7 @@ class LlamaCppProbe:
     """
 
     def __init__(self, model: Path, dtype: str, max_batch: int, prompt: int, context: int, scratch: Path) -> None:
-        llama_cpp.llama_log_set(_silent, None)
+        llama_cpp.llama_log_set(_SILENT, None)
         converted = scratch / f"{dtype}.gguf"
         write_gguf(model, dtype, converted)
         self._context = context

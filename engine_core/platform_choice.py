@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -17,10 +18,10 @@ def choose_platforms() -> None:
     jax tries every platform that is installed: where that is libtpu and there is no TPU, as on a machine that compiles
     for one (`baton plan`), libtpu asks the network what the machine is and prints a page of errors.
     """
-    chosen = jax.config.jax_platforms  # type: ignore[attr-defined]  # made at run time
-    if chosen or has_tpu(Path("/dev")) or metadata.entry_points(group=_PLUGINS):
+    config: Any = jax.config  # whose type lacks its options
+    if config.jax_platforms or has_tpu(Path("/dev")) or metadata.entry_points(group=_PLUGINS):
         return
-    jax.config.update("jax_platforms", "cpu")
+    config.update("jax_platforms", "cpu")
 
 
 def has_tpu(devices: Path) -> bool:

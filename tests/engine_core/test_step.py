@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engine_core.layers.linear import matmul
+from engine_core.layers.linear import choose_numbers, matmul
 from engine_core.layers.rotary import inverse_frequencies, rotate, rotation
 from tests.engine_core.paged_runner import NUM_PAGES, NUM_SLOTS, PAGE_SIZE, Chunk, PagedRunner
 
@@ -82,7 +82,7 @@ def test_matmul_pads_few_rows_without_a_trace(rows: int) -> None:
     rng = np.random.default_rng(rows)
     x = jnp.asarray(rng.standard_normal((rows, 8)), jnp.float32)
     weight = jnp.asarray(rng.standard_normal((6, 8)), jnp.bfloat16)
-    y = jax.jit(matmul, static_argnums=2)(x, weight, 4)
+    y = jax.jit(matmul, static_argnums=2)(x, weight, choose_numbers("bfloat16", "cpu"))
     wanted = np.asarray(x.astype(jnp.bfloat16), np.float32) @ np.asarray(weight, np.float32).T
     assert y.dtype == jnp.float32
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
