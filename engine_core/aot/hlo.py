@@ -86,7 +86,7 @@ def _visit(name: str, times: int, computations: Mapping[str, list[str]], runs: d
         bodies = {role: target for role, target in called if target in computations}
         trips = _trips(computations[bodies["condition"]]) if {"condition", "body"} <= bodies.keys() else 1
         for role, target in called:
-            if target in computations and role not in ("to_apply", "condition"):
+            if target in computations and role != "condition":
                 _visit(target, times * (trips if role == "body" else 1), computations, runs)
 
 

@@ -48,8 +48,15 @@ ASYNCHRONOUS = """\
   ROOT %gather-done = f32[32]{0} all-gather-done(%gather-start)
 }
 
+%called_computation.1 (p.3: bf16[16,256], p.4: token[]) -> bf16[32,256] {
+  %p.3 = bf16[16,256]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %ragged-all-to-all.2 = bf16[32,256]{1,0:T(8,128)(2,1)} ragged-all-to-all(%p.3), replica_groups={{0,4}}
+}
+
 ENTRY %main (t: s32[128]) -> f32[128] {
   %t = s32[128]{0} parameter(0)
+  %call-start = ((bf16[16,256]{1,0}, token[]), bf16[32,256]{1,0}) call-start(%t), to_apply=%called_computation.1
+  %call-done = bf16[32,256]{1,0} call-done(%call-start)
   %start = ((), (), (s32[114688]{0})) custom-call-start(%t), calls=%wrapped
   %done = bf16[128,4096]{1,0} custom-call-done(%start)
   ROOT %choice = f32[32] conditional(%c, %x, %y), branch_computations={%branch, %branch}
@@ -67,6 +74,7 @@ def test_a_loop_counts_as_often_as_it_runs():
 def test_started_and_awaited_counts_once():
     found = count_collectives(ASYNCHRONOUS)
     assert found["all-reduce"].count == 1
+    assert found["ragged-all-to-all"] == Collective(count=1, num_bytes=32 * 256 * 2, largest_bytes=32 * 256 * 2)
     assert found["all-gather"] == Collective(count=2, num_bytes=2 * 32 * 4, largest_bytes=32 * 4)
 
 
