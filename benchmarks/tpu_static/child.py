@@ -42,9 +42,9 @@ def _measure(kernel: str, generation: str, shape: str, dump: Path) -> dict[str, 
             place = SingleDeviceSharding(device)
             jitted = jax.jit(case.function, in_shardings=place, out_shardings=place, donate_argnums=case.donate)
             lowered = jitted.lower(*case.arguments)
-        start = time.monotonic()
+        start, start_cpu = time.monotonic(), time.process_time()
         memory = lowered.compile().memory_analysis()
-        seconds = time.monotonic() - start
+        seconds, cpu_seconds = time.monotonic() - start, time.process_time() - start_cpu
         result = asdict(estimate(case, read_schedules(dump), slice_.generation))
     except (ConfigError, ScheduleError) as error:
         return {"error": str(error)}
@@ -53,6 +53,7 @@ def _measure(kernel: str, generation: str, shape: str, dump: Path) -> dict[str, 
     return {
         **result,
         "compile_s": round(seconds, 2),
+        "compile_cpu_s": round(cpu_seconds, 2),
         "flops": case.flops,
         "hbm_bytes": case.hbm_bytes,
         "temp_bytes": None if memory is None else memory.temp_size_in_bytes,

@@ -27,7 +27,7 @@ def measure(kernel: str, generation: str, shape: str, dump: Path | None, timeout
         timeout_s: for all of it.
 
     Returns:
-        An `Estimate` as plain JSON, with `compile_s`, `libtpu` and `jax`; or one `error`.
+        An `Estimate` as plain JSON, with `compile_s`, `compile_cpu_s` (all threads), `libtpu` and `jax`; or an `error`.
     """
     with tempfile.TemporaryDirectory(prefix="baton-tpu-") as scratch:
         directory = Path(scratch, "dump") if dump is None else dump

@@ -6,6 +6,7 @@ _HERE = "benchmarks.tpu_static.kernels"
 KERNELS = {
     "matmul": f"{_HERE}.matmul:build",
     "baton-grouped": f"{_HERE}.own_grouped:build",
+    "baton-attention": f"{_HERE}.own_attention:build",
     "jax-rpa": f"{_HERE}.peer_attention:jax_rpa",
     "tokamax-rpa": f"{_HERE}.peer_attention:tokamax_rpa",
     "jax-megablox": f"{_HERE}.peer_grouped:megablox",
@@ -13,7 +14,7 @@ KERNELS = {
     "tokamax-gmm": f"{_HERE}.peer_grouped:tokamax_gmm",
 }
 SUITES = {
-    "attention": ["jax-rpa", "tokamax-rpa"],
+    "attention": ["baton-attention", "jax-rpa", "tokamax-rpa"],
     "grouped": ["baton-grouped", "jax-megablox", "jax-ragged-dot", "tokamax-gmm"],
 }
 SHAPES = {"attention": list(ATTENTION), "grouped": list(GROUPED)}

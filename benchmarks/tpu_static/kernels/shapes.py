@@ -17,6 +17,7 @@ class AttentionShape:
         num_seqs: B.
         q_len: query tokens of each sequence.
         kv_len: tokens of each sequence in the cache, the queries' included.
+        head_dim: H.
     """
 
     num_heads: int
@@ -24,8 +25,8 @@ class AttentionShape:
     num_seqs: int
     q_len: int
     kv_len: int
+    head_dim: int = 128
 
-    head_dim = 128
     page_size = 128
 
     @property
@@ -88,6 +89,16 @@ ATTENTION = {
     "qwen3-8b-prefill": AttentionShape(num_heads=32, num_kv_heads=8, num_seqs=1, q_len=2048, kv_len=8192),
     "qwen3-32b-tp4-decode": AttentionShape(num_heads=16, num_kv_heads=2, num_seqs=128, q_len=1, kv_len=4096),
     "qwen3-32b-tp4-prefill": AttentionShape(num_heads=16, num_kv_heads=2, num_seqs=1, q_len=2048, kv_len=8192),
+    "qwen3-30b-a3b-decode": AttentionShape(num_heads=32, num_kv_heads=4, num_seqs=128, q_len=1, kv_len=4096),
+    "qwen3-30b-a3b-prefill": AttentionShape(num_heads=32, num_kv_heads=4, num_seqs=1, q_len=2048, kv_len=8192),
+}
+NARROW = {  # the others' kernels are not asked for these
+    "llama-3.2-1b-decode": AttentionShape(
+        num_heads=32, num_kv_heads=8, num_seqs=128, q_len=1, kv_len=4096, head_dim=64
+    ),
+    "llama-3.2-1b-prefill": AttentionShape(
+        num_heads=32, num_kv_heads=8, num_seqs=1, q_len=2048, kv_len=8192, head_dim=64
+    ),
 }
 GROUPED = {
     "qwen3-30b-a3b-up-decode": GroupedShape(rows=1024, depth=2048, width=1536, num_experts=128),
@@ -99,9 +110,10 @@ GROUPED = {
 
 def attention_shape(name: str) -> AttentionShape:
     """Raises ConfigError where there is none of this name."""
-    if name not in ATTENTION:
-        raise ConfigError(f"--shape of an attention kernel must be one of {', '.join(ATTENTION)}, not {name!r}")
-    return ATTENTION[name]
+    known = ATTENTION | NARROW
+    if name not in known:
+        raise ConfigError(f"--shape of an attention kernel must be one of {', '.join(known)}, not {name!r}")
+    return known[name]
 
 
 def grouped_shape(name: str) -> GroupedShape:
