@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,6 @@ from router.sessions import Pair
 from router.standing import Standing, Standings, larger, smaller
 
 Floats = npt.NDArray[np.float64]
-AnyFields = TypeVar("AnyFields", bound=tuple[Any, ...])
 
 NUM_RANKED = 4  # the best pair and some runners-up, for people
 SAME_S = 1e-6  # costs that differ by less are equal
@@ -238,13 +237,14 @@ class PairCosts:
     ) -> tuple[list[Choice], int]:
         """The best choices, and how many there are. `standing` is of sources, then targets."""
         count, width, workers = len(sources), len(targets), [*sources, *targets]
-        of_sources, of_targets = _sliced(standing, 0, count), _sliced(standing, count, len(workers))
+        of_sources: Standing = _sliced(standing, 0, count)
+        of_targets: Standing = _sliced(standing, count, len(workers))
         busy = (of_sources if count else of_targets).busy(self._now)
         self._followers = self._config.followers * _num_followers(float(busy.mean()))
         held = np.array([self._held.get(worker.key, 0) for worker in workers], np.float64)
         reading = self._reader(workers, standing, held, self._affinities(workers, count))
-        reader, local = _sliced(reading, 0, count), _sliced(reading, count, len(workers))
-        writer = self._writer(of_targets, local)
+        reader: Reader = _sliced(reading, 0, count)
+        writer = self._writer(of_targets, _sliced(reading, count, len(workers)))
         fixed_s, byte_s = self._transfers.links([one.key for one in sources], [one.key for one in targets])
         left_s = _left_s(byte_s * writer.num_bytes, reader.chunks[:, None], reader.prefill_s[:, None])
         costs_s = np.empty((count + 1, width))  # of pairs, and in the last row of targets that read the prompt, too
@@ -273,7 +273,7 @@ class PairCosts:
         return affinity_s
 
 
-def _sliced(fields: AnyFields, start: int, end: int) -> AnyFields:
+def _sliced(fields: Any, start: int, end: int) -> Any:
     """Some of many workers."""
     return type(fields)(*[field[start:end] for field in fields])
 
