@@ -68,7 +68,8 @@ class BlockHasher:
         step = max(1, _PIECE // self.page_size)  # small pieces stay in the processor's caches
         for start in range(0, num_blocks, step):
             end = min(start + step, num_blocks)
-            content = self._packed(token_ids[start * self.page_size : end * self.page_size])
+            first, last = start * self.page_size, end * self.page_size
+            content = self._packed(token_ids if last - first == len(token_ids) else token_ids[first:last])
             ciphertext = np.frombuffer(encryptor.update(content), np.uint8)
             tags[start:end] = ciphertext.reshape(end - start, self._padded_bytes)[:, -HASH_BYTES:]
         return tags

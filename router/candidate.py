@@ -10,7 +10,7 @@ import math
 from typing import NamedTuple
 
 from engine_core.messages import Load, WorkerInfo
-from router.breaker import Breaker, BreakerState
+from router.breaker import Breaker
 from router.cost_model import Average, StepModel
 from router.standing import WINDOW_S, Standing
 
@@ -119,11 +119,6 @@ class Candidate:
     def name(self) -> str:
         """For logs, metrics and people."""
         return f"{self.info.worker_id}.{self.info.incarnation}"
-
-    @property
-    def is_sound(self) -> bool:
-        """Nothing speaks against it."""
-        return self.usable and not self.suspect and self.breaker.state is BreakerState.CLOSED
 
     @property
     def reserved_requests(self) -> int:

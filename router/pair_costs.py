@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,6 @@ from router.sessions import Pair
 from router.standing import Standing, Standings, larger, smaller
 
 Floats = npt.NDArray[np.float64]
-AnyFields = TypeVar("AnyFields", bound=tuple[Any, ...])
 
 NUM_RANKED = 4  # the best pair and some runners-up, for people
 SAME_S = 1e-6  # costs that differ by less are equal
@@ -142,12 +141,11 @@ class PairCosts:
             readers = [self._reader_of(source, 0) for source in sources]
             writers = [self._writer_of(target) for target in targets]
             choices = [choice for reader in readers for writer in writers if (choice := self._pair(reader, writer))]
-            local = [self._local(writer) for writer in writers if not choices or self._may_read(writer)]
-            num_weighed = len(choices) + len(local)
+            choices += [self._local(writer) for writer in writers if not choices or self._may_read(writer)]
+            num_weighed = len(choices)
         else:
-            standing = standings.of([*sources, *targets])
-            choices, local, num_weighed = self._best_of_many(sources, targets, standing)
-        return sorted(choices + local, key=_order)[:NUM_RANKED], num_weighed
+            choices, num_weighed = self._best_of_many(sources, targets, standings.of([*sources, *targets]))
+        return sorted(choices, key=_order)[:NUM_RANKED], num_weighed
 
     def option(self, choice: Choice) -> Option:
         """For people."""
@@ -236,36 +234,34 @@ class PairCosts:
 
     def _best_of_many(
         self, sources: Sequence[Candidate], targets: Sequence[Candidate], standing: Standing
-    ) -> tuple[list[Choice], list[Choice], int]:
-        """The best pairs and the best local ones, and how many there are. `standing` is of sources, then targets."""
-        count, workers = len(sources), [*sources, *targets]
-        of_sources, of_targets = _sliced(standing, 0, count), _sliced(standing, count, len(workers))
-        self._followers = self._config.followers * _num_followers(
-            float((of_sources if count else of_targets).busy(self._now).mean())
-        )
-        held = np.array([float(self._held.get(worker.key, 0)) for worker in workers])
+    ) -> tuple[list[Choice], int]:
+        """The best choices, and how many there are. `standing` is of sources, then targets."""
+        count, width, workers = len(sources), len(targets), [*sources, *targets]
+        of_sources: Standing = _sliced(standing, 0, count)
+        of_targets: Standing = _sliced(standing, count, len(workers))
+        busy = (of_sources if count else of_targets).busy(self._now)
+        self._followers = self._config.followers * _num_followers(float(busy.mean()))
+        held = np.array([self._held.get(worker.key, 0) for worker in workers], np.float64)
         reading = self._reader(workers, standing, held, self._affinities(workers, count))
-        reader, local = _sliced(reading, 0, count), _sliced(reading, count, len(workers))
-        writer = self._writer(of_targets, local)
+        reader: Reader = _sliced(reading, 0, count)
+        writer = self._writer(of_targets, _sliced(reading, count, len(workers)))
         fixed_s, byte_s = self._transfers.links([one.key for one in sources], [one.key for one in targets])
         left_s = _left_s(byte_s * writer.num_bytes, reader.chunks[:, None], reader.prefill_s[:, None])
-        total_s = self._config.transfer * (fixed_s + left_s) + reader.total_s[:, None] + writer.total_s
-        _forbid_strangers(total_s, sources, targets)
-        local_s = np.where(self._may_read(writer), _local_s(writer), np.inf)
-        num_pairs = int(np.isfinite(total_s).sum())
-        if not num_pairs:
-            local_s = _local_s(writer)
-        turns = np.array([one.turn for one in sources])[:, None], np.array([one.turn for one in targets])
-        at_pairs = _least(total_s.reshape(-1), (turns[0] + turns[1]).reshape(-1)) if num_pairs else []
-        pairs = [divmod(at, len(targets)) for at in at_pairs]
-        at_local = _least(local_s, turns[1])
-        writers = {at: _writer_at(writer, at) for at in {*at_local, *(column for _, column in pairs)}}
-        choices = [self._pair(_reader_at(reader, row), writers[column]) for row, column in pairs]
-        return (
-            [choice for choice in choices if choice],
-            [self._local(writers[at]) for at in at_local],
-            num_pairs + int(np.isfinite(local_s).sum()),
-        )
+        costs_s = np.empty((count + 1, width))  # of pairs, and in the last row of targets that read the prompt, too
+        costs_s[:count] = self._config.transfer * (fixed_s + left_s) + reader.total_s[:, None] + writer.total_s
+        _forbid_strangers(costs_s[:count], sources, targets)
+        costs_s[count] = _local_s(writer)
+        if np.isfinite(costs_s[:count]).any():
+            costs_s[count][~self._may_read(writer)] = np.inf
+        turns = np.array([worker.turn for worker in workers])
+        both = np.concatenate((turns[:count, None] + turns[count:], 2 * turns[None, count:]))
+        best = [divmod(at, width) for at in _least(costs_s.reshape(-1), both.reshape(-1))]
+        writers = {column: _writer_at(writer, column) for _, column in best}
+        choices = [
+            self._local(writers[column]) if row == count else self._pair(_reader_at(reader, row), writers[column])
+            for row, column in best
+        ]
+        return [choice for choice in choices if choice], int(np.isfinite(costs_s).sum())
 
     def _affinities(self, workers: Sequence[Candidate], num_sources: int) -> Floats:
         """Per worker, what affinity is worth."""
@@ -277,7 +273,7 @@ class PairCosts:
         return affinity_s
 
 
-def _sliced(fields: AnyFields, start: int, end: int) -> AnyFields:
+def _sliced(fields: Any, start: int, end: int) -> Any:
     """Some of many workers."""
     return type(fields)(*[field[start:end] for field in fields])
 

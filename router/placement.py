@@ -16,6 +16,7 @@ from engine_core.block_hash import BlockHasher, Keys
 from engine_core.errors import NoWorkerAvailable
 from engine_core.types import Request
 from router.block_index import BlockIndex
+from router.breaker import BreakerState
 from router.candidate import Candidate, Work
 from router.cost_model import Average, TransferModel
 from router.decision import Decision
@@ -256,7 +257,10 @@ def _sound(
     workers: Sequence[Candidate], avoid: Collection[WorkerKey], now: float, excluded: dict[str, str]
 ) -> list[Candidate]:
     """Those that nothing speaks against."""
-    sound = [worker for worker in workers if worker.is_sound and worker.key not in avoid]
+    closed = BreakerState.CLOSED
+    sound = [one for one in workers if one.usable and not one.suspect and one.breaker.state is closed]
+    if avoid:
+        sound = [worker for worker in sound if worker.key not in avoid]
     if len(sound) == len(workers):
         return sound
     objections = [(worker, _objection(worker, avoid, now)) for worker in workers]
