@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
@@ -26,7 +25,8 @@ class EngineThread:
         self._on_crash = on_crash
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._last_beat = time.monotonic()
+        self.num_rounds = 0
+        """Of ticks begun; it grows several times a second while nothing hangs."""
 
     def start(self) -> None:
         """Begin ticking."""
@@ -46,16 +46,11 @@ class EngineThread:
         """Whether the thread still runs."""
         return self._thread.is_alive()
 
-    @property
-    def seconds_since_beat(self) -> float:
-        """How long the current tick has been running, at most plus the idle interval."""
-        return time.monotonic() - self._last_beat
-
     def _run(self) -> None:
         busy = False
         try:
             while self._run_commands(wait=not busy):
-                self._last_beat = time.monotonic()
+                self.num_rounds += 1
                 busy = self._tick()
         except BaseException as error:
             logger.exception("the engine thread stops")

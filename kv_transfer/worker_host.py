@@ -141,6 +141,7 @@ class WorkerHost:
         self._deadlines: dict[Key, asyncio.TimerHandle] = {}
         self._step_timeout_s = step_timeout_s
         self._failed = False
+        self._rounds_seen, self._stalled_s = 0, 0.0
         self._stopping = False
         self._subscribers: set[GatewayLink] = set()
         self._published_at = 0.0
@@ -357,10 +358,10 @@ class WorkerHost:
         """Load at most every 250 ms where it changed, and every 500 ms regardless; the statistics once a second."""
         last, quiet = None, 0
         stats = self._replica.stats
-        told_at = time.monotonic()
+        told_at = began_at = time.monotonic()
         while True:
-            began_at = time.monotonic()
-            self._watch_steps()
+            before, began_at = began_at, time.monotonic()
+            self._watch_steps(began_at - before)
             if began_at - told_at >= STATS_S:
                 told_at = began_at
                 self._server.tell(stats.snapshot())
@@ -373,13 +374,18 @@ class WorkerHost:
             await asyncio.sleep(BEAT_S)
             stats.loop_lag_s = max(stats.loop_lag_s, time.monotonic() - began_at - BEAT_S)
 
-    def _watch_steps(self) -> None:
-        """A step that never ends: its requests go on elsewhere, and the fleet replaces this worker."""
-        seconds = self._engine_thread.seconds_since_beat
-        if not self._failed and self._engine_thread.alive and seconds > self._step_timeout_s:
+    def _watch_steps(self, elapsed_s: float) -> None:
+        """A step that never ends: its requests go on elsewhere, and the fleet replaces this worker.
+
+        Time in which this loop itself was held up does not count: then the whole process was.
+        """
+        rounds = self._engine_thread.num_rounds
+        self._stalled_s = 0.0 if rounds != self._rounds_seen else self._stalled_s + min(elapsed_s, 2 * BEAT_S)
+        self._rounds_seen = rounds
+        if not self._failed and self._engine_thread.alive and self._stalled_s > self._step_timeout_s:
             self._failed = True
-            logger.error("a step has been running for %.1f s", seconds)
-            self._fail_all(WorkerDied(f"a step of the engine hangs: {seconds:.1f} s"))
+            logger.error("a step has been running for %.1f s", self._stalled_s)
+            self._fail_all(WorkerDied(f"a step of the engine hangs: {self._stalled_s:.1f} s"))
 
 
 def _failure(key: Key, error: BatonError) -> Failed:

@@ -23,7 +23,7 @@ from benchmarks.chaos.station import Station
 
 CONNECTIONS = 2  # of a pair of workers over TCP
 SETTLE_S = 15.0  # from the last stream until nothing is held
-WHOLE_S = 120.0  # until every worker serves again
+WHOLE_S = 240.0  # until every worker serves again
 EPILOG = """\
 Numerics are strict: every stream must say, token by token, what it said undisturbed. Exit status: 0 where nothing was
 lost, changed or leaked, 1 where something was.

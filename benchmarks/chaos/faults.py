@@ -19,7 +19,7 @@ from engine_core.types import Role
 PAUSE_S = (1.0, 3.0)  # between two faults
 LINK_S = (0.5, 3.0)
 FREEZE_S = (2.5, 5.0)
-BACK_S = 120.0
+BACK_S = 240.0
 WEATHERS: dict[str, Weather] = {
     "delay": Weather(delay_s=0.1),
     "drip": Weather(bytes_per_s=20_000),

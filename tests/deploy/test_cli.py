@@ -17,7 +17,7 @@ def baton(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("command", ["", "serve", "chat", "bench", "scale", "status", "explain", "version"])
+@pytest.mark.parametrize("command", ["", "serve", "chat", "bench", "scale", "status", "explain", "chaos", "version"])
 def test_help_explains_with_examples(command: str) -> None:
     shown = baton(*command.split(), "--help")
     assert shown.returncode == 0

@@ -16,7 +16,7 @@ from kv_transfer.worker_host import WorkerHost
 from tests.deploy.fakes import worker_info
 from tests.mini_cluster import Client
 
-STEP_TIMEOUT_S = 0.5
+STEP_TIMEOUT_S = 1.0
 
 
 class Scheduler:
@@ -106,5 +106,14 @@ async def test_an_idle_engine_does_not_hang() -> None:
     host, client, _ = await started(Scheduler())
     await asyncio.sleep(2 * STEP_TIMEOUT_S)
     assert host.healthy and client.loads
+    await client.close()
+    await host.stop()
+
+
+async def test_time_in_which_the_whole_process_stood_still_is_no_hang() -> None:
+    host, client, _ = await started(Scheduler())
+    host._watch_steps(0.0)
+    host._watch_steps(60 * STEP_TIMEOUT_S)  # the loop was held up for so long, and the engine with it
+    assert host.healthy
     await client.close()
     await host.stop()
