@@ -185,6 +185,7 @@ def test_a_worker_below_the_minimum_is_waited_for() -> None:
     for _ in range(20):
         story.window(1.0)
     assert [m.state for m in story.members if m.role is Role.PREFILL] == [MemberState.PENDING]
+    assert not story.core._scarce, "it is not given up"
 
 
 def test_a_flip_takes_its_worker_from_the_other_pool_first() -> None:
