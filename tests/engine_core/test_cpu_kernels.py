@@ -28,10 +28,16 @@ HEADS = (6, 2, 32)
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
+def kept(tmp_path_factory):
+    """A directory for compiled things."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture(scope="module")
+def library(kept):
     if not any(map(shutil.which, COMPILERS)):
         pytest.skip("no C++ compiler")
-    built = open_library(tmp_path_factory.mktemp("kernels"), COMPILERS)
+    built = open_library(kept / "cpu_kernels", COMPILERS)
     assert built is not None
     return built
 
@@ -150,6 +156,15 @@ def test_a_compiler_that_fails_leaves_nothing(tmp_path, caplog):
 )
 def test_xla_alone(config):
     assert open_cpu_kernels(config, "float32", Path(GOLDEN / "qwen3"), lambda _: None) is None
+
+
+def test_kernels_that_are_asked_for_are_compiled_once_and_probed(kept, library):
+    config = EngineConfig(model=ModelConfig(cpu_kernels="compiled"), compile_cache=str(kept))
+    built = [file.stat().st_mtime_ns for file in (kept / "cpu_kernels").iterdir()]
+    told: list[str] = []
+    kernels = open_cpu_kernels(config, "bfloat16", GOLDEN / "qwen3", told.append)
+    assert kernels is not None and kernels.library == library and told
+    assert [file.stat().st_mtime_ns for file in (kept / "cpu_kernels").iterdir()] == built
 
 
 def test_the_choice_is_checked():
