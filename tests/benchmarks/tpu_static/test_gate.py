@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +13,10 @@ from tests.aot import compiles
 
 GOLDEN = {"hot_cycles": 1000, "spills": 10, "checks": 2, "vmatmuls": 64, "hot_dma_bytes": 4096}
 SAME = {**GOLDEN, "expected_dma_bytes": 4096}
-IN_MAKE_TEST = {("matmul", "v6e", "4096-bf16"), ("baton-grouped", "v6e", "qwen3-30b-a3b-down-prefill")}
+IN_MAKE_TEST = {
+    ("matmul", "v6e", "4096-bf16"),
+    ("baton-grouped", "v6e", "qwen3-30b-a3b-down-prefill"),
+}
 
 
 @pytest.mark.parametrize(
@@ -39,6 +44,14 @@ def test_worse_is_named(change, message):
 def test_goldens_cover_the_gate_for_each_libtpu():
     for libtpu in json.loads(GOLDENS.read_text()):
         assert set(load_goldens(GOLDENS, libtpu)) == {key_of(*job) for job in GATED}, libtpu
+
+
+def test_there_are_goldens_of_every_libtpu_that_tests_run_with():
+    """Else the gate would be skipped with nobody noticing."""
+    requirements = (Path(__file__).parents[3] / "requirements-dev.txt").read_text()
+    pinned = set(re.findall(r"^libtpu==([\d.]+)", requirements, re.MULTILINE))
+    assert len(pinned) == 2
+    assert pinned <= json.loads(GOLDENS.read_text()).keys()
 
 
 def test_there_are_none_of_an_unknown_libtpu(tmp_path):

@@ -56,6 +56,7 @@ class Case:
     num_decode: int | None = None
     layers: int = 2
     layer: int = 1
+    spare_columns: int = 2
     tiles: PrefillTiles = TILES
 
 
@@ -64,7 +65,7 @@ def make_rows(case, rng):
     used = [-(-n // case.page_size) for n in case.kv_lens]
     num_pages = sum(used) + 3
     ids = iter(rng.permutation(num_pages))
-    table = np.full((len(used), max(used) + 2), 2**30, np.int32)
+    table = np.full((len(used), max(used) + case.spare_columns), 2**30, np.int32)
     places, total = [], sum(case.q_lens) + case.padding
     for row, (q_len, kv_len) in enumerate(zip(case.q_lens, case.kv_lens, strict=True)):
         table[row, : used[row]] = [next(ids) for _ in range(used[row])]

@@ -77,7 +77,7 @@ def test_features_of_decode(names):
     check(make_case(names, DECODE))
 
 
-@pytest.mark.parametrize("names", [*ALONE, *(f"{names} tree" for names in TOGETHER)])
+@pytest.mark.parametrize("names", [f"{names} tree" for names in TOGETHER])
 def test_features_of_prefill(names):
     check(make_case(names, PREFILL))
 

@@ -5,6 +5,7 @@ Unused pages, unused places and the memory of the machine hold NaN.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import jax
@@ -169,6 +170,8 @@ SHAPES = {
     "head_dim_64": {"head_dim": 64},
     "head_dim_256": {"head_dim": 256},
     "head_dim_256_f32": {"head_dim": 256, "dtype": "float32", "q_dtype": "float32"},
+    "page_32": {"page_size": 32},
+    "page_64": {"page_size": 64, "dtype": "float8_e4m3fn", "scales": (0.5, 2.0)},
     "page_128": {"page_size": 128},
     "page_256": {"page_size": 256, "tile_kv": 256},
     "one_layer": {"layers": 1, "layer": 0},
@@ -180,12 +183,28 @@ def test_feature(name):
     check(Case(lengths=LENGTHS, **FEATURES[name]))
 
 
-@pytest.mark.parametrize(
-    "first, second",
-    [("window", "soft_cap"), ("window", "sinks"), ("window", "int8"), ("soft_cap", "sinks"), ("sinks", "fp8")],
-)
-def test_features_together(first, second):
-    check(Case(lengths=(16, 0, 150, 300), group=1, **(FEATURES[first] | FEATURES[second])))
+# Every two features that do not exclude each other occur together in one of these.
+TOGETHER = ["window soft_cap sinks int8", "window soft_cap sinks fp8", "window soft_cap sinks f32"]
+
+
+@pytest.mark.parametrize("names", TOGETHER)
+def test_features_together(names):
+    features = {}
+    for name in names.split():
+        features |= FEATURES[name]
+    check(Case(lengths=(16, 0, 150, 300), group=1, **features))
+
+
+def test_every_pair_of_features_is_tested():
+    """Unless both set the same field."""
+    tested = {pair for names in TOGETHER for pair in itertools.combinations(sorted(names.split()), 2)}
+    for pair in itertools.combinations(sorted(FEATURES.keys() - {"plain"}), 2):
+        first, second = (FEATURES[name] for name in pair)
+        assert pair in tested or first.keys() & second.keys(), pair
+
+
+def test_a_full_page_table():
+    check(Case(lengths=(256, 17, 255), group=1, spare_columns=0))
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -69,6 +69,14 @@ def test_feature(name):
     check(Case(**FEATURES[name]))
 
 
+@pytest.mark.parametrize("page_size", [32, 128, 256])
+def test_page_sizes(page_size):
+    """Of one token less than a page, a whole one, one more, and a page table without a spare column."""
+    lengths = (page_size - 1, page_size, page_size + 1)
+    tiles = replace(TILES, tile_kv=max(128, page_size))
+    check(Case(q_lens=(5, 2, 1), kv_lens=lengths, page_size=page_size, tiles=tiles, spare_columns=0))
+
+
 def test_one_token_window():
     check(Case(window=1))
 
