@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from tests.baton_process import until
 from tests.e2e.clusters import STOP_S, Cluster
 from tests.e2e.conftest import NUM_PAGES
 from tests.e2e.lossy_gateway import LOSE
-from tests.e2e.model import CONTEXT, VOCAB
+from tests.e2e.model import VOCAB
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -69,10 +68,10 @@ def ask(cluster: Cluster, prompt: list[int], max_tokens: int = 4) -> Told:
     )
 
 
-def ask_all(cluster: Cluster, prompts: list[list[int]], max_tokens: int = 4, num_clients: int = 4) -> list[Told]:
-    """From several clients at once, so that no worker gets everything."""
-    with ThreadPoolExecutor(num_clients) as clients:
-        return list(clients.map(lambda prompt: ask(cluster, prompt, max_tokens), prompts))
+def ask_all(cluster: Cluster, prompts: list[list[int]]) -> list[Told]:
+    """From four clients at once, so that no worker gets everything."""
+    with ThreadPoolExecutor(4) as clients:
+        return list(clients.map(lambda prompt: ask(cluster, prompt), prompts))
 
 
 def gaps(cluster: Cluster) -> float:
@@ -106,14 +105,6 @@ def test_shared_prefixes_land_where_their_blocks_are(pairs: Cluster) -> None:
     (attempt,) = pairs.get(f"/explain/{told[-1][0].request_id}")["attempts"]
     assert attempt["chosen"]["held_prefill_tokens"] == told[-1][0].held_prefill
     assert attempt["num_weighed"] == 4
-
-
-def test_a_hot_prefix_does_not_draw_everything_to_one_worker(pairs: Cluster) -> None:
-    """Eight clients, and one block that all share. How even it gets depends on what was learned of either worker."""
-    shared = text(3, PAGE)
-    prompts = [shared + text(100 + seed, CONTEXT - 2 * PAGE) for seed in range(64)]
-    counts = Counter(one.prefill for one in ask_all(pairs, prompts, max_tokens=1, num_clients=8))
-    assert len(counts) == 2 and min(counts.values()) >= 4, counts
 
 
 def test_lost_events_are_noticed_and_made_good(pairs: Cluster) -> None:
