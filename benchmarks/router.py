@@ -167,7 +167,9 @@ def _candidate(index: int, role: Role, page_size: int) -> Candidate:
     )
     candidate = Candidate(info, StepModel(None))
     candidate.usable = True
-    candidate.steps.learn([StepSums(1, 2048, 2048 * 1024, 0, 0, 0, 0.05), StepSums(0, 0, 0, 1, 32, 80_000, 0.02)] * 10)
+    candidate.steps.learn(
+        [StepSums(1, 2048, 2048 * 1024, 0, 0, 0, 0.05), StepSums(0, 0, 0, 1, 32, 80_000, 0.02)] * 10, 0.0
+    )
     return candidate
 
 

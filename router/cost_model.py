@@ -2,11 +2,13 @@
 
 Weighted least squares with exponential forgetting, drawn towards a prior while samples are few (ridge regression, Hoerl
 and Kennard 1970), coefficients never negative. Errors count relative to the time measured: a short step matters as much
-as a long one, and a hiccup next to nothing.
+as a long one, and a hiccup next to nothing. What has not been measured for a while fades into what others of its kind
+are known for: a worker or link that looked slow once would otherwise never be tried again.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -18,6 +20,8 @@ Floats = npt.NDArray[np.float64]
 
 FORGET = 0.995  # weight that a sample keeps when the next one comes
 TRUSTED_SAMPLES = 20
+FORGOTTEN = 1e-3  # freshness below which nobody knows better than anybody else
+FADE_S = 10.0  # after which a third of an unconfirmed belief is left
 _FLOOR_S = 0.001  # errors of times below it are not relative any more
 _PRIOR_WEIGHT = 1e-3
 _LEAST_WEIGHT = 1e-6
@@ -98,13 +102,19 @@ class StepModel:
     def __init__(self, teacher: StepModel | None) -> None:
         self._model = LinearModel(teacher.coefficients if teacher else _STEP_PRIOR, _STEP_SCALE)
         self.coefficients: tuple[float, ...] = self._model.coefficients
+        self._learned_at = -math.inf
+
+    @property
+    def fitted(self) -> tuple[float, ...]:
+        """Coefficients as fitted last."""
+        return self._model.coefficients
 
     @property
     def is_trusted(self) -> bool:
         """Whether it has seen enough."""
         return self._model.is_trusted
 
-    def learn(self, samples: Sequence[StepSums]) -> None:
+    def learn(self, samples: Sequence[StepSums], now: float) -> None:
         """Take what the worker measured."""
         rows = [
             (
@@ -118,7 +128,17 @@ class StepModel:
             for sample in samples
         ]
         self._model.learn(rows, [sample.seconds for sample in samples])
+        self._learned_at = now
         self.coefficients = self._model.coefficients
+
+    def freshness(self, now: float) -> float:
+        """1 where it has just learned, 0 where it never has."""
+        return math.exp((self._learned_at - now) / FADE_S)
+
+    def fade(self, peers: Floats, now: float) -> None:
+        """Believe what was fitted as far as it is fresh, else what peers `[num_features]` are known for."""
+        kept = self.freshness(now)
+        self.coefficients = tuple((kept * np.array(self._model.coefficients) + (1 - kept) * peers).tolist())
 
     def prefill_s(self, num_tokens: int, context: int, chunk_tokens: int) -> float:
         """Compute `num_tokens` of a prompt behind `context` tokens that are there already."""
@@ -133,22 +153,40 @@ class StepModel:
         return per_step + per_row * num_rows + per_token * kv_tokens
 
 
+def fade(models: Sequence[StepModel], now: float) -> None:
+    """Workers of one role that have been idle come to be taken for what the busy ones are. Call it now and then."""
+    weights = np.array([model.freshness(now) for model in models])
+    if len(models) < 2 or weights.max() < FORGOTTEN:
+        return
+    fitted = np.array([model.fitted for model in models])
+    peers = weights @ fitted / weights.sum()
+    for model in models:
+        model.fade(peers, now)
+
+
 class TransferModel:
-    """Hand-overs between pairs of workers; a pair that was never measured is taken for an average one."""
+    """Hand-overs between pairs of workers; a pair that was never measured is taken for an average one.
+
+    The first hand-over of a pair connects it, too, and is not counted.
+    """
 
     def __init__(self) -> None:
         self._fleet = LinearModel(_TRANSFER_PRIOR, _TRANSFER_SCALE)
         self._links: dict[tuple[Hashable, Hashable], LinearModel] = {}
         self._samples: dict[tuple[Hashable, Hashable], list[tuple[int, float]]] = {}
+        self._connected: set[tuple[Hashable, Hashable]] = set()
+        self._measured_at: dict[tuple[Hashable, Hashable], float] = {}
         self._rows: dict[Hashable, int] = {}
         self._free_rows: list[int] = []
         self._known = np.full((0, 0, 2), np.nan)  # [source, target, (fixed, per byte)]
 
     def learn(self, source: Hashable, target: Hashable, num_bytes: int, seconds: float) -> None:
         """What one hand-over took, from the end of prefill to the last byte's arrival; `fit` makes use of it."""
-        self._samples.setdefault((source, target), []).append((num_bytes, seconds))
+        if (source, target) in self._connected:
+            self._samples.setdefault((source, target), []).append((num_bytes, seconds))
+        self._connected.add((source, target))
 
-    def fit(self) -> None:
+    def fit(self, now: float) -> None:
         """Call a few times a second."""
         samples, self._samples = self._samples, {}
         for pair, of_link in samples.items():
@@ -158,12 +196,21 @@ class TransferModel:
             features, seconds = [(1.0, num_bytes) for num_bytes, _ in of_link], [took for _, took in of_link]
             for model in (self._fleet, link):
                 model.learn(features, seconds)
+            self._measured_at[pair] = now
+        average = np.array(self._fleet.coefficients)
+        for pair, link in self._links.items():
+            kept = math.exp((self._measured_at[pair] - now) / FADE_S)
+            if kept < FORGOTTEN:
+                continue
             row, column = self._row(pair[0]), self._row(pair[1])  # which may replace the array
-            self._known[row, column] = link.coefficients
+            self._known[row, column] = kept * np.array(link.coefficients) + (1 - kept) * average
 
     def link(self, source: Hashable, target: Hashable) -> tuple[float, float]:
         """Seconds of a hand-over of nothing, and per byte."""
-        fixed_s, byte_s = self._links.get((source, target), self._fleet).coefficients
+        if (source, target) not in self._links:
+            fixed_s, byte_s = self._fleet.coefficients
+        else:
+            fixed_s, byte_s = self._known[self._row(source), self._row(target)].tolist()
         return fixed_s, byte_s
 
     def links(self, sources: Sequence[Hashable], targets: Sequence[Hashable]) -> tuple[Floats, Floats]:
@@ -179,9 +226,11 @@ class TransferModel:
     def forget(self, worker: Hashable) -> None:
         """Drop the links of a worker."""
         self._samples = {pair: samples for pair, samples in self._samples.items() if worker not in pair}
+        self._connected = {pair for pair in self._connected if worker not in pair}
         row = self._rows.pop(worker, None)
         if row is not None:
             self._links = {pair: model for pair, model in self._links.items() if worker not in pair}
+            self._measured_at = {pair: at for pair, at in self._measured_at.items() if worker not in pair}
             self._known[row, :] = self._known[:, row] = np.nan
             self._free_rows.append(row)
 

@@ -18,7 +18,7 @@ from router.block_feed import BlockFeed
 from router.block_index import BlockIndex
 from router.candidate import Candidate
 from router.clients import MakeClient
-from router.cost_model import StepModel, TransferModel
+from router.cost_model import StepModel, TransferModel, fade
 
 if TYPE_CHECKING:
     from router.stream import Stream
@@ -129,7 +129,7 @@ class WorkerState:
 
     def on_measured(self, client: ControlClient, message: Measured) -> None:
         """How long some steps took."""
-        self.candidate.steps.learn(message.steps)
+        self.candidate.steps.learn(message.steps, asyncio.get_running_loop().time())
 
     def on_blocks(self, client: ControlClient, message: BlockEvents | BlockSnapshot) -> None:
         """What its prefix cache holds."""
@@ -315,7 +315,9 @@ class Registry:
             now = loop.time()
             late = max(late - WATCH_INTERVAL_S, now - due)
             self.index.tick(now)
-            self._transfers.fit()
+            self._transfers.fit(now)
+            for candidates in self.candidates.values():
+                fade([candidate.steps for candidate in candidates], now)
             for worker in list(self.workers.values()):
                 worker.tick(now)
                 if worker.connected and worker.load is not None:

@@ -10,7 +10,7 @@ from router.admission import AdmissionQueue, Entry
 from router.block_feed import BlockFeed
 from router.block_index import BlockIndex
 from router.candidate import Candidate
-from router.cost_model import StepModel, TransferModel
+from router.cost_model import StepModel, TransferModel, fade
 from router.placement import PlacementConfig
 from router.simulator.job import Job
 from router.simulator.policies import Placed, make_policy
@@ -134,11 +134,13 @@ class Gateway:
             if now - member.measured_at >= MEASURED_S:
                 member.measured_at = now
                 if samples := worker.samples():
-                    candidate.steps.learn(samples)
+                    candidate.steps.learn(samples, now)
             asked = member.feed.tick(now)
             if asked is not None:
                 self._snapshot(member, asked.number, now)
-        self.transfers.fit()
+        self.transfers.fit(now)
+        for role in Role:
+            fade([candidate.steps for candidate in self.of(role)], now)
         self.index.tick(now)
         for entry in self._queue.expire(now):
             self._refuse(self._waiting.pop(entry))

@@ -7,7 +7,7 @@ import pytest
 import scipy.optimize
 
 from engine_core.messages import StepSums
-from router.cost_model import Average, LinearModel, StepModel, TransferModel, _non_negative
+from router.cost_model import Average, LinearModel, StepModel, TransferModel, _non_negative, fade
 
 
 def steps(rng: np.random.Generator, count: int, law: tuple[float, ...], noise: float) -> list[StepSums]:
@@ -28,7 +28,7 @@ def test_learns_the_law_of_a_worker(seed: int) -> None:
     law = (3e-3, 4e-5, 3e-9, 6e-3, 2e-4, 2e-7)
     model = StepModel(None)
     for _ in range(10):
-        model.learn(steps(rng, 40, law, noise=0.05))
+        model.learn(steps(rng, 40, law, noise=0.05), 0.0)
     chunked_s = 2 * law[0] + 4000 * law[1] + (4000 * 1000 + 4000 * 4001 / 2) * law[2]
     assert model.prefill_s(4000, 1000, 2048) == pytest.approx(chunked_s, rel=0.1)
     assert model.decode_s(32, 32 * 1500) == pytest.approx(law[3] + 32 * law[4] + 32 * 1500 * law[5], rel=0.1)
@@ -47,7 +47,7 @@ def test_follows_a_change_and_shrugs_at_a_hiccup() -> None:
 def test_what_was_never_seen_keeps_its_prior_and_new_workers_ask_a_teacher() -> None:
     model = StepModel(None)
     before = model.coefficients
-    model.learn([StepSums(1, 100, 5050, 0, 0, 0, 0.02)] * 50)
+    model.learn([StepSums(1, 100, 5050, 0, 0, 0, 0.02)] * 50, 0.0)
     assert model.coefficients[3:] == pytest.approx(before[3:], rel=1e-6)
     assert model.prefill_s(100, 0, 512) == pytest.approx(0.02, rel=0.05)
     assert StepModel(model).coefficients == model.coefficients
@@ -73,7 +73,7 @@ def test_links_are_told_apart_and_unknown_ones_are_average() -> None:
     for size in (1_000_000, 4_000_000) * 20:
         model.learn("w0", "w1", size, 0.001 + size / 1e9)
         model.learn("w2", "w29", size, 0.002 + size / 1e8)
-    model.fit()
+    model.fit(0.0)
     fixed_s, byte_s = model.links(names, names)
     assert model.link("w0", "w1") == (fixed_s[0, 1], byte_s[0, 1])
     assert model.link("w5", "w6") == (fixed_s[5, 6], byte_s[5, 6])
@@ -83,6 +83,62 @@ def test_links_are_told_apart_and_unknown_ones_are_average() -> None:
     model.forget("w2")
     fixed_s, byte_s = model.links(names, names)
     assert byte_s[2, 29] == byte_s[5, 6]
+
+
+def test_the_first_hand_over_of_a_pair_is_not_counted() -> None:
+    model = TransferModel()
+    model.learn("w0", "w1", 1_000_000, 9.0)
+    model.fit(0.0)
+    before = model.link("w0", "w1")
+    assert before == model.link("w0", "w2")
+    for _ in range(40):
+        model.learn("w0", "w1", 1_000_000, 0.004)
+    model.fit(0.0)
+    fixed_s, byte_s = model.link("w0", "w1")
+    assert fixed_s + 1e6 * byte_s == pytest.approx(0.004, rel=0.05)
+
+
+def test_an_idle_link_comes_to_be_taken_for_an_average_one() -> None:
+    model = TransferModel()
+    for _ in range(40):
+        model.learn("w0", "w1", 1_000_000, 0.004)
+        model.learn("w0", "w2", 1_000_000, 0.4)
+    model.fit(0.0)
+
+    def seconds(target: str) -> float:
+        fixed_s, byte_s = model.link("w0", target)
+        return fixed_s + 1e6 * byte_s
+
+    slow = seconds("w2")
+    assert slow == pytest.approx(0.4, rel=0.1)
+    now = 0.0
+    for _ in range(20):
+        now += 1.0
+        for _ in range(40):
+            model.learn("w0", "w1", 1_000_000, 0.004)
+        model.fit(now)
+    assert seconds("w1") == pytest.approx(0.004, rel=0.1)
+    assert seconds("w2") < slow / 4
+    fixed_s, byte_s = model.links(["w0"], ["w1", "w2"])
+    assert (fixed_s[0, 1], byte_s[0, 1]) == model.link("w0", "w2")
+
+
+def test_an_idle_worker_comes_to_be_taken_for_what_its_peers_are() -> None:
+    busy, idle, new = StepModel(None), StepModel(None), StepModel(None)
+    idle.learn([StepSums(1, 100, 5050, 0, 0, 0, 0.5)] * 20, 0.0)
+    busy.learn([StepSums(1, 100, 5050, 0, 0, 0, 0.02)] * 20, 0.0)
+    fade([busy, idle, new], 0.0)
+    assert idle.prefill_s(100, 0, 512) == pytest.approx(0.5, rel=0.05)
+    for now in range(1, 90):
+        busy.learn([StepSums(1, 100, 5050, 0, 0, 0, 0.02)], float(now))
+        fade([busy, idle, new], float(now))
+    assert idle.prefill_s(100, 0, 512) == pytest.approx(0.02, rel=0.1)
+    assert new.prefill_s(100, 0, 512) == pytest.approx(0.02, rel=0.1)
+    idle.learn([StepSums(1, 100, 5050, 0, 0, 0, 0.5)], 90.0)
+    fade([busy, idle, new], 90.0)
+    assert idle.prefill_s(100, 0, 512) > 0.2, "what it measures itself counts more than what others do"
+    fade([busy, idle, new], 1e6)  # nobody knows any more: nothing changes
+    assert idle.prefill_s(100, 0, 512) > 0.2
 
 
 def test_average_follows() -> None:

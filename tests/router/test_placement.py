@@ -55,6 +55,8 @@ class StubListener:
 
     def on_room(self, now) -> None: ...
 
+    def on_leaving(self, worker) -> None: ...
+
     def on_lost(self, worker: WorkerState, error) -> None:
         self.lost.append(worker.name)
 
@@ -94,8 +96,8 @@ class Fleet:
         self.placement = JointPlacement(self.index, self.transfers, PlacementConfig(**config))
         infos += tuple(info(f"p{i}", Role.PREFILL) for i in range(prefill))
         infos += tuple(info(f"d{i}", Role.DECODE) for i in range(decode))
-        self.workers = {each.worker_id: self.candidate(each) for each in infos}
         self.now = 100.0
+        self.workers = {each.worker_id: self.candidate(each) for each in infos}
         self.count = 0
 
     def candidate(self, of: WorkerInfo) -> Candidate:
@@ -105,7 +107,7 @@ class Fleet:
         self.index.join(candidate.key)
         steps = [StepSums(1, 256, 256 * 128, 0, 0, 0, 0.028), StepSums(1, 64, 64 * 32, 0, 0, 0, 0.009)]
         steps += [StepSums(0, 0, 0, 1, rows, rows * 100, 0.004 + rows * 0.0005) for rows in (1, 4, 8)]
-        candidate.steps.learn(steps * 10)
+        candidate.steps.learn(steps * 10, self.now)
         return candidate
 
     def of(self, role: Role) -> list[Candidate]:
@@ -250,7 +252,7 @@ def test_slow_links_are_avoided_and_hidden_behind_prefill() -> None:
     for _ in range(30):
         fleet.transfers.learn(("p0", 1), ("d0", 1), 1_000_000, 0.1)
         fleet.transfers.learn(("p0", 1), ("d1", 1), 1_000_000, 0.001)
-    fleet.transfers.fit()
+    fleet.transfers.fit(fleet.now)
     placement = fleet.place(text(1, 512))
     assert names(placement) == ("p0", "d1")
     slow = next(option for option in placement.decision.others if option.decode == "d0.1")
@@ -262,7 +264,7 @@ def test_what_is_sent_while_later_chunks_compute_costs_nothing() -> None:
     for _ in range(30):
         fleet.transfers.learn(("p0", 1), ("d0", 1), 0, 0.0)
         fleet.transfers.learn(("p0", 1), ("d0", 1), 1_000_000, 0.05)
-    fleet.transfers.fit()
+    fleet.transfers.fit(fleet.now)
     one = fleet.place(text(1, 256))
     two = fleet.place(text(2, 2048))
     assert one.transfer_bytes * 8 == two.transfer_bytes == 2 << 20
@@ -378,8 +380,10 @@ def test_the_matrix_of_a_large_fleet_agrees_with_pairs_weighed_one_by_one(
         for worker in fleet.workers.values():
             worker.told(load(running=rng.randrange(9), tokens=rng.randrange(500)), fleet.now)
         for source, target in itertools.product(range(5), range(4)):
-            fleet.transfers.learn((f"p{source}", 1), (f"d{target}", 1), 1_000_000, rng.random() / 10)
-        fleet.transfers.fit()
+            seconds = rng.random() / 10
+            for _ in range(2):  # the first connects
+                fleet.transfers.learn((f"p{source}", 1), (f"d{target}", 1), 1_000_000, seconds)
+        fleet.transfers.fit(fleet.now)
         fleet.hold(f"p{rng.randrange(5)}", text(seed, 512))
         fleet.hold(f"d{rng.randrange(4)}", text(seed, 300))
         decisions.append([fleet.place(text(seed, 600), session="s").decision for _ in range(8)])

@@ -139,6 +139,9 @@ def test_crashes_and_lost_events_lose_no_request(seed):
         Crash(worker_id="decode-1", at_s=6.0, down_s=2.0),
         Crash(worker_id="decode-0", at_s=7.0 + seed / 2, down_s=5.0),
         Crash(worker_id="prefill-1", at_s=7.0, down_s=1.0),
+        Crash(worker_id="decode-1", at_s=14.0, down_s=2.0),
+        Crash(worker_id="decode-0", at_s=18.0, down_s=2.0),
+        Crash(worker_id="decode-1", at_s=22.0, down_s=2.0),
     )
     run = synthetic(seed=seed, crashes=crashes, lost_events=0.2)
     outcome = run.run()
