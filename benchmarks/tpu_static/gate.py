@@ -28,6 +28,7 @@ GATED = [
         for generation in ("v6e", "tpu7x")
         for shape in ("up-decode", "down-prefill")
     ),
+    *(("baton-attention", "v6e", shape) for shape in ("qwen3-8b-decode", "qwen3-8b-prefill")),
 ]
 _KEPT = ("hot_cycles", "spills", "checks", "vmatmuls", "hot_dma_bytes")
 _TIMEOUT_S = 600.0

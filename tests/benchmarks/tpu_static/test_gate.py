@@ -16,6 +16,7 @@ SAME = {**GOLDEN, "expected_dma_bytes": 4096}
 IN_MAKE_TEST = {
     ("matmul", "v6e", "4096-bf16"),
     ("baton-grouped", "v6e", "qwen3-30b-a3b-down-prefill"),
+    ("baton-attention", "v6e", "qwen3-8b-decode"),
 }
 
 

@@ -5,8 +5,10 @@ import pytest
 from benchmarks.tpu_static.bundles import UNITS, Dma, Loop, Schedule, ScheduleError, Work
 from benchmarks.tpu_static.kernels.own_attention import _decode_runs, _prefill_runs
 from benchmarks.tpu_static.kernels.shapes import attention_shape
+from benchmarks.tpu_static.schedule import measure
 from engine_core.kernels.paged_attention.tpu_decode import DecodeTiles
 from engine_core.kernels.paged_attention.tpu_prefill import PrefillTiles
+from tests.aot import compiles
 
 DECODE = DecodeTiles(tile_kv=128, group=8, num_buffers=4)
 PREFILL = PrefillTiles(tile_q=512, lanes=256, tile_kv=512, sub_kv=256, lookahead=2, body_heads=2)
@@ -109,3 +111,13 @@ def test_shapes_that_are_not_counted_are_refused():
         _decode_runs(attention_shape("qwen3-8b-decode"), DecodeTiles(tile_kv=384, group=8, num_buffers=4))
     with pytest.raises(ScheduleError, match="has 0 loops over groups, not two"):
         _decode_runs(attention_shape("qwen3-8b-decode"), DECODE)(schedule())
+
+
+class TestCompiled:
+    pytestmark = compiles
+
+    def test_heads_of_64_cost_half_and_are_read_at_the_speed_of_hbm(self):
+        result = measure("baton-attention", "v6e", "llama-3.2-1b-decode", None, 600)
+        assert "error" not in result, result
+        assert result["hbm_us"] < 0.51 * attention_shape("qwen3-8b-decode").hbm_bytes / 1638e9 * 1e6
+        assert result["compute_over_hbm"] <= 0.8
