@@ -20,7 +20,7 @@ FAKE_HEAD_ID = "f" * 51 + "00000"  # what Ray's fake node provider takes for the
 
 
 class Head:
-    """Its processes are known by their directory.
+    """Its processes are known by their directory, and all that it started by the token's place in their environment.
 
     Args:
         resources: of the head.
@@ -147,13 +147,23 @@ class Head:
                     found.append(int(entry.name))
         return found
 
+    def _family(self) -> list[int]:
+        """Every process that has its token: Ray's client server, say, which names no directory."""
+        mark = f"RAY_AUTH_TOKEN_PATH={self.settings['RAY_AUTH_TOKEN_PATH']}".encode()
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mark in (entry / "environ").read_bytes().split(b"\0") and int(entry.name) != os.getpid():
+                    found.append(int(entry.name))
+        return found
+
     def stop(self) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):
-            for pid in self.processes(""):
+            for pid in {*self.processes(""), *self._family()}:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
             with contextlib.suppress(AssertionError):
-                until(lambda: not self.processes(""), 5)
+                until(lambda: not self.processes("") and not self._family(), 5)
         if self._restarted is not None:
             self._restarted.wait()
         shutil.rmtree(self._directory, ignore_errors=True)

@@ -75,7 +75,7 @@ class TestCompiled:
     )
     def test_what_the_kernels_cannot_do_is_refused(self, tmp_path, config, flags, message):
         (tmp_path / "config.json").write_text(json.dumps(SMALL | config))
-        done = run_cli("plan", "--model", str(tmp_path), "--topology", "v6e-1", *flags)
+        done = run_cli("plan", "--model", str(tmp_path), "--topology", "v6e-1", "--context", "4096", *flags)
         assert done.returncode == 2
         assert message in done.stderr
         assert "Traceback" not in done.stderr

@@ -5,10 +5,12 @@ In order: the last test stops the cluster.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ from tests.baton_process import until
 from tests.e2e.clusters import STOP_S, Cluster
 from tests.e2e.conftest import NUM_PAGES
 from tests.e2e.lossy_gateway import LOSE
-from tests.e2e.model import VOCAB
+from tests.e2e.model import CONTEXT, VOCAB
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -105,6 +107,21 @@ def test_shared_prefixes_land_where_their_blocks_are(pairs: Cluster) -> None:
     (attempt,) = pairs.get(f"/explain/{told[-1][0].request_id}")["attempts"]
     assert attempt["chosen"]["held_prefill_tokens"] == told[-1][0].held_prefill
     assert attempt["num_weighed"] == 4
+
+
+def test_a_hot_prefix_spreads_though_requests_come_one_at_a_time(pairs: Cluster) -> None:
+    """One block that all share must not draw everything to the worker that had it first: no queue is ever seen.
+
+    Neither must one that once looked slow be left alone for ever.
+    """
+    shared = text(3, PAGE)
+    counts: Counter[str] = Counter()
+    for seed in range(400):
+        told = ask(pairs, shared + text(600 + seed, CONTEXT - 2 * PAGE), max_tokens=1)
+        counts[told.prefill] += 1
+        if len(counts) == 2 and min(counts.values()) >= 10:
+            return
+    raise AssertionError((counts, json.dumps(pairs.get(f"/explain/{told.request_id}"))))
 
 
 def test_lost_events_are_noticed_and_made_good(pairs: Cluster) -> None:
