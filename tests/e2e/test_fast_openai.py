@@ -83,18 +83,26 @@ def test_logprobs(fast: Cluster, client: openai.OpenAI) -> None:
     assert text == reply.choices[0].message.content
 
 
-def test_echo_with_logprobs_says_of_a_text_what_generating_it_said(fast: Cluster, client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {"model": fast.model, "temperature": 0, "logprobs": 3}
+def test_echo_with_logprobs_scores_the_prompt_and_changes_nothing_behind_it(
+    fast: Cluster, client: openai.OpenAI
+) -> None:
+    """Its blocks are cached by then; they are computed all the same."""
     prompt = list(range(5, 60))
-    said = client.completions.create(**asked, prompt=prompt, max_tokens=41, echo=True).choices[0].logprobs
-    assert said is not None and said.token_logprobs is not None
-    ids = client.completions.create(**asked, prompt=prompt, max_tokens=41, extra_body={"ignore_eos": True})
-    assert ids.choices[0].logprobs is not None and ids.choices[0].logprobs.token_logprobs is not None
-    again = client.completions.create(**asked, prompt=prompt, max_tokens=41, echo=True).choices[0].logprobs
-    assert again is not None and again.token_logprobs is not None
-    assert again.token_logprobs[0] is None and len(again.token_logprobs) == len(said.token_logprobs)
-    np.testing.assert_allclose(again.token_logprobs[1:], said.token_logprobs[1:], atol=1e-4)
-    assert again.top_logprobs is not None and all(len(top) >= 3 for top in again.top_logprobs[1:])
+    body = {"ignore_eos": True}
+    asked: dict[str, Any] = {"model": fast.model, "prompt": prompt, "temperature": 0, "logprobs": 3, "max_tokens": 41}
+    plain = client.completions.create(**asked, extra_body=body).choices[0]
+    echoed = [client.completions.create(**asked, echo=True, extra_body=body).choices[0] for _ in range(2)]
+    assert plain.logprobs is not None and plain.logprobs.token_logprobs is not None
+    for choice in echoed:
+        assert choice.text.endswith(plain.text) and choice.logprobs is not None
+        values, tops = choice.logprobs.token_logprobs, choice.logprobs.top_logprobs
+        assert values is not None and tops is not None and choice.logprobs.text_offset is not None
+        assert len(values) == len(tops) == len(choice.logprobs.text_offset) == len(prompt) + 41
+        assert values[0] is None and tops[0] is None and all(tops[1:])
+        assert all(value < 0 for value in values[1:])
+        np.testing.assert_allclose(values[len(prompt) :], plain.logprobs.token_logprobs, atol=1e-4)
+        assert echoed[0].logprobs is not None and echoed[0].logprobs.token_logprobs is not None
+        np.testing.assert_allclose(values[1:], echoed[0].logprobs.token_logprobs[1:], atol=1e-4)
     fast.until_at_rest(NUM_PAGES)
 
 

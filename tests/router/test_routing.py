@@ -158,7 +158,7 @@ async def test_a_queue_without_workers_ends_with_503(model_dir: Path, answer_ids
 async def test_a_worker_that_fails_in_a_row_is_left_alone(model_dir: Path, answer_ids: list[int]) -> None:
     async with run_cluster(model_dir, answer_ids, prefill=1, decode=2) as cluster:
         broken = cluster.decode[0]
-        broken.fail, broken.fail_code = 1000, "worker_died"
+        broken.fail, broken.fail_code = 1000, "internal_error"
         for _ in range(12):
             assert (await post(cluster)).status_code == 200
         assert 1000 - broken.fail <= 4
