@@ -7,6 +7,7 @@ from itertools import accumulate
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from engine_core.errors import LayoutMismatch, ProtocolError, WrongProtocol, WrongSecret
 from engine_core.messages import Distribution
 from engine_core.types import Role
 from engine_core.worker_stats import STAGE_BOUNDS
@@ -21,6 +22,7 @@ LOADS = {
     "baton_preemptions": "preemptions",
     "baton_compiles_after_warmup": "compiles_after_warmup",
 }
+NO_REFUSALS = {kind.code: 0 for kind in (ProtocolError, WrongSecret, WrongProtocol, LayoutMismatch)}
 STAGES = {
     "baton_queue_seconds": "queue",
     "baton_prefill_seconds": "prefill",
@@ -103,7 +105,7 @@ def worker_families(workers: Iterable[WorkerState]) -> Iterator[Metric]:
         for name, field in STAGES.items():
             distribution: Distribution = getattr(worker.stats, field)
             stages[name].add_metric(labels, stage_buckets(distribution), distribution.total_s)
-        for reason, count in worker.stats.refused.items():
+        for reason, count in (NO_REFUSALS | worker.stats.refused).items():
             families["baton_refused_connections"].add_metric([*labels, reason], count)  # type: ignore[attr-defined]
         for source, link in worker.stats.links.items():
             for name, field in LINKS.items():
