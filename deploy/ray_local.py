@@ -18,6 +18,7 @@ import msgspec
 
 OBJECT_STORE_BYTES = 100 << 20  # Ray's own use: tokens and KV never pass through it
 STOP_GRACE_S = 5.0
+KILLED_S = 5.0  # in which a process that was killed is gone, however busy the machine
 TOKEN = "token"  # file name in the run directory
 
 
@@ -78,15 +79,22 @@ def process(pid: int) -> Process | None:
 
 
 def end(processes: list[Process], grace_s: float) -> None:
-    """Wait for processes to end, then kill those that have not."""
-    deadline = time.monotonic() + grace_s
+    """Wait for processes to end, then kill those that have not, and wait until they write no file any more."""
+    left = _until_gone(processes, grace_s)
+    for one in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one.pid, signal.SIGKILL)
+    _until_gone(left, KILLED_S)
+
+
+def _until_gone(processes: list[Process], seconds: float) -> list[Process]:
+    """Those that live after so long."""
+    deadline = time.monotonic() + seconds
     left = [one for one in processes if _lives(one)]
     while left and time.monotonic() < deadline:
         time.sleep(0.05)
         left = [one for one in left if _lives(one)]
-    for one in left:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(one.pid, signal.SIGKILL)
+    return left
 
 
 def _lives(one: Process) -> bool:
