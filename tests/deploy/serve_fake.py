@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from engine_core.types import Role
 
 
 def main(port: str, directory: str, ray_address: str | None = None, *flags: str) -> int:
+    signal.signal(
+        signal.SIGHUP, signal.SIG_DFL
+    )  # whatever runs the tests may ignore it, and `baton serve` respects that
     home = Path(directory)
     config = launch.read_config(["--port", port, *flags], None)
     fakes = importlib.import_module("tests.deploy.fakes").__name__

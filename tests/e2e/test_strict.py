@@ -97,7 +97,7 @@ def test_workers_that_leave_change_no_answer(clusters: Any, apart: dict[str, lis
 
     def keep_asking() -> None:
         while not done.is_set():
-            found.append(ask(cluster, LONG, 4))
+            found.append(ask(cluster, LONG, 8))  # so many that neither decode worker is ever idle
 
     thread = threading.Thread(target=keep_asking)
     thread.start()
