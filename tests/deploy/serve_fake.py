@@ -12,9 +12,7 @@ from engine_core.types import Role
 
 
 def main(port: str, directory: str, ray_address: str | None = None, *flags: str) -> int:
-    signal.signal(
-        signal.SIGHUP, signal.SIG_DFL
-    )  # whatever runs the tests may ignore it, and `baton serve` respects that
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `baton serve` respects that it is ignored, as a test runner may do
     home = Path(directory)
     config = launch.read_config(["--port", port, *flags], None)
     fakes = importlib.import_module("tests.deploy.fakes").__name__
