@@ -24,6 +24,7 @@ from benchmarks.table import Table
 CONTEXT = 32  # tokens in the cache when decoding starts
 PROMPT = 512  # tokens of the prefill measurement
 PEERS = {"transformers": ("transformers", "torch"), "llama.cpp": ("llama_cpp", "gguf")}  # and the packages they need
+XLA_ONLY = "baton-xla"  # Baton without its compiled kernels for CPUs
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,8 +48,9 @@ def _parser() -> argparse.ArgumentParser:
         "--peers",
         nargs="*",
         default=[peer for peer, packages in PEERS.items() if all(map(importlib.util.find_spec, packages))],
-        choices=list(PEERS),
-        help="measured beside Baton (default: those installed); with none named, Baton alone",
+        choices=[*PEERS, XLA_ONLY],
+        help=f"measured beside Baton (default: those installed); with none named, Baton alone; {XLA_ONLY} is Baton "
+        "without compiled kernels (--model.cpu_kernels xla)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser
@@ -101,7 +103,8 @@ class _Engine:
     def __init__(self, name: str, model: Path, dtype: str, max_batch: int, scratch: Path) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        target = {"baton": _serve_baton, "transformers": _serve_transformers, "llama.cpp": _serve_llama_cpp}[name]
+        targets = {"baton": _serve_baton, XLA_ONLY: _serve_xla_only, "transformers": _serve_transformers}
+        target = targets.get(name, _serve_llama_cpp)
         self._process = context.Process(target=target, args=(theirs, model, dtype, max_batch, scratch), daemon=True)
         self._process.start()
         theirs.close()
@@ -126,10 +129,19 @@ def _answer(pipe: Connection, measures: dict[str, Callable[[int, int], float]]) 
 
 
 def _serve_baton(pipe: Connection, model: Path, dtype: str, max_batch: int, scratch: Path) -> None:
+    del scratch
+    _serve_replica(pipe, model, dtype, max_batch, "auto")
+
+
+def _serve_xla_only(pipe: Connection, model: Path, dtype: str, max_batch: int, scratch: Path) -> None:
+    del scratch
+    _serve_replica(pipe, model, dtype, max_batch, "xla")
+
+
+def _serve_replica(pipe: Connection, model: Path, dtype: str, max_batch: int, cpu_kernels: str) -> None:
     from benchmarks.replica_probe import ReplicaProbe  # noqa: PLC0415  this process alone imports jax
 
-    del scratch
-    probe = ReplicaProbe(model, dtype, max_batch, PROMPT, CONTEXT)
+    probe = ReplicaProbe(model, dtype, max_batch, PROMPT, CONTEXT, cpu_kernels)
     _answer(pipe, {"decode": probe.decode, "prefill": lambda size, steps: probe.prefill(size, 3)})
 
 

@@ -23,13 +23,14 @@ class ReplicaProbe:
         max_batch: sequences at once.
         prompt: tokens of a prefill measurement.
         context: tokens in the cache when decoding starts.
+        cpu_kernels: as in the configuration.
     """
 
-    def __init__(self, model: Path, dtype: str, max_batch: int, prompt: int, context: int) -> None:
+    def __init__(self, model: Path, dtype: str, max_batch: int, prompt: int, context: int, cpu_kernels: str) -> None:
         length = prompt + 128
         pages = -(-length // 16)
         config = EngineConfig(
-            model=ModelConfig(path=str(model), dtype=dtype),
+            model=ModelConfig(path=str(model), dtype=dtype, cpu_kernels=cpu_kernels),
             cache=CacheConfig(num_pages=pages * (max_batch + 1)),
             batch=BatchConfig(num_slots=max_batch, max_model_len=length, prefill_tokens=prompt),
             prefix_cache=False,
