@@ -89,8 +89,8 @@ def test_streams_outlive_the_head(head: Head, tmp_path: Path, monkeypatch: pytes
         assert lives == [("prefill-0", "ready", 1), ("decode-0", "ready", 1)], "it found its workers again"
 
         streams = Streams(cluster, 2)
-        cluster.signal(signal.SIGKILL)  # `baton serve` runs on the head
         head.kill()
+        cluster.signal(signal.SIGKILL)  # `baton serve` runs on the head; before it, Ray would end its job
         assert len(head.processes("raylet")) == 1, "the workers' own"
         assert streams.until_ended() == [expected] * 2
         assert streams.longest_pause_s < 5
