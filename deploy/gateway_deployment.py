@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 APP = "baton"
 POLL_S = 30.0
 RETRY_S = 1.0
+FIND_S = 2.0
 TOLD_PER_WINDOW = 5
 ANY = -1  # no fleet's version: the next answer comes at once
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
@@ -44,8 +45,8 @@ QUIET = {"log_level": "WARNING", "enable_access_log": False}
 class Gateway(Protocol):
     """A gateway: constructed from a GatewayConfig, a model directory and the secret; see `router.server`."""
 
-    async def start(self) -> None:
-        """Listen."""
+    async def start(self, workers: Sequence[WorkerInfo] = ()) -> None:
+        """Connect to these workers, then listen."""
 
     def follow(self, workers: Sequence[WorkerInfo]) -> None:
         """These workers serve, and no others."""
@@ -78,6 +79,14 @@ class FleetFollower(Protocol):
 
     async def heard(self, gateway: str, totals: LoadTotals) -> None:
         """See FleetActor."""
+
+
+async def first_members(fleet: FleetFollower, timeout_s: float) -> tuple[WorkerInfo, ...]:
+    """Who serves already; none where no fleet answers within the time."""
+    with contextlib.suppress(WorkerLost, TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            return (await fleet.wait_for_change(ANY, timeout_s)).workers
+    return ()
 
 
 async def follow_fleet(fleet: FleetFollower, gateway: Gateway, retry_s: float) -> None:
@@ -183,8 +192,8 @@ class GatewayReplica:
         model = plan.config.engine.model
         model_dir = on_node(plan.model_dir, model.path, model.revision, lambda text: logger.info("%s", text))
         self._gateway: Gateway = gateway_class(plan.config.gateway, model_dir, plan.secret)
-        await self._gateway.start()
         fleet = NamedFleet()
+        await self._gateway.start(await first_members(fleet, FIND_S))
         self._following = asyncio.create_task(follow_fleet(fleet, self._gateway, RETRY_S))
         self._others = [asyncio.create_task(follow_status(fleet, self._gateway, RETRY_S))]
         scaling = plan.config.autoscale

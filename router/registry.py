@@ -263,6 +263,13 @@ class Registry:
         """Return when `changed` is next called."""
         await self._waiting.wait()
 
+    async def until_connected(self, timeout_s: float) -> None:
+        """Return when every member has said who it is, or after that time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not all(worker.connected for worker in self.workers.values()):
+                    await self.wait_for_change()
+
     def forget_idle(self) -> None:
         """Hang up on workers that left and have nothing of ours any more."""
         if not self.leaving:

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 BACKLOG = 2048
 TOKENIZER_THREADS = 2
 START_POLL_S = 0.01
+CONNECT_S = 2.0
 STOP_S = 0.5
 GC_THRESHOLD = 20_000  # a request leaves hardly any cycles
 
@@ -64,8 +65,12 @@ class Gateway:
         self.service: Service
         self.port = config.port
 
-    async def start(self) -> None:
+    async def start(self, workers: Sequence[WorkerInfo] = ()) -> None:
         """Listen; returns when requests are accepted.
+
+        Args:
+            workers: those that serve already. They are connected to first: a port that is shared with other gateways
+                gets its part of the clients at once.
 
         Raises:
             ConfigError: the address cannot be had.
@@ -75,6 +80,8 @@ class Gateway:
             tracing = importlib.import_module("router.tracing").Tracing
             self.service.tracing = tracing.to(self._config.trace_endpoint, self._config.model_name)
         self.service.start()
+        self.service.follow(workers)
+        await self.service.registry.until_connected(CONNECT_S)
         self._socket = _listen(self._config.host, self._config.port)
         self.port = self._socket.getsockname()[1]
         self._server = _Server(

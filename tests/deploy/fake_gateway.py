@@ -24,7 +24,8 @@ class FakeGateway:
         self._workers: Sequence[WorkerInfo] = ()
         self._server: asyncio.Server | None = None
 
-    async def start(self) -> None:
+    async def start(self, workers: Sequence[WorkerInfo] = ()) -> None:
+        self._workers = workers
         self._server = await asyncio.start_server(self._answer, self._host, self._port, reuse_port=True)
 
     def follow(self, workers: Sequence[WorkerInfo]) -> None:

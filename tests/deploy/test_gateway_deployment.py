@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from deploy.config import FleetConfig
 from deploy.fleet_core import FleetCore
 from deploy.fleet_types import FleetStatus, Membership, WorkerLost
-from deploy.gateway_deployment import ANY, follow_fleet, follow_status
+from deploy.gateway_deployment import ANY, first_members, follow_fleet, follow_status
 from engine_core.messages import WorkerInfo
 from engine_core.types import Role
 from router.fleet_view import FleetView
@@ -35,7 +35,7 @@ class Recorder:
         self.seen: list[list[str]] = []
         self.fleets: list[FleetView] = []
 
-    async def start(self) -> None: ...
+    async def start(self, workers: Sequence[WorkerInfo] = ()) -> None: ...
 
     def follow(self, workers: Sequence[WorkerInfo]) -> None:
         self.seen.append([worker.worker_id for worker in workers])
@@ -46,6 +46,15 @@ class Recorder:
     def check_health(self) -> None: ...
 
     async def drain(self, timeout_s: float) -> None: ...
+
+
+async def test_a_new_gateway_asks_for_the_members_but_not_for_long() -> None:
+    one = Membership(7, (worker_info("decode-0", 1, Role.DECODE),))
+    fleet = Fleet(one, WorkerLost("there is none yet"))
+    assert await first_members(fleet, 3) == one.workers
+    assert fleet.asked == [ANY]
+    assert await first_members(fleet, 3) == ()
+    assert await first_members(fleet, 0.01) == (), "a fleet that is busy"
 
 
 async def test_the_gateway_follows_changes_only_and_keeps_its_view_without_a_fleet() -> None:

@@ -8,11 +8,14 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import openai
 import pytest
 
-from engine_core.messages import Cancel, Decode, Failed, Load, Prefill
+from engine_core.messages import Cancel, Decode, Failed, Load, PeerAddress, Prefill
 from engine_core.types import Role
+from router.config import GatewayConfig
+from router.server import Gateway
 from tests.fakes import FakeWorker, make_tokenizer
 from tests.router.conftest import Cluster, run_cluster
 
@@ -79,6 +82,30 @@ async def test_no_worker_is_503(model_dir: Path, answer_ids: list[int]) -> None:
         assert reply.json()["error"]["code"] == "no_worker_available"
         assert reply.headers["retry-after"]
         assert (await cluster.http.get("/readiness")).status_code == 503
+
+
+async def test_a_further_gateway_listens_once_it_has_the_workers(cluster: Cluster, model_dir: Path) -> None:
+    """It shares the port, and so the clients, from that moment."""
+    another = Gateway(GatewayConfig(port=0), model_dir)
+    await another.start([worker.info for worker in cluster.prefill + cluster.decode])
+    try:
+        assert another.service.registry.ready
+    finally:
+        await another.stop()
+
+
+async def test_a_worker_that_cannot_be_reached_holds_up_no_gateway(
+    cluster: Cluster, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.server.CONNECT_S", 0.05)
+    gone = msgspec.structs.replace(cluster.prefill[0].info, worker_id="gone", address=PeerAddress("127.0.0.1", 1, 0))
+    another = Gateway(GatewayConfig(port=0), model_dir)
+    await another.start([gone, cluster.decode[0].info])
+    try:
+        assert [worker.info.worker_id for worker in another.service.registry.decode] == ["decode-0"]
+        assert not another.service.registry.ready
+    finally:
+        await another.stop()
 
 
 async def test_waits_for_a_worker_to_appear(model_dir: Path, answer_ids: list[int]) -> None:

@@ -1,9 +1,16 @@
-// y[T, O] = x[T, K] @ w[O, K]^T in float32, w in float32 or bfloat16: few rows against weights that stream from memory.
+// y[T, O] = x[T, K] @ w[O, K]^T in float32, w in float32 or bfloat16.
 //
-// The outputs are split into blocks whose weights stay in a core's L2 cache; threads draw blocks from a counter. In a
-// block, tiles of kRows x kCols outputs are summed along K in vector registers, kDepth at a time, so that a tile's rows
-// of x stay in L1. Vectors of bfloat16 weights are read as 32-bit words, whose low and high halves are the even and odd
-// places; x is put in the same order once per call.
+// The outputs are split into blocks whose weights stay in a core's L2 cache; threads draw blocks from a counter.
+//
+// Up to kFewRows rows, the time is that of streaming the weights: tiles of kRows x kCols outputs are summed along K in
+// vector registers, kDepth at a time, so that a tile's rows of x stay in L1. Vectors of bfloat16 weights are read as
+// 32-bit words, whose low and high halves are the even and odd places; x is put in the same order once per call.
+//
+// With more rows it is that of the arithmetic: x is packed so that a vector holds the same place of kLanes rows, and
+// each weight is multiplied with two such vectors, kPanelDepth places at a time. bfloat16 weights of a block are widened
+// once for all panels.
+//
+// A row's operations are the same whatever the other rows hold.
 
 #include <vector>
 
@@ -16,7 +23,12 @@ namespace {
 constexpr int kCols = kLanes == 16 ? 6 : 3;  // with kRows, as many sums as there are vector registers for them
 constexpr int kRows = 4;
 constexpr int64_t kDepth = 1024;
-constexpr int64_t kBlock = 48;  // outputs, a multiple of kCols
+constexpr int64_t kBlock = 48;  // outputs, a multiple of kCols and kPanelCols
+constexpr int64_t kFewRows = kLanes, kFewRowsBf16 = 3 * kLanes;  // what is widened for panels must serve some of them
+constexpr int64_t kPanelRows = 2 * kLanes;
+constexpr int kPanelCols = kLanes == 16 ? 12 : 6;
+constexpr int64_t kPanelDepth = 512;
+constexpr int64_t kWidened = kPanelDepth + 16;  // between two outputs' weights: not in the same places of L1
 
 template <int R, int C>
 void Accumulate(const float* x, const float* w, int64_t stride, int64_t depth, Floats (&sums)[R][C]) {
@@ -89,36 +101,126 @@ struct Product {
   }
 };
 
+// x as the panels of a product: [panel][K][kPanelRows], zeros where there are no more rows.
+std::vector<float>& Pack(const float* x, int64_t rows, int64_t depth) {
+  static thread_local std::vector<float> panels;
+  panels.assign((rows + kPanelRows - 1) / kPanelRows * kPanelRows * depth, 0.0f);
+  for (int64_t row = 0; row < rows; ++row) {
+    float* to = &panels[row / kPanelRows * kPanelRows * depth + row % kPanelRows];
+    for (int64_t k = 0; k < depth; ++k) to[k * kPanelRows] = x[row * depth + k];
+  }
+  return panels;
+}
+
+// sums[c, row] += w[c, k] * x[k, row] for k < depth and each row of the panel x.
+template <int C>
+void AddTile(const float* x, const float* w, int64_t stride, int64_t depth, float* sums) {
+  Floats tile[C][2] = {};
+  for (int64_t k = 0; k < depth; ++k, x += kPanelRows) {
+    Floats low = Load(x), high = Load(x + kLanes);
+    for (int c = 0; c < C; ++c) {  // one weight at a time: more do not fit the registers beside the sums
+      Floats weight = w[c * stride + k] - Floats{};
+      tile[c][0] += weight * low;
+      tile[c][1] += weight * high;
+    }
+  }
+  for (int c = 0; c < C; ++c, sums += kPanelRows) {
+    Store(sums, Load(sums) + tile[c][0]);
+    Store(sums + kLanes, Load(sums + kLanes) + tile[c][1]);
+  }
+}
+
+// Weights [count, span], stride apart.
+struct Weights {
+  const float* values;
+  int64_t stride;
+};
+
+Weights InFloat(const float* w, int64_t depth, int64_t, int64_t) { return {w, depth}; }
+Weights InFloat(const uint16_t* w, int64_t depth, int64_t count, int64_t span) {
+  static thread_local std::vector<float> widened(kBlock * kWidened);
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t k = 0; k < span; ++k) widened[c * kWidened + k] = Widen(w[c * depth + k]);
+  return {widened.data(), kWidened};
+}
+
 template <class W>
-void Run(ffi::ThreadPool& pool, const Product<W>& product) {
+struct PanelProduct {
+  const float* x;  // as packed
+  const W* w;      // [width, depth]
+  float* y;        // [rows, width]
+  int64_t rows, width, depth;
+
+  void Block(int64_t begin, int64_t end) const {
+    static thread_local std::vector<float> sums;  // [panel][output][kPanelRows]
+    int64_t count = end - begin;
+    sums.assign((rows + kPanelRows - 1) / kPanelRows * kPanelRows * count, 0.0f);
+    for (int64_t k = 0; k < depth; k += kPanelDepth) {
+      int64_t span = std::min(kPanelDepth, depth - k);
+      Weights weights = InFloat(w + begin * depth + k, depth, count, span);
+      for (int64_t row = 0; row < rows; row += kPanelRows)
+        AddPanel(x + row * depth + k * kPanelRows, weights, span, count, &sums[row * count]);
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* from = &sums[row / kPanelRows * kPanelRows * count + row % kPanelRows];
+      for (int64_t c = 0; c < count; ++c) y[row * width + begin + c] = from[c * kPanelRows];
+    }
+  }
+
+  static void AddPanel(const float* x, Weights weights, int64_t span, int64_t count, float* sums) {
+    auto [w, stride] = weights;
+    int64_t c = 0;
+    for (; c + kPanelCols <= count; c += kPanelCols)
+      AddTile<kPanelCols>(x, w + c * stride, stride, span, sums + c * kPanelRows);
+    for (; c < count; ++c) AddTile<1>(x, w + c * stride, stride, span, sums + c * kPanelRows);
+  }
+};
+
+template <class P>
+void Run(ffi::ThreadPool& pool, const P& product, int64_t cols) {
   int64_t threads = std::max<int64_t>(1, pool.num_threads());
   int64_t share = (product.width + 4 * threads - 1) / (4 * threads);  // a few blocks each, so that none waits long
-  int64_t block = std::clamp<int64_t>((share + kCols - 1) / kCols * kCols, kCols, kBlock);
+  int64_t block = std::clamp<int64_t>((share + cols - 1) / cols * cols, cols, kBlock);
   ParallelFor(pool, (product.width + block - 1) / block, [product, block](int64_t i) {
     product.Block(i * block, std::min((i + 1) * block, product.width));
   });
+}
+
+template <class W>
+void RunPanels(ffi::ThreadPool& pool, const float* x, const W* w, float* y, int64_t rows, int64_t width, int64_t depth) {
+  const float* panels = Pack(x, rows, depth).data();
+  Run(pool, PanelProduct<W>{panels, w, y, rows, width, depth}, kPanelCols);
 }
 
 ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::Buffer<ffi::F32>> y) {
   int64_t rows = x.dimensions()[0], depth = x.dimensions()[1], width = w.dimensions()[0];
   if (w.dimensions()[1] != depth || depth % (2 * kLanes) || x.element_type() != w.element_type())
     return ffi::Error::InvalidArgument("matmul: shapes or dtypes do not fit");
+  bool few = rows <= (w.element_type() == ffi::F32 ? kFewRows : kFewRowsBf16);
+  float* to = y->typed_data();
   if (w.element_type() == ffi::F32) {
-    Run(pool, Product<float>{x.typed_data<float>(), w.typed_data<float>(), y->typed_data(), rows, width, depth});
+    const float *from = x.typed_data<float>(), *weights = w.typed_data<float>();
+    if (few) Run(pool, Product<float>{from, weights, to, rows, width, depth}, kCols);
+    else RunPanels(pool, from, weights, to, rows, width, depth);
     return ffi::Error::Success();
   }
   if (w.element_type() != ffi::BF16) return ffi::Error::InvalidArgument("matmul: dtype must be float32 or bfloat16");
-  static thread_local std::vector<float> ordered;
-  ordered.resize(rows * depth);
+  static thread_local std::vector<float> widened;
+  widened.resize(rows * depth);
   const uint16_t* bits = reinterpret_cast<const uint16_t*>(x.untyped_data());
+  const uint16_t* weights = reinterpret_cast<const uint16_t*>(w.untyped_data());
+  if (!few) {
+    for (int64_t i = 0; i < rows * depth; ++i) widened[i] = Widen(bits[i]);
+    RunPanels(pool, widened.data(), weights, to, rows, width, depth);
+    return ffi::Error::Success();
+  }
   for (int64_t i = 0; i < rows * depth; i += 2 * kLanes) {
     for (int lane = 0; lane < kLanes; ++lane) {
-      ordered[i + lane] = Widen(bits[i + 2 * lane]);
-      ordered[i + kLanes + lane] = Widen(bits[i + 2 * lane + 1]);
+      widened[i + lane] = Widen(bits[i + 2 * lane]);
+      widened[i + kLanes + lane] = Widen(bits[i + 2 * lane + 1]);
     }
   }
-  const uint16_t* weights = reinterpret_cast<const uint16_t*>(w.untyped_data());
-  Run(pool, Product<uint16_t>{ordered.data(), weights, y->typed_data(), rows, width, depth});
+  Run(pool, Product<uint16_t>{widened.data(), weights, to, rows, width, depth}, kCols);
   return ffi::Error::Success();
 }
 
