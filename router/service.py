@@ -240,7 +240,7 @@ class Service:
             if placed.done():
                 continue
             try:
-                self._place(stream)
+                self._place(stream, now)
             except BatonError as error:
                 placed.set_exception(error)
             else:
@@ -255,7 +255,7 @@ class Service:
         stream.due = None if wishes.ttft_s is None else stream.arrived_at + wishes.ttft_s
         if not self._waiting and self._has_room(now):
             self._queue.passed(now)
-            self._place(stream)
+            self._place(stream, now)
             return
         candidates = self.registry.candidates
         least_s = self._placement.least_queue_s(candidates[Role.PREFILL], candidates[Role.DECODE], now)
@@ -288,14 +288,14 @@ class Service:
         candidates = self.registry.candidates
         return self._placement.has_room(candidates[Role.PREFILL], candidates[Role.DECODE], now)
 
-    def _choose(self, stream: Stream) -> Placement:
+    def _choose(self, stream: Stream, now: float) -> Placement:
         candidates = self.registry.candidates
         started = time.perf_counter()
         placement = self._placement.place(
             stream.request,
             candidates[Role.PREFILL],
             candidates[Role.DECODE],
-            now=self._now(),
+            now=now,
             avoid=stream.avoid,
             session=stream.session,
         )
@@ -303,11 +303,10 @@ class Service:
         self.registry.fold_soon()
         return placement
 
-    def _place(self, stream: Stream) -> None:
+    def _place(self, stream: Stream, now: float) -> None:
         """First attempt. Raises Overloaded where even the best pair would be too late."""
-        placement = self._choose(stream)
+        placement = self._choose(stream, now)
         ttft_s = placement.decision.chosen.terms.ttft_s
-        now = self._now()
         if stream.due is not None and now + ttft_s > stream.due:
             placement.release(now)
             raise _too_late(ttft_s)
@@ -418,7 +417,7 @@ class Service:
                 if not self.registry.decode:
                     await self._wait_for_worker()
                     continue
-                placement = self._choose(stream)
+                placement = self._choose(stream, self._now())
                 if placement.decode.key not in stream.avoid:
                     self._send(stream, placement)
                     return
