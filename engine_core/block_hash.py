@@ -12,7 +12,7 @@ under an unknown key collide with probability about n^2 / 2^128 (Bellare, Pietrz
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -25,7 +25,7 @@ KEY_BYTES = 8
 _TOKEN_BYTES = 4
 _ROOT_PARENT = bytes(HASH_BYTES)
 _PIECE = 8192  # tokens
-_PACK_PIECE = struct.Struct(f"<{_PIECE}i").pack
+_PACK_PIECE = struct.Struct(f"<{_PIECE}I").pack
 
 Tokens = Sequence[int] | npt.NDArray[np.integer]
 Keys = npt.NDArray[np.uint64]
@@ -59,34 +59,35 @@ class BlockHasher:
             `[num_blocks, HASH_BYTES] u8`, in order; tokens behind the last full block are ignored.
 
         Raises:
-            OverflowError: a token id does not fit int32.
+            OverflowError: a token id does not fit uint32.
         """
         assert parent is None or len(parent) == HASH_BYTES, parent
-        encryptor = Cipher(self._cipher, modes.CBC(parent or _ROOT_PARENT)).encryptor()
-        num_blocks = len(token_ids) // self.page_size
-        tags = np.empty((num_blocks, HASH_BYTES), np.uint8)
-        step = max(1, _PIECE // self.page_size)  # small pieces stay in the processor's caches
-        for start in range(0, num_blocks, step):
-            end = min(start + step, num_blocks)
-            first, last = start * self.page_size, end * self.page_size
-            content = self._packed(token_ids if last - first == len(token_ids) else token_ids[first:last])
-            ciphertext = np.frombuffer(encryptor.update(content), np.uint8)
-            tags[start:end] = ciphertext.reshape(end - start, self._padded_bytes)[:, -HASH_BYTES:]
-        return tags
-
-    def _packed(self, token_ids: Tokens) -> bytes:
-        """Whole blocks, each padded."""
-        content = _int32_bytes(token_ids)
-        padding = self._padded_bytes // _TOKEN_BYTES - self.page_size
-        if padding:  # every block has the same length, so that zeros at its end are unambiguous
-            blocks = np.frombuffer(content, "<i4").reshape(-1, self.page_size)
-            content = np.pad(blocks, ((0, 0), (0, padding))).tobytes()
-        return content
+        tags = [blocks[:, -HASH_BYTES // KEY_BYTES :] for blocks in self._encrypted(parent, token_ids)]
+        return np.ascontiguousarray(np.concatenate(tags)).view(np.uint8)
 
     def keys(self, token_ids: Tokens) -> Keys:
         """Index keys `[num_blocks] u64` of a chain that starts with `token_ids`. Raises as `chain` does."""
-        heads = np.ascontiguousarray(self.chain(None, token_ids)[:, :KEY_BYTES])
-        return heads.view("<u8").reshape(-1)
+        return np.concatenate([blocks[:, -HASH_BYTES // KEY_BYTES] for blocks in self._encrypted(None, token_ids)])
+
+    def _encrypted(self, parent: bytes | None, token_ids: Tokens) -> Iterator[Keys]:
+        """Piece by piece the ciphertext of all full blocks `[num_blocks, padded bytes / 8] u64`; a tag ends each."""
+        encryptor = Cipher(self._cipher, modes.CBC(parent or _ROOT_PARENT)).encryptor()
+        num_words = self._padded_bytes // KEY_BYTES
+        num_tokens = len(token_ids) // self.page_size * self.page_size
+        step = max(1, _PIECE // self.page_size) * self.page_size  # small pieces stay in the processor's caches
+        for start in range(0, num_tokens or 1, step):
+            end = min(start + step, num_tokens)
+            content = self._packed(token_ids if end - start == len(token_ids) else token_ids[start:end])
+            yield np.frombuffer(encryptor.update(content), "<u8").reshape(-1, num_words)
+
+    def _packed(self, token_ids: Tokens) -> bytes:
+        """Whole blocks, each padded."""
+        content = _uint32_bytes(token_ids)
+        padding = self._padded_bytes // _TOKEN_BYTES - self.page_size
+        if padding:  # every block has the same length, so that zeros at its end are unambiguous
+            blocks = np.frombuffer(content, "<u4").reshape(-1, self.page_size)
+            content = np.pad(blocks, ((0, 0), (0, padding))).tobytes()
+        return content
 
     def extend(self, parent: bytes | None, token_ids: Tokens) -> list[bytes]:
         """What `chain` finds, as one `bytes` per block."""
@@ -113,14 +114,13 @@ def block_hashes(
     return BlockHasher(page_size, salt, namespace).extend(parent, token_ids)
 
 
-def _int32_bytes(token_ids: Tokens) -> bytes:
-    """Tokens, little-endian. Packing a list is twice as fast as NumPy."""
+def _uint32_bytes(token_ids: Tokens) -> bytes:
+    """Tokens, little-endian. Packing a list is several times as fast as NumPy, unsigned faster than signed."""
     if isinstance(token_ids, np.ndarray):
-        limits = np.iinfo(np.int32)
-        if len(token_ids) and (token_ids.min() < limits.min or token_ids.max() > limits.max):
-            raise OverflowError("a token id does not fit int32")
-        return token_ids.astype("<i4").tobytes()
+        if len(token_ids) and (token_ids.min() < 0 or token_ids.max() > np.iinfo(np.uint32).max):
+            raise OverflowError("a token id does not fit uint32")
+        return token_ids.astype("<u4").tobytes()
     try:
-        return _PACK_PIECE(*token_ids) if len(token_ids) == _PIECE else struct.pack(f"<{len(token_ids)}i", *token_ids)
+        return _PACK_PIECE(*token_ids) if len(token_ids) == _PIECE else struct.pack(f"<{len(token_ids)}I", *token_ids)
     except struct.error as error:
-        raise OverflowError(f"a token id does not fit int32: {error}") from None
+        raise OverflowError(f"a token id does not fit uint32: {error}") from None

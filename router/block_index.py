@@ -307,10 +307,7 @@ class BlockIndex:
         """Per word, the bits of each block up to the first that nobody has."""
         keys = np.maximum(keys, 1)
         if self._old is None:
-            slots = self._table.locate(keys)
-            absent = np.flatnonzero(slots < 0)
-            if len(absent):
-                slots = slots[: absent[0]]
+            slots = self._table.locate_leading(keys)
             return [self._table.gather(slots, word) for word in range(num_words)]
         words = [np.zeros(len(keys), np.uint64) for _ in range(num_words)]
         for table in self._tables():
