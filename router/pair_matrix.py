@@ -18,7 +18,7 @@ import numpy.typing as npt
 from engine_core.messages import WorkerInfo
 from router.candidate import Candidate
 from router.cost_model import TransferModel
-from router.pair_costs import SAME_S, Asked, PlacementConfig, num_followers, readable
+from router.pair_costs import SAME_S, Asked, PlacementConfig, num_followers
 from router.sessions import Pair
 from router.standing import MAX_UTILIZATION, WINDOW_S, Standing
 
@@ -59,6 +59,7 @@ class PairMatrix:
         self._transfers = transfers
         self._workers: list[Candidate] = []
         self._split = -1  # so many of them are sources
+        self._keys: list[tuple[str, int]] = []
         self._positions: dict[Hashable, int] = {}
         self._known_infos: list[WorkerInfo] = []  # what the columns say; so the next two
         self._known_standings: list[Standing] = []
@@ -106,11 +107,9 @@ class PairMatrix:
         config, num_tokens = self._config, asked.num_tokens
         step_s, token_s, pair_s, *_ = self._speeds
         behind_s, read_at, half_mean_s, *_ = self._standings
-        missing = np.full(len(busy), float(num_tokens))
-        for worker, tokens in asked.held.items():
-            at = self._positions.get(worker)
-            if at is not None:
-                missing[at] -= readable(tokens, num_tokens, self._workers[at].info.page_size)
+        page_size, held_by = self._infos[1], asked.held.get
+        held = np.array([held_by(key, 0) for key in self._keys], np.float64)
+        missing = num_tokens - np.minimum(held, (num_tokens - 1) // page_size * page_size)  # see `readable`
         chunks = np.ceil(missing / self._infos[0])
         # a b + b (b + 1) / 2 pairs, where a + b are all tokens
         prefill_s = missing * (token_s + pair_s * (num_tokens + 0.5 - 0.5 * missing)) + step_s * chunks
@@ -171,7 +170,8 @@ class PairMatrix:
         workers = [*sources, *targets]
         if workers != self._workers or len(sources) != self._split:
             self._workers, self._split = workers, len(sources)
-            self._positions = {worker.key: at for at, worker in enumerate(workers)}
+            self._keys = [worker.key for worker in workers]
+            self._positions = {key: at for at, key in enumerate(self._keys)}
             self._known_infos, self._known_standings, self._known_speeds = [], [], []
             self._infos, self._standings, self._speeds = (np.zeros((rows, len(workers))) for rows in (3, 8, 6))
             self._links_version = -1
@@ -190,7 +190,7 @@ class PairMatrix:
             self._speeds[:, changed] = np.array([speeds[at] for at in changed]).T
         if self._links_version != self._transfers.version:
             self._links_version = self._transfers.version
-            self._links = self._transfers.links([one.key for one in sources], [one.key for one in targets])
+            self._links = self._transfers.links(self._keys[: self._split], self._keys[self._split :])
 
 
 def _changed(new: list[Any], known: list[Any]) -> list[int]:
