@@ -12,7 +12,7 @@ under an unknown key collide with probability about n^2 / 2^128 (Bellare, Pietrz
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -62,17 +62,23 @@ class BlockHasher:
             OverflowError: a token id does not fit int32.
         """
         assert parent is None or len(parent) == HASH_BYTES, parent
+        tags = [blocks[:, -HASH_BYTES // KEY_BYTES :] for blocks in self._encrypted(parent, token_ids)]
+        return np.ascontiguousarray(np.concatenate(tags)).view(np.uint8)
+
+    def keys(self, token_ids: Tokens) -> Keys:
+        """Index keys `[num_blocks] u64` of a chain that starts with `token_ids`. Raises as `chain` does."""
+        return np.concatenate([blocks[:, -HASH_BYTES // KEY_BYTES] for blocks in self._encrypted(None, token_ids)])
+
+    def _encrypted(self, parent: bytes | None, token_ids: Tokens) -> Iterator[Keys]:
+        """Piece by piece the ciphertext of all full blocks `[num_blocks, padded bytes / 8] u64`; a tag ends each."""
         encryptor = Cipher(self._cipher, modes.CBC(parent or _ROOT_PARENT)).encryptor()
-        num_blocks = len(token_ids) // self.page_size
-        tags = np.empty((num_blocks, HASH_BYTES), np.uint8)
-        step = max(1, _PIECE // self.page_size)  # small pieces stay in the processor's caches
-        for start in range(0, num_blocks, step):
-            end = min(start + step, num_blocks)
-            first, last = start * self.page_size, end * self.page_size
-            content = self._packed(token_ids if last - first == len(token_ids) else token_ids[first:last])
-            ciphertext = np.frombuffer(encryptor.update(content), np.uint8)
-            tags[start:end] = ciphertext.reshape(end - start, self._padded_bytes)[:, -HASH_BYTES:]
-        return tags
+        num_words = self._padded_bytes // KEY_BYTES
+        num_tokens = len(token_ids) // self.page_size * self.page_size
+        step = max(1, _PIECE // self.page_size) * self.page_size  # small pieces stay in the processor's caches
+        for start in range(0, num_tokens or 1, step):
+            end = min(start + step, num_tokens)
+            content = self._packed(token_ids if end - start == len(token_ids) else token_ids[start:end])
+            yield np.frombuffer(encryptor.update(content), "<u8").reshape(-1, num_words)
 
     def _packed(self, token_ids: Tokens) -> bytes:
         """Whole blocks, each padded."""
@@ -82,11 +88,6 @@ class BlockHasher:
             blocks = np.frombuffer(content, "<i4").reshape(-1, self.page_size)
             content = np.pad(blocks, ((0, 0), (0, padding))).tobytes()
         return content
-
-    def keys(self, token_ids: Tokens) -> Keys:
-        """Index keys `[num_blocks] u64` of a chain that starts with `token_ids`. Raises as `chain` does."""
-        heads = np.ascontiguousarray(self.chain(None, token_ids)[:, :KEY_BYTES])
-        return heads.view("<u8").reshape(-1)
 
     def extend(self, parent: bytes | None, token_ids: Tokens) -> list[bytes]:
         """What `chain` finds, as one `bytes` per block."""
@@ -114,7 +115,7 @@ def block_hashes(
 
 
 def _int32_bytes(token_ids: Tokens) -> bytes:
-    """Tokens, little-endian. Packing a list is twice as fast as NumPy."""
+    """Tokens, little-endian. Packing a list is several times as fast as NumPy."""
     if isinstance(token_ids, np.ndarray):
         limits = np.iinfo(np.int32)
         if len(token_ids) and (token_ids.min() < limits.min or token_ids.max() > limits.max):

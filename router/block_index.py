@@ -66,6 +66,14 @@ class _Phase:
         self.stored.setdefault((plane, word), _Changes()).add(keys, bits)
 
 
+@dataclass(slots=True, frozen=True)
+class _Known:
+    """Columns of workers, without hidden ones: a mask for each word that has any, and whose they are."""
+
+    masks: dict[int, int]
+    worker_of: dict[int, Worker]
+
+
 class BlockIndex:
     """Blocks of all workers.
 
@@ -78,7 +86,7 @@ class BlockIndex:
         self._old: BlockTable | None = None  # being moved into the larger table
         self._cursor = 0  # of the move, or of the wiping
         self._columns: dict[Worker, int] = {}
-        self._known: list[int] | None = None  # masks of these columns; None: they have changed
+        self._known: _Known | None = None  # None: the columns have changed
         self._hidden: dict[Worker, int] = {}
         self._free_columns: list[int] = []
         self._num_columns = 0
@@ -168,18 +176,20 @@ class BlockIndex:
         """
         self.fold()
         if self._known is None:
-            self._known = self._bits_of(self._columns.values())
-        alive = self._known
-        depth_of = [0] * self._num_columns
+            self._known = _Known(self._bits_of(self._columns.values()), {c: w for w, c in self._columns.items()})
+        alive = self._known.masks
+        depth_of: dict[int, int] = {}
         for start in range(0, len(keys), _MATCH_BLOCKS):
-            words = self._gather(keys[start : start + _MATCH_BLOCKS], len(alive))
-            alive = [
-                _descend(bits, mask, start, depth_of, word)
-                for word, (bits, mask) in enumerate(zip(words, alive, strict=True))
-            ]
-            if not any(alive):
+            words = self._gather(keys[start : start + _MATCH_BLOCKS], alive)
+            alive = {
+                word: left
+                for word, bits in words.items()
+                if (left := _descend(bits, alive[word], start, depth_of, word))
+            }
+            if not alive:
                 break
-        return {worker: depth_of[column] for worker, column in self._columns.items() if depth_of[column]}
+        worker_of = self._known.worker_of
+        return {worker_of[column]: depth for column, depth in depth_of.items()}
 
     def tick(self, now: float) -> None:
         """Call a few times a second: forgets old predictions, and carries the upkeep on by a slice."""
@@ -208,11 +218,11 @@ class BlockIndex:
         self.fold()
         self._dirty |= 1 << column
 
-    def _bits_of(self, columns: Iterable[int]) -> list[int]:
-        """One mask per word."""
-        masks = [0] * self._num_words
+    def _bits_of(self, columns: Iterable[int]) -> dict[int, int]:
+        """Word -> its mask."""
+        masks: dict[int, int] = {}
         for column in columns:
-            masks[column // _WORD] |= 1 << (column % _WORD)
+            masks[column // _WORD] = masks.get(column // _WORD, 0) | 1 << (column % _WORD)
         return masks
 
     @property
@@ -303,48 +313,48 @@ class BlockIndex:
     def _tables(self) -> list[BlockTable]:
         return [self._table] if self._old is None else [self._table, self._old]
 
-    def _gather(self, keys: Keys, num_words: int) -> list[Masks]:
+    def _gather(self, keys: Keys, words: Iterable[int]) -> dict[int, Masks]:
         """Per word, the bits of each block up to the first that nobody has."""
         keys = np.maximum(keys, 1)
         if self._old is None:
-            slots = self._table.locate(keys)
-            absent = np.flatnonzero(slots < 0)
-            if len(absent):
-                slots = slots[: absent[0]]
-            return [self._table.gather(slots, word) for word in range(num_words)]
-        words = [np.zeros(len(keys), np.uint64) for _ in range(num_words)]
+            slots = self._table.locate_leading(keys)
+            return {word: self._table.gather(slots, word) for word in words}
+        gathered = {word: np.zeros(len(keys), np.uint64) for word in words}
         for table in self._tables():
             slots = table.locate(keys)
             present = slots >= 0
-            for word, bits in enumerate(words):
+            for word, bits in gathered.items():
                 bits[present] |= table.gather(slots[present], word)
-        return words
+        return gathered
 
 
-def _descend(bits: Masks, alive: int, start: int, depth_of: list[int], word: int) -> int:
+def _descend(bits: Masks, alive: int, start: int, depth_of: dict[int, int], word: int) -> int:
     """Follow a chain down by some blocks.
 
     Args:
         bits: of each of these blocks; the chain ends behind the last of them if that is earlier than asked for.
         alive: columns that have every block before `start`.
-        depth_of: per column; set for those of `alive`.
+        depth_of: column -> blocks; set for those of `alive` that have any.
 
     Returns:
         The columns that have these blocks, too.
     """
-    if not alive:
+    if not len(bits):
+        _set_depth(alive, start, depth_of, word)
         return 0
-    held = np.bitwise_and.accumulate(np.concatenate((np.array([alive], np.uint64), bits)))
-    changes = np.flatnonzero(held[1:] != held[:-1])
-    for at in changes.tolist():
-        if start + at:  # else they hold nothing, as it says there
-            _set_depth(int(held[at]) & ~int(held[at + 1]), start + at, depth_of, word)
+    bits[0] &= np.uint64(alive)
+    held = np.bitwise_and.accumulate(bits)
+    _set_depth(alive & ~int(held[0]), start, depth_of, word)
+    for at in np.flatnonzero(held[1:] != held[:-1]).tolist():
+        _set_depth(int(held[at]) & ~int(held[at + 1]), start + at + 1, depth_of, word)
     last = int(held[-1])
     _set_depth(last, start + len(bits), depth_of, word)
     return last if len(bits) == _MATCH_BLOCKS else 0
 
 
-def _set_depth(columns: int, depth: int, depth_of: list[int], word: int) -> None:
+def _set_depth(columns: int, depth: int, depth_of: dict[int, int], word: int) -> None:
+    if not depth:  # they hold nothing
+        return
     while columns:
         lowest = columns & -columns
         depth_of[word * _WORD + lowest.bit_length() - 1] = depth

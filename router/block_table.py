@@ -21,8 +21,9 @@ Masks = npt.NDArray[np.uint64]
 BUCKET = 8
 MAX_LOAD = 0.8
 
-_LOW = np.uint64(0xFFFFFFFF)
-_SHIFT = np.uint64(32)
+_BUCKET_SHIFT = BUCKET.bit_length() - 1
+_ROW_SHIFT = _BUCKET_SHIFT + 1  # two buckets
+_HALF = np.uint64(32)
 _ROUNDS = 16  # of an insertion: keys of one batch that want the same place settle it in as many turns
 
 
@@ -41,6 +42,7 @@ class BlockTable:
         assert 0 < num_buckets < 1 << 32, num_buckets
         self.num_buckets = num_buckets
         self.num_slots = num_buckets * BUCKET
+        self._scale = np.uint64(num_buckets)
         self.num_used = 0
         self._num_moves = 0
         self._keys: npt.NDArray[np.uint64] = np.zeros((num_buckets, BUCKET), np.uint64)
@@ -59,12 +61,29 @@ class BlockTable:
 
     def locate(self, keys: Keys) -> Slots:
         """Slot of each key, -1 where it is absent."""
+        rows, found = self._hits(keys)
         slots = np.full(len(keys), -1, np.int64)
-        buckets = self._buckets(keys)
-        hits = np.flatnonzero(self._keys.take(buckets.reshape(-1), axis=0).reshape(-1, 2 * BUCKET) == keys[:, None])
-        rows, columns = np.divmod(hits, 2 * BUCKET)
-        slots[rows] = buckets.reshape(-1)[hits // BUCKET] * BUCKET + columns % BUCKET
+        slots[rows] = found
         return slots
+
+    def locate_leading(self, keys: Keys) -> Slots:
+        """Slots of the keys before the first that is absent."""
+        rows, found = self._hits(keys)
+        odd = np.flatnonzero(rows != np.arange(len(rows)))
+        if not len(odd):
+            return found
+        if rows[odd[0]] > odd[0]:
+            return found[: odd[0]]
+        slots = self.locate(keys)  # there is a key whose two buckets are one, so that it is found twice
+        absent = np.flatnonzero(slots < 0)
+        return slots[: absent[0]] if len(absent) else slots
+
+    def _hits(self, keys: Keys) -> tuple[Slots, Slots]:
+        """Which of `keys` are present, in order, and their slots; one twice if its two buckets are the same."""
+        buckets = self._buckets(keys).reshape(-1)
+        held = self._keys.take(buckets, axis=0).reshape(-1, 2 * BUCKET)
+        hits = np.flatnonzero(held == keys[:, None])
+        return hits >> _ROW_SHIFT, buckets.take(hits >> _BUCKET_SHIFT) * BUCKET + (hits & (BUCKET - 1))
 
     def add(self, keys: Keys, plane: int, word: int, masks: Masks) -> Slots:
         """Set the bits `masks[i]` of `keys[i]`; keys may repeat.
@@ -227,8 +246,5 @@ class BlockTable:
 
     def _buckets(self, keys: Keys) -> Slots:
         """`[n, 2]`: the two halves of each key, scaled to the number of buckets."""
-        buckets = np.empty((len(keys), 2), np.int64)
-        scale = np.uint64(self.num_buckets)
-        buckets[:, 0] = ((keys & _LOW) * scale) >> _SHIFT
-        buckets[:, 1] = ((keys >> _SHIFT) * scale) >> _SHIFT
-        return buckets
+        halves = np.ascontiguousarray(keys, "<u8").view("<u4").reshape(-1, 2)
+        return ((halves * self._scale) >> _HALF).view(np.int64)

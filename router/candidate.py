@@ -59,6 +59,7 @@ class Candidate:
         suspect: silent for longer than it should be.
         load: its last beat, heard at `load_at`.
         reserved_requests, reserved_tokens: of this gateway's requests there (tokens: prompts not read yet).
+        latest: what `standing` returned last; None: it has changed since.
         turn: number of the last placement; breaks ties.
     """
 
@@ -70,8 +71,6 @@ class Candidate:
         "_recent_rows",
         "_recent_s",
         "_rows",
-        "_standing",
-        "_standing_of",
         "_unheard",
         "_unheard_rows",
         "_unheard_us",
@@ -79,6 +78,7 @@ class Candidate:
         "breaker",
         "info",
         "key",
+        "latest",
         "load",
         "load_at",
         "mean_prefill_s",
@@ -112,8 +112,7 @@ class Candidate:
         self._gone_rows = 0  # that ended since the last beat, which still counts them
         self._recent_s = Recent()
         self._recent_rows = Recent()
-        self._standing: Standing | None = None  # None: it has changed
-        self._standing_of: tuple[WorkerInfo, tuple[float, ...]] | None = None
+        self.latest: Standing | None = None
 
     @property
     def name(self) -> str:
@@ -127,7 +126,8 @@ class Candidate:
 
     def reserve(self, number: int, work: Work, now: float) -> None:
         """Enter a request under a number that nothing here has."""
-        self._standing = None
+        self.latest = None
+        self.turn = number
         if work.prefill_tokens:
             if not self._work:
                 self._head_since = now
@@ -145,7 +145,7 @@ class Candidate:
 
     def release_prefill(self, number: int, now: float) -> None:
         """The prompt has been read, or never will be. Again is fine."""
-        self._standing = None
+        self.latest = None
         is_head = number == next(iter(self._work), None)
         work = self._work.pop(number, None)
         if work is not None:
@@ -182,7 +182,7 @@ class Candidate:
         self._hear()
 
     def _hear(self) -> None:
-        self._standing = None
+        self.latest = None
         self._unheard.clear()
         self._unheard_us = self._unheard_rows = 0
         self._gone_rows = 0
@@ -193,31 +193,18 @@ class Candidate:
 
     def standing(self) -> Standing:
         """What placement weighs of this worker; the same object until something changes."""
-        of = self._standing_of
-        if self._standing is None or of is None or of[0] is not self.info or of[1] is not self.steps.coefficients:
-            self._standing_of = self.info, self.steps.coefficients
-            self._standing = self._stand()
-        return self._standing
+        standing = self.latest
+        if standing is None:
+            standing = self.latest = self._stand()
+        return standing
 
     def _stand(self) -> Standing:
-        info, load, rows = self.info, self.load, self.num_rows()
+        load, rows = self.load, self.num_rows()
         told_s = -math.inf
         if load is not None and load.queued_tokens:
-            told_s = self.steps.prefill_s(load.queued_tokens, 0, info.chunk_tokens) + self._unheard_us / 1e6
+            told_s = self.steps.prefill_s(load.queued_tokens, 0, self.info.chunk_tokens) + self._unheard_us / 1e6
         head = next(iter(self._work.values()), None)
-        prefill_step_s, prefill_token_s, prefill_pair_s, decode_step_s, decode_row_s, decode_token_s = (
-            self.steps.coefficients
-        )
         return Standing(
-            prefill_step_s=prefill_step_s,
-            prefill_token_s=prefill_token_s,
-            prefill_pair_s=prefill_pair_s,
-            decode_step_s=decode_step_s,
-            decode_row_s=decode_row_s,
-            decode_token_s=decode_token_s,
-            chunk_tokens=info.chunk_tokens or math.inf,
-            page_size=info.page_size,
-            block_bytes=info.block_bytes,
             placed_s=self._prefill_us / 1e6,
             head_s=head.prefill_us / 1e6 if head else 0.0,
             head_since=self._head_since,
@@ -230,11 +217,12 @@ class Candidate:
             kv_tokens=self.kv_tokens(rows),
             arrivals=self._recent_rows.total,
             arrived_at=self._recent_rows.at,
+            turn=self.turn,
         )
 
     def queue_s(self, now: float) -> float:
         """Seconds of prefill that a new prompt would wait for."""
-        return float(self.standing().queue_s(now))
+        return self.standing().queue_s(now)
 
     def num_rows(self) -> int:
         """Sequences that decode here or soon will."""

@@ -143,9 +143,8 @@ class StepModel:
     def prefill_s(self, num_tokens: int, context: int, chunk_tokens: int) -> float:
         """Compute `num_tokens` of a prompt behind `context` tokens that are there already."""
         per_step, per_token, per_pair = self.coefficients[:3]
-        steps = -(-num_tokens // chunk_tokens) if chunk_tokens else 1
         pairs = num_tokens * context + num_tokens * (num_tokens + 1) / 2
-        return per_step * steps + per_token * num_tokens + per_pair * pairs
+        return per_step * num_chunks(num_tokens, chunk_tokens) + per_token * num_tokens + per_pair * pairs
 
     def decode_s(self, num_rows: float, kv_tokens: float) -> float:
         """One decode step of so many sequences with so many KV tokens together."""
@@ -164,87 +163,172 @@ def fade(models: Sequence[StepModel], now: float) -> None:
         model.fade(peers, now)
 
 
+def num_chunks(num_tokens: int, chunk_tokens: int) -> int:
+    """Prefill steps for so many tokens; `chunk_tokens` 0: always one."""
+    return -(-num_tokens // chunk_tokens) if chunk_tokens else 1
+
+
 class TransferModel:
     """Hand-overs between pairs of workers; a pair that was never measured is taken for an average one.
 
-    The first hand-over of a pair connects it, too, and is not counted.
+    The first hand-over of a pair connects it, too, and is not counted. All pairs are arrays, and fitted at once: what
+    `LinearModel` does for a single one.
+
+    Attributes:
+        version: grows when anything that `links` returns may have changed.
     """
 
     def __init__(self) -> None:
+        self.version = 0
         self._fleet = LinearModel(_TRANSFER_PRIOR, _TRANSFER_SCALE)
-        self._links: dict[tuple[Hashable, Hashable], LinearModel] = {}
-        self._samples: dict[tuple[Hashable, Hashable], list[tuple[int, float]]] = {}
+        self._samples: list[tuple[Hashable, Hashable, int, float]] = []
         self._connected: set[tuple[Hashable, Hashable]] = set()
-        self._measured_at: dict[tuple[Hashable, Hashable], float] = {}
         self._rows: dict[Hashable, int] = {}
         self._free_rows: list[int] = []
-        self._known = np.full((0, 0, 2), np.nan)  # [source, target, (fixed, per byte)]
+        self._links = _Links(0)
 
     def learn(self, source: Hashable, target: Hashable, num_bytes: int, seconds: float) -> None:
         """What one hand-over took, from the end of prefill to the last byte's arrival; `fit` makes use of it."""
         if (source, target) in self._connected:
-            self._samples.setdefault((source, target), []).append((num_bytes, seconds))
+            self._samples.append((source, target, num_bytes, seconds))
         self._connected.add((source, target))
 
     def fit(self, now: float) -> None:
         """Call a few times a second."""
-        samples, self._samples = self._samples, {}
-        for pair, of_link in samples.items():
-            link = self._links.get(pair)
-            if link is None:
-                link = self._links[pair] = LinearModel(self._fleet.coefficients, _TRANSFER_SCALE)
-            features, seconds = [(1.0, num_bytes) for num_bytes, _ in of_link], [took for _, took in of_link]
-            for model in (self._fleet, link):
-                model.learn(features, seconds)
-            self._measured_at[pair] = now
-        average = np.array(self._fleet.coefficients)
-        for pair, link in self._links.items():
-            kept = math.exp((self._measured_at[pair] - now) / FADE_S)
-            if kept < FORGOTTEN:
-                continue
-            row, column = self._row(pair[0]), self._row(pair[1])  # which may replace the array
-            self._known[row, column] = kept * np.array(link.coefficients) + (1 - kept) * average
+        samples, self._samples = self._samples, []
+        if samples:
+            pairs = np.array([(self._row(source), self._row(target)) for source, target, _, _ in samples])
+            features = np.array([(1.0, num_bytes) for _, _, num_bytes, _ in samples])
+            seconds = np.array([took for _, _, _, took in samples])
+            self._fleet.learn(features, seconds)
+            self._links.learn(pairs, features, seconds, self._fleet.coefficients, now)
+        self._links.fade(np.array(self._fleet.coefficients), now)
+        self.version += 1
 
     def link(self, source: Hashable, target: Hashable) -> tuple[float, float]:
         """Seconds of a hand-over of nothing, and per byte."""
-        if (source, target) not in self._links:
+        row, column = self._rows.get(source), self._rows.get(target)
+        if row is None or column is None:
             fixed_s, byte_s = self._fleet.coefficients
         else:
-            fixed_s, byte_s = self._known[self._row(source), self._row(target)].tolist()
+            fixed_s, byte_s = self._links.believed[row, column].tolist()
         return fixed_s, byte_s
 
     def links(self, sources: Sequence[Hashable], targets: Sequence[Hashable]) -> tuple[Floats, Floats]:
         """As `link`, of all pairs: each `[len(sources), len(targets)]`, or a scalar array where all are alike."""
-        fixed_s, byte_s = self._fleet.coefficients
-        if not self._links:
+        if not self._rows:
+            fixed_s, byte_s = self._fleet.coefficients
             return np.array(fixed_s), np.array(byte_s)
         rows, columns = [self._row(key) for key in sources], [self._row(key) for key in targets]
-        known = self._known[np.ix_(rows, columns)]
-        unknown = np.isnan(known[:, :, 0])
-        return np.where(unknown, fixed_s, known[:, :, 0]), np.where(unknown, byte_s, known[:, :, 1])
+        believed = self._links.believed[np.ix_(rows, columns)]
+        return np.ascontiguousarray(believed[:, :, 0]), np.ascontiguousarray(believed[:, :, 1])
 
     def forget(self, worker: Hashable) -> None:
         """Drop the links of a worker."""
-        self._samples = {pair: samples for pair, samples in self._samples.items() if worker not in pair}
+        self._samples = [sample for sample in self._samples if worker not in sample[:2]]
         self._connected = {pair for pair in self._connected if worker not in pair}
         row = self._rows.pop(worker, None)
         if row is not None:
-            self._links = {pair: model for pair, model in self._links.items() if worker not in pair}
-            self._measured_at = {pair: at for pair, at in self._measured_at.items() if worker not in pair}
-            self._known[row, :] = self._known[:, row] = np.nan
+            self._links.clear(row, self._fleet.coefficients)
             self._free_rows.append(row)
+            self.version += 1
 
     def _row(self, worker: Hashable) -> int:
         row = self._rows.get(worker)
         if row is None:
             if not self._free_rows:
-                size = len(self._known)
-                grown = np.full((2 * size + 8, 2 * size + 8, 2), np.nan)
-                grown[:size, :size] = self._known
-                self._known = grown
-                self._free_rows = list(range(len(grown) - 1, size - 1, -1))
+                size = len(self._links.believed)
+                self._links = self._links.grown(2 * size + 8, self._fleet.coefficients)
+                self._free_rows = list(range(2 * size + 7, size - 1, -1))
             row = self._rows[worker] = self._free_rows.pop()
         return row
+
+
+class _Links:
+    """Least squares for each pair of `size` rows, as in `LinearModel` for two features.
+
+    Attributes:
+        believed: `[size, size, 2]`: seconds of a hand-over of nothing, and per byte.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.believed = np.zeros((size, size, 2))
+        self._fitted = np.zeros((size, size, 2))
+        self._measured_at = np.full((size, size), -math.inf)
+        self._gram = np.zeros((size, size, 3))  # sums of 1 1, 1 x and x x
+        self._moment = np.zeros((size, size, 2))  # sums of 1 t and x t
+
+    def grown(self, size: int, average: Sequence[float]) -> _Links:
+        """The same with more rows, about which nothing is known."""
+        grown, old = _Links(size), len(self.believed)
+        grown.believed[:] = average
+        grown.believed[:old, :old] = self.believed
+        grown._fitted[:old, :old] = self._fitted
+        grown._measured_at[:old, :old] = self._measured_at
+        grown._gram[:old, :old] = self._gram
+        grown._moment[:old, :old] = self._moment
+        return grown
+
+    def clear(self, row: int, average: Sequence[float]) -> None:
+        """Know nothing about a worker."""
+        for part in ((row, slice(None)), (slice(None), row)):
+            self.believed[part] = average
+            self._measured_at[part] = -math.inf
+            self._gram[part] = self._moment[part] = 0.0
+
+    def learn(
+        self,
+        pairs: npt.NDArray[np.int64],
+        features: Floats,
+        seconds: Floats,
+        prior: Sequence[float],
+        now: float,
+    ) -> None:
+        """Take samples, oldest first: `[n, 2]` rows, `[n, 2]` features, `[n]` times."""
+        size, scale = len(self.believed), np.array(_TRANSFER_SCALE)
+        flat, group, counts = np.unique(pairs @ (size, 1), return_inverse=True, return_counts=True)
+        order = np.argsort(group, kind="stable")
+        rank = np.empty(len(group), np.int64)
+        rank[order] = np.arange(len(group)) - np.repeat(np.cumsum(counts) - counts, counts)
+        weights = FORGET ** (counts[group] - 1 - rank) / np.square(np.maximum(seconds, _FLOOR_S))
+        ones, sizes = (features / scale).T
+
+        def added(old: Floats, *products: Floats) -> Floats:
+            sums = [np.bincount(group, weights * product, len(flat)) for product in products]
+            kept: Floats = old[rows, columns] * (FORGET**counts)[:, None] + np.stack(sums, axis=1)
+            return kept
+
+        rows, columns = np.divmod(flat, size)
+        self._gram[rows, columns] = gram = added(self._gram, ones, ones * sizes, sizes * sizes)
+        self._moment[rows, columns] = moment = added(self._moment, seconds * ones, seconds * sizes)
+        self._fitted[rows, columns] = _fit_two(gram, moment, np.array(prior) * scale) / scale
+        self._measured_at[rows, columns] = now
+
+    def fade(self, average: Floats, now: float) -> None:
+        """Believe what was fitted as far as it is fresh, else the average."""
+        kept = np.exp((self._measured_at - now) / FADE_S)[:, :, None]
+        self.believed = kept * self._fitted + (1 - kept) * average
+
+
+def _fit_two(gram: Floats, moment: Floats, prior: Floats) -> Floats:
+    """What `LinearModel` makes of `[n, 3]` and `[n, 2]` sums, for each of n models of two features: `[n, 2]`."""
+    diagonal = gram[:, [0, 2]]
+    pull = _PRIOR_WEIGHT * diagonal + _LEAST_WEIGHT
+    (a, c), b = (diagonal + pull).T, gram[:, 1]
+    m, n = (moment + pull * prior).T
+    determinant = a * c - b * b
+    first, second = (m * c - n * b) / determinant, (n * a - m * b) / determinant
+    alone_first, alone_second = np.maximum(m / a, 0.0), np.maximum(n / c, 0.0)
+    both_negative = (first < 0) & (second < 0)
+    fitted = np.stack(
+        (
+            np.where(first < 0, 0.0, np.where(second < 0, alone_first, first)),
+            np.where(second < 0, 0.0, np.where(first < 0, alone_second, second)),
+        ),
+        axis=1,
+    )
+    fitted[both_negative] = 0.0
+    return fitted
 
 
 class Average:

@@ -17,6 +17,7 @@ E2E_BOUNDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 6
 QUEUE_BOUNDS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 DECISION_BOUNDS = (0.00005, 0.0001, 0.0002, 0.0003, 0.0005, 0.00075, 0.001, 0.002, 0.005, 0.01, 0.1)
 ERROR_BOUNDS = (-1.0, -0.3, -0.1, -0.03, -0.01, -0.003, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+TERM_BOUNDS = (0.0, 0.0001, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 LAG_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 TOKEN_BOUNDS = (1, 16, 64, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
@@ -155,6 +156,15 @@ SPECS: tuple[MetricSpec, ...] = (
     _gateway(Kind.GAUGE, "baton_requests_waiting", "Requests in the gateway's queue"),
     _histogram("baton_queue_wait_seconds", "In the gateway's queue, of requests that waited", QUEUE_BOUNDS),
     _histogram("baton_placement_decision_seconds", "Hashing, matching, costs and reservation", DECISION_BOUNDS),
+    MetricSpec(
+        "baton_placement_term_seconds",
+        Kind.HISTOGRAM,
+        Source.GATEWAY,
+        ("term",),
+        "What the chosen pair was predicted to cost, by term as in `baton explain`; of affinity, what it saved",
+        "",
+        TERM_BOUNDS,
+    ),
     _histogram(
         "baton_ttft_prediction_error_seconds",
         "First token of an attempt, later (+) or earlier (-) than predicted",

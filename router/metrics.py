@@ -17,6 +17,7 @@ from router.block_feed import FeedState
 from router.block_index import BlockIndex
 from router.breaker import BreakerState
 from router.config import GatewayConfig
+from router.decision import Terms
 from router.fleet_metrics import fleet_families
 from router.fleet_view import FleetView
 from router.metric_catalogue import BY_NAME, MetricSpec
@@ -58,15 +59,45 @@ class Histogram:
         """Values per bucket so far; the last bucket has no bound."""
         return list(self._counts)
 
+    @property
+    def sum(self) -> float:
+        """Of all values."""
+        return self._sum
+
+    @property
+    def buckets(self) -> list[tuple[str, float]]:
+        """Upper ends, and how many values are not above each."""
+        labels = (*map(str, self._bounds), "+Inf")
+        return list(zip(labels, map(float, accumulate(self._counts)), strict=True))
+
     def families(self, extra: dict[str, str]) -> Iterator[HistogramMetricFamily]:
         """For exposition: under its name and, with the labels `extra`, under its alias where `extra` is not empty."""
-        labels = (*map(str, self._bounds), "+Inf")
-        buckets = list(zip(labels, map(float, accumulate(self._counts)), strict=True))
+        buckets = self.buckets
         yield HistogramMetricFamily(self._spec.name, self._spec.help, buckets=buckets, sum_value=self._sum)
         if extra and self._spec.alias:
             family = HistogramMetricFamily(self._spec.alias, self._spec.help, labels=list(extra))
             family.add_metric(list(extra.values()), buckets, self._sum)
             yield family
+
+
+class TermHistograms:
+    """One histogram for each term of a placement's cost."""
+
+    def __init__(self) -> None:
+        self._spec = BY_NAME["baton_placement_term_seconds"]
+        self._of_term = {name: Histogram(self._spec.name) for name in Terms.__struct_fields__}
+
+    def observe(self, terms: Terms) -> None:
+        """Count the terms of a chosen pair; a sum that fell would look like a restart, so affinity has its sign off."""
+        for name, histogram in self._of_term.items():
+            histogram.observe(abs(getattr(terms, name)))
+
+    def family(self) -> HistogramMetricFamily:
+        """For exposition."""
+        family = HistogramMetricFamily(self._spec.name, self._spec.help, labels=self._spec.labels)
+        for name, histogram in self._of_term.items():
+            family.add_metric([name.removesuffix("_s")], histogram.buckets, histogram.sum)
+        return family
 
 
 class Metrics(Collector):
@@ -81,6 +112,7 @@ class Metrics(Collector):
         retries: attempts of streams beyond the first, by error code.
         choices: by finish reason.
         refused: requests that found no room or no worker, by reason.
+        terms: of the pairs chosen.
         placements: attempts by (prefill worker or LOCAL, decode worker).
         ttft_error: time to the first token of an attempt less what placement predicted.
     """
@@ -91,6 +123,7 @@ class Metrics(Collector):
         self.e2e = Histogram("baton_e2e_request_latency_seconds")
         self.queue_wait = Histogram("baton_queue_wait_seconds")
         self.decision = Histogram("baton_placement_decision_seconds")
+        self.terms = TermHistograms()
         self.ttft_error = Histogram("baton_ttft_prediction_error_seconds")
         self.loop_lag = Histogram("baton_event_loop_lag_seconds")
         self._prompt_lengths = Histogram("baton_request_prompt_tokens")
@@ -144,6 +177,7 @@ class Metrics(Collector):
         routing = (self.queue_wait, self.decision, self.ttft_error)
         for histogram in (self.ttft, self.itl, self.e2e, *lengths, *routing, self.loop_lag):
             yield from histogram.families(model)
+        yield self.terms.family()
         yield from self._counters(model)
         yield from self._gauges()
         yield from self._routing_gauges()

@@ -1,32 +1,21 @@
 """What each pair of workers would cost a request, in seconds; the terms are those of `decision.Terms`.
 
-A pair's cost is what its two workers cost each alone, plus the hand-over between them. Small fleets are weighed pair by
-pair, large ones as a matrix; the formula is the same code.
+A pair's cost is what its two workers cost each alone, plus the hand-over between them. This is the definition; small
+fleets are weighed by it pair by pair, and of large ones the few that `pair_matrix` found to be best.
 """
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
-from engine_core.types import Request
 from router.candidate import Candidate
-from router.cost_model import TransferModel
+from router.cost_model import TransferModel, num_chunks
 from router.decision import Option, Terms
 from router.sessions import Pair
-from router.standing import Standing, Standings, larger, smaller
 
-Floats = npt.NDArray[np.float64]
-
-NUM_RANKED = 4  # the best pair and some runners-up, for people
 SAME_S = 1e-6  # costs that differ by less are equal
-SMALL = 64  # pairs that are weighed one by one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,21 +43,18 @@ class PlacementConfig:
 
 
 class Reader(NamedTuple):
-    """A worker that could read the prompt: tokens it holds and would compute, and what that costs, in seconds.
+    """A worker that could read the prompt: tokens it holds and would compute, and what that costs, in seconds."""
 
-    Of many workers at once, `worker` is a list and all else `[n] f64` arrays; so in `Writer`.
-    """
-
-    worker: Any
-    held: Any
-    missing: Any
-    chunks: Any
-    queue_s: Any
-    prefill_s: Any
-    crowding_s: Any
-    followers_s: Any
-    affinity_s: Any
-    total_s: Any
+    worker: Candidate
+    held: int
+    missing: int
+    chunks: int
+    queue_s: float
+    prefill_s: float
+    crowding_s: float
+    followers_s: float
+    affinity_s: float
+    total_s: float
 
 
 class Writer(NamedTuple):
@@ -80,13 +66,13 @@ class Writer(NamedTuple):
         stall_s: what reading locally adds to the steps of the sequences that decode there now.
     """
 
-    worker: Any
+    worker: Candidate
     local: Reader
-    num_bytes: Any
-    itl_s: Any
-    stall_s: Any
-    affinity_s: Any
-    total_s: Any
+    num_bytes: int
+    itl_s: float
+    stall_s: float
+    affinity_s: float
+    total_s: float
 
 
 class Choice(NamedTuple):
@@ -97,55 +83,66 @@ class Choice(NamedTuple):
     writer: Writer
 
 
+class Asked(NamedTuple):
+    """What of a request decides its costs.
+
+    Attributes:
+        num_tokens: of the prompt.
+        output_tokens: still to come, on average.
+        held: worker -> leading tokens of the prompt that it holds; a worker that is not in it holds none.
+        last: where the session's last request went.
+    """
+
+    num_tokens: int
+    output_tokens: float
+    held: Mapping[Hashable, int]
+    last: Pair | None
+
+
 class PairCosts:
     """Of one request, at one moment.
 
     Args:
-        held: worker -> leading tokens of the prompt that it holds; a worker that is not in it holds none.
-        last: where the session's last request went.
-        output_tokens: of an answer, on average.
+        busy: mean utilization of the workers that read prompts, of late.
     """
 
     def __init__(
-        self,
-        config: PlacementConfig,
-        transfers: TransferModel,
-        request: Request,
-        held: dict[object, int],
-        last: Pair | None,
-        output_tokens: float,
-        now: float,
+        self, config: PlacementConfig, transfers: TransferModel, asked: Asked, busy: float, now: float
     ) -> None:
         self._config = config
         self._transfers = transfers
-        self._num_tokens = len(request.token_ids)
-        self._held = held
-        self._last = last
-        left = request.sampling.max_tokens - (self._num_tokens - request.num_prompt_tokens)
-        self._output_tokens = min(left, output_tokens)
+        self._asked = asked
         self._now = now
-        self._followers = 0.0
+        self._followers = config.followers * num_followers(busy)
 
-    def rank(
-        self, sources: Sequence[Candidate], targets: Sequence[Candidate], standings: Standings
-    ) -> tuple[list[Choice], int]:
-        """The cheapest pairs, best first, and how many were weighed. Of equals, the one that waited longest.
+    def all(self, sources: Sequence[Candidate], targets: Sequence[Candidate]) -> list[Choice]:
+        """All pairs that may be chosen, the cheapest first. Of equals, the one that waited longest.
 
         Args:
             sources, targets: prefill and decode workers that may be used; at least one target.
-            standings: used where there are many.
         """
-        if len(sources) * len(targets) <= SMALL:
-            busy = [worker.standing().busy(self._now) for worker in sources or targets]
-            self._followers = self._config.followers * _num_followers(sum(busy) / len(busy))
-            readers = [self._reader_of(source, 0) for source in sources]
-            writers = [self._writer_of(target) for target in targets]
-            choices = [choice for reader in readers for writer in writers if (choice := self._pair(reader, writer))]
-            choices += [self._local(writer) for writer in writers if not choices or self._may_read(writer)]
-            num_weighed = len(choices)
-        else:
-            choices, num_weighed = self._best_of_many(sources, targets, standings.of([*sources, *targets]))
-        return sorted(choices, key=_order)[:NUM_RANKED], num_weighed
+        readers = [self._reader(source, 0) for source in sources]
+        writers = [self._writer(target) for target in targets]
+        choices = [choice for reader in readers for writer in writers if (choice := self._pair(reader, writer))]
+        choices += [self._local(writer) for writer in writers if not choices or self._may_read(writer)]
+        return sorted(choices, key=_order)
+
+    def some(self, pairs: Iterable[tuple[Candidate | None, Candidate]]) -> list[Choice]:
+        """The same of these pairs, which may be chosen; without a source, the target reads the prompt."""
+        readers: dict[Candidate, Reader] = {}
+        writers: dict[Candidate, Writer] = {}
+        choices = []
+        for source, target in pairs:
+            writer = writers.get(target) or writers.setdefault(target, self._writer(target))
+            choice: Choice | None
+            if source is None:
+                choice = self._local(writer)
+            else:
+                reader = readers.get(source) or readers.setdefault(source, self._reader(source, 0))
+                choice = self._pair(reader, writer)
+                assert choice is not None, (source, target)
+            choices.append(choice)
+        return sorted(choices, key=_order)
 
     def option(self, choice: Choice) -> Option:
         """For people."""
@@ -171,50 +168,41 @@ class PairCosts:
 
     # one worker
 
-    def _reader_of(self, worker: Candidate, role: int) -> Reader:
-        affinity_s = self._affinity_s if self._last is not None and self._last[role] == worker.key else 0.0
-        return self._reader(worker, worker.standing(), self._held.get(worker.key, 0), affinity_s)
-
-    def _writer_of(self, worker: Candidate) -> Writer:
-        return self._writer(worker.standing(), self._reader_of(worker, 1))
-
-    @property
-    def _affinity_s(self) -> float:
-        """Each of the session's last two workers is worth half of it."""
-        return -self._config.affinity_s / 2
-
-    # one worker or many
-
-    def _reader(self, worker: Any, standing: Standing, held: Any, affinity_s: Any) -> Reader:
-        config, now, num_tokens, page_size = self._config, self._now, self._num_tokens, standing.page_size
-        held = smaller(held, (num_tokens - 1) // page_size * page_size)  # the last token is computed, for its logits
+    def _reader(self, worker: Candidate, role: int) -> Reader:
+        config, now, asked, info, standing = self._config, self._now, self._asked, worker.info, worker.standing()
+        num_tokens, last = asked.num_tokens, asked.last
+        held = readable(asked.held.get(worker.key, 0), num_tokens, info.page_size)
         missing = num_tokens - held
         queue_s = config.queue * standing.queue_s(now)
-        prefill_s = config.prefill * standing.prefill_s(missing, held)
+        prefill_s = config.prefill * worker.steps.prefill_s(missing, held, info.chunk_tokens)
         crowding_s = config.crowding * standing.expected_wait_s(now)
         followers_s = self._followers * prefill_s
+        # Each of the session's last two workers is worth half of it.
+        affinity_s = -config.affinity_s / 2 if last is not None and last[role] == worker.key else 0.0
         total_s = queue_s + prefill_s + crowding_s + followers_s + affinity_s
-        chunks = standing.num_steps(missing)
+        chunks = num_chunks(missing, info.chunk_tokens)
         terms = queue_s, prefill_s, crowding_s, followers_s, affinity_s
         return Reader(worker, held, missing, chunks, *terms, total_s)
 
-    def _writer(self, standing: Standing, local: Reader) -> Writer:
+    def _writer(self, worker: Candidate) -> Writer:
         """The sequence's own steps get longer by its neighbours, theirs by it."""
-        config, num_tokens, page_size, rows = self._config, self._num_tokens, standing.page_size, standing.rows
-        row_s = standing.decode_row_s + standing.decode_token_s * num_tokens
-        alone_s = standing.decode_step_s + row_s
-        crowd = larger(rows, standing.arrivals_per_s(self._now) * self._output_tokens * alone_s)  # Little's law
-        slower_s = standing.decode_row_s * crowd + standing.decode_token_s * standing.kv_tokens
-        itl_s = config.itl * self._output_tokens * (slower_s + crowd * row_s)
-        num_pages = -(-num_tokens // page_size)
-        stall_s = config.itl * rows * local.prefill_s
-        num_bytes = (num_pages - local.held // page_size) * standing.block_bytes
-        total_s = itl_s + local.affinity_s
-        return Writer(local.worker, local, num_bytes, itl_s, stall_s, local.affinity_s, total_s)
+        config, info, standing = self._config, worker.info, worker.standing()
+        num_tokens, output_tokens, *_ = self._asked
+        local = self._reader(worker, 1)
+        step_s, decode_row_s, decode_token_s = worker.steps.coefficients[3:]
+        row_s = decode_row_s + decode_token_s * num_tokens
+        alone_s = step_s + row_s
+        crowd = max(standing.rows, standing.arrivals_per_s(self._now) * output_tokens * alone_s)  # Little's law
+        slower_s = decode_row_s * crowd + decode_token_s * standing.kv_tokens
+        itl_s = config.itl * output_tokens * (slower_s + crowd * row_s)
+        num_pages = -(-num_tokens // info.page_size)
+        stall_s = config.itl * standing.rows * local.prefill_s
+        num_bytes = (num_pages - local.held // info.page_size) * info.block_bytes
+        return Writer(worker, local, num_bytes, itl_s, stall_s, local.affinity_s, itl_s + local.affinity_s)
 
-    def _may_read(self, writer: Writer) -> Any:
+    def _may_read(self, writer: Writer) -> bool:
         limit = self._config.local_prefill_tokens
-        return writer.local.missing <= (limit if limit >= 0 else math.inf)
+        return limit < 0 or writer.local.missing <= limit
 
     # pairs
 
@@ -226,111 +214,29 @@ class PairCosts:
         return Choice((total_s, reader.worker.turn + writer.worker.turn), reader, writer)
 
     def _local(self, writer: Writer) -> Choice:
-        return Choice((_local_s(writer), 2 * writer.worker.turn), None, writer)
+        total_s = writer.local.total_s + writer.total_s + writer.stall_s
+        return Choice((total_s, 2 * writer.worker.turn), None, writer)
 
     def _transfer_s(self, reader: Reader, writer: Writer) -> float:
+        """What of a hand-over is left when prefill ends: its last chunk, or all that prefill was too short to hide."""
         fixed_s, byte_s = self._transfers.link(reader.worker.key, writer.worker.key)
-        return fixed_s + float(_left_s(byte_s * writer.num_bytes, reader.chunks, reader.prefill_s))
-
-    def _best_of_many(
-        self, sources: Sequence[Candidate], targets: Sequence[Candidate], standing: Standing
-    ) -> tuple[list[Choice], int]:
-        """The best choices, and how many there are. `standing` is of sources, then targets."""
-        count, width, workers = len(sources), len(targets), [*sources, *targets]
-        of_sources: Standing = _sliced(standing, 0, count)
-        of_targets: Standing = _sliced(standing, count, len(workers))
-        busy = (of_sources if count else of_targets).busy(self._now)
-        self._followers = self._config.followers * _num_followers(float(busy.mean()))
-        held = np.array([self._held.get(worker.key, 0) for worker in workers], np.float64)
-        reading = self._reader(workers, standing, held, self._affinities(workers, count))
-        reader: Reader = _sliced(reading, 0, count)
-        writer = self._writer(of_targets, _sliced(reading, count, len(workers)))
-        fixed_s, byte_s = self._transfers.links([one.key for one in sources], [one.key for one in targets])
-        left_s = _left_s(byte_s * writer.num_bytes, reader.chunks[:, None], reader.prefill_s[:, None])
-        costs_s = np.empty((count + 1, width))  # of pairs, and in the last row of targets that read the prompt, too
-        costs_s[:count] = self._config.transfer * (fixed_s + left_s) + reader.total_s[:, None] + writer.total_s
-        _forbid_strangers(costs_s[:count], sources, targets)
-        costs_s[count] = _local_s(writer)
-        if np.isfinite(costs_s[:count]).any():
-            costs_s[count][~self._may_read(writer)] = np.inf
-        turns = np.array([worker.turn for worker in workers])
-        both = np.concatenate((turns[:count, None] + turns[count:], 2 * turns[None, count:]))
-        best = [divmod(at, width) for at in _least(costs_s.reshape(-1), both.reshape(-1))]
-        writers = {column: _writer_at(writer, column) for _, column in best}
-        choices = [
-            self._local(writers[column]) if row == count else self._pair(_reader_at(reader, row), writers[column])
-            for row, column in best
-        ]
-        return [choice for choice in choices if choice], int(np.isfinite(costs_s).sum())
-
-    def _affinities(self, workers: Sequence[Candidate], num_sources: int) -> Floats:
-        """Per worker, what affinity is worth."""
-        affinity_s = np.zeros(len(workers))
-        if self._last is not None:
-            for at, worker in enumerate(workers):
-                if worker.key == self._last[at >= num_sources]:
-                    affinity_s[at] = self._affinity_s
-        return affinity_s
+        moving_s = byte_s * writer.num_bytes
+        hidden_s = reader.prefill_s * (1 - 1 / reader.chunks)
+        return fixed_s + max(moving_s / reader.chunks, moving_s - hidden_s)
 
 
-def _sliced(fields: Any, start: int, end: int) -> Any:
-    """Some of many workers."""
-    return type(fields)(*[field[start:end] for field in fields])
+def readable(held: int, num_tokens: int, page_size: int) -> int:
+    """Of the tokens held, those that need not be computed: the last one is, for its logits."""
+    return min(held, (num_tokens - 1) // page_size * page_size)
 
 
-def _reader_at(reader: Reader, at: int) -> Reader:
-    """One of many, in numbers."""
-    worker, held, missing, *rest = [field[at] for field in reader]
-    return Reader(worker, int(held), int(missing), *map(float, rest))
-
-
-def _writer_at(writer: Writer, at: int) -> Writer:
-    """One of many, in numbers."""
-    workers, local, *rest = writer
-    num_bytes, *seconds = [field[at] for field in rest]
-    return Writer(workers[at], _reader_at(local, at), int(num_bytes), *map(float, seconds))
-
-
-def _left_s(moving_s: Any, chunks: Any, prefill_s: Any) -> Any:
-    """What of a hand-over is left when prefill ends: its last chunk, or all that prefill was too short to hide.
-
-    Takes numbers or arrays alike; `(a + b + |a - b|) / 2` is the larger of two.
-    """
-    last_s = moving_s / chunks
-    late_s = moving_s - prefill_s * (1 - 1 / chunks)
-    return (last_s + late_s + abs(last_s - late_s)) / 2
-
-
-def _num_followers(busy: float) -> float:
+def num_followers(busy: float) -> float:
     """Seconds that others wait for each second of prefill that is added to a worker with so much of it.
 
     Where arrivals wait for `busy / (1 - busy) / 2` mean prompts, as in `Standing.expected_wait_s`, all of them together
     wait `busy ** 2 / (1 - busy) / 2` seconds per second; this is its derivative.
     """
     return 0.5 * busy * (2 - busy) / (1 - busy) ** 2
-
-
-def _local_s(writer: Writer) -> Any:
-    """Of a worker that does both."""
-    return writer.local.total_s + writer.total_s + writer.stall_s
-
-
-def _least(costs_s: Floats, turns: npt.NDArray[np.int64]) -> list[int]:
-    """Where the `NUM_RANKED` least costs are, of equals those with the earliest turns; infinite ones left out."""
-    count = min(NUM_RANKED, len(costs_s))
-    limit_s = np.partition(costs_s, count - 1)[count - 1] + SAME_S
-    close = np.flatnonzero(costs_s <= min(limit_s, sys.float_info.max))
-    order = np.lexsort((turns[close], np.rint(costs_s[close] / SAME_S)))
-    found: list[int] = close[order[:count]].tolist()
-    return found
-
-
-def _forbid_strangers(total_s: Floats, sources: Sequence[Candidate], targets: Sequence[Candidate]) -> None:
-    """Workers of unequal fingerprints never exchange KV."""
-    of_sources = [worker.info.fingerprint for worker in sources]
-    of_targets = [worker.info.fingerprint for worker in targets]
-    if len({*of_sources, *of_targets}) > 1:
-        total_s[np.array(of_sources)[:, None] != np.array(of_targets)] = np.inf
 
 
 def _order(choice: Choice) -> tuple[int, int]:

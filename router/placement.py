@@ -10,7 +10,7 @@ Plain Python without I/O; choose and reserve are one step.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 
 from engine_core.block_hash import BlockHasher, Keys
 from engine_core.errors import NoWorkerAvailable
@@ -18,15 +18,17 @@ from engine_core.types import Request
 from router.block_index import BlockIndex
 from router.breaker import BreakerState
 from router.candidate import Candidate, Work
-from router.cost_model import Average, TransferModel
+from router.cost_model import Average, TransferModel, num_chunks
 from router.decision import Decision
-from router.pair_costs import Choice, PairCosts, PlacementConfig, Reader
-from router.sessions import Sessions
-from router.standing import Standings
+from router.pair_costs import Asked, Choice, PairCosts, PlacementConfig, Reader
+from router.pair_matrix import PairMatrix
+from router.sessions import Pair, Sessions
 
 __all__ = ["JointPlacement", "Placement", "PlacementConfig"]
 
 MAX_HASHERS = 256
+NUM_RANKED = 3  # the best pair and two runners-up, for people
+SMALL = 64  # pairs that are weighed one by one
 FIRST_OUTPUT_TOKENS = 64.0
 
 WorkerKey = tuple[str, int]
@@ -89,7 +91,7 @@ class JointPlacement:
         self._hashers: dict[tuple[int, bytes, str], BlockHasher] = {}
         self._numbers = itertools.count(1)
         self._output_tokens = Average(FIRST_OUTPUT_TOKENS, 64)
-        self._standings = Standings()
+        self._matrix = PairMatrix(config, transfers)
 
     def place(
         self,
@@ -120,15 +122,14 @@ class JointPlacement:
         keys = self._keys_of(request, [*sources, *targets])
         held = self._held(keys, len(request.token_ids))
         last = self._sessions.last(session, now)
-        costs = PairCosts(self._config, self._transfers, request, held, last, self._output_tokens.value, now)
-        ranked, num_weighed = costs.rank(sources, targets, self._standings)
+        ranked, costs, num_weighed = self._rank(request, sources, targets, held, last, now)
         decision = Decision(
             request_id=request.request_id,
             epoch=request.epoch,
             at=now,
             num_tokens=len(request.token_ids),
             chosen=costs.option(ranked[0]),
-            others=tuple([costs.option(choice) for choice in ranked[1:]]),
+            others=tuple([costs.option(choice) for choice in ranked[1:NUM_RANKED]]),
             num_weighed=num_weighed,
             excluded=excluded,
         )
@@ -165,7 +166,7 @@ class JointPlacement:
         if rows > target.info.num_slots:  # it may have waited for a slot
             return
         waited_s = target.steps.decode_s(rows, target.kv_tokens(rows))
-        chunks = max(1, round(source.standing().num_steps(placement.prefill_tokens)))
+        chunks = max(1, num_chunks(placement.prefill_tokens, source.info.chunk_tokens))
         self._transfers.learn(source.key, target.key, placement.transfer_bytes // chunks, max(0.0, seconds - waited_s))
 
     def network_s(self, placement: Placement) -> float:
@@ -181,6 +182,27 @@ class JointPlacement:
     def finished(self, num_output_tokens: int) -> None:
         """A request ended after so many tokens."""
         self._output_tokens.add(num_output_tokens)
+
+    def _rank(
+        self,
+        request: Request,
+        sources: Sequence[Candidate],
+        targets: Sequence[Candidate],
+        held: dict[Hashable, int],
+        last: Pair | None,
+        now: float,
+    ) -> tuple[list[Choice], PairCosts, int]:
+        """The best choices, what computed them, and of how many they are the best."""
+        left = request.sampling.max_tokens - (len(request.token_ids) - request.num_prompt_tokens)
+        asked = Asked(len(request.token_ids), min(left, self._output_tokens.value), held, last)
+        if len(sources) * len(targets) <= SMALL:
+            busy = [worker.standing().busy(now) for worker in sources or targets]
+            costs = PairCosts(self._config, self._transfers, asked, sum(busy) / len(busy), now)
+            choices = costs.all(sources, targets)
+            return choices, costs, len(choices)
+        best = self._matrix.best(sources, targets, asked, now, NUM_RANKED)
+        costs = PairCosts(self._config, self._transfers, asked, best.busy, now)
+        return costs.some(best.pairs), costs, best.num_weighed
 
     # the index
 
@@ -202,15 +224,15 @@ class JointPlacement:
             self._hashers[page_size, salt, namespace] = hasher
         return hasher
 
-    def _held(self, keys: dict[tuple[int, str], Keys], num_tokens: int) -> dict[object, int]:
+    def _held(self, keys: dict[tuple[int, str], Keys], num_tokens: int) -> dict[Hashable, int]:
         """Worker -> leading tokens it holds; a worker that is not in it holds none."""
-        held: dict[object, int] = {}
+        held: dict[Hashable, int] = {}
         for (page_size, _), of_kind in keys.items():
             for worker, depth in self._index.match(of_kind).items():
                 held[worker] = depth * page_size
         return held
 
-    def _predict(self, reader: Candidate, keys: dict[tuple[int, str], Keys], held: dict[object, int]) -> None:
+    def _predict(self, reader: Candidate, keys: dict[tuple[int, str], Keys], held: dict[Hashable, int]) -> None:
         """Prompts are read in the order of placement, so what comes behind this one will find its blocks there.
 
         Nothing is foretold of a decode worker that waits for them: who reads there would come before they do.
@@ -245,11 +267,11 @@ class JointPlacement:
 def _reserve(worker: Candidate, number: int, work: Work, now: float) -> None:
     worker.reserve(number, work, now)
     worker.breaker.placed(now)
-    worker.turn = number
 
 
 def _reading(reader: Reader) -> Work:
-    seconds = reader.worker.standing().prefill_s(reader.missing, reader.held)
+    worker = reader.worker
+    seconds = worker.steps.prefill_s(reader.missing, reader.held, worker.info.chunk_tokens)
     return Work(reader.missing, round(1e6 * seconds), 0, 0)
 
 

@@ -300,6 +300,7 @@ class Service:
             session=stream.session,
         )
         self.metrics.decision.observe(time.perf_counter() - started)
+        self.metrics.terms.observe(placement.decision.chosen.terms)
         self.registry.fold_soon()
         return placement
 

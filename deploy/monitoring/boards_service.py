@@ -356,6 +356,19 @@ ROUTER = Board(
             ),
         ),
         Row(
+            "Terms",
+            8,
+            (
+                lines(
+                    "Terms of placement",
+                    "What chosen pairs were predicted to cost, on average by term: queue and prefill make up TTFT.",
+                    "s",
+                    24,
+                    (mean(BOARD, "baton_placement_term_seconds", ("term",)), "{{term}}"),
+                ),
+            ),
+        ),
+        Row(
             "Global index",
             9,
             (

@@ -154,7 +154,6 @@ class Simple:
         seconds = source.steps.prefill_s(missing, num_tokens - missing, source.info.chunk_tokens)
         source.reserve(self._number, Work(missing, round(1e6 * seconds), 0, 0), now)
         target.reserve(self._number, Work(0, 0, 1, num_tokens), now)
-        source.turn = target.turn = self._number
         for worker in (source, target):
             self._index.predict(worker.key, keys)
         return Reservation(self._number, source, target)

@@ -84,11 +84,23 @@ def test_extend_continues_a_chain_and_takes_arrays():
     assert whole[1:] != hasher.extend(None, [2, 3, 4, 5])
 
 
-def test_token_ids_beyond_int32_are_refused():
+@pytest.mark.parametrize("token_id", [2**40, 2**31, -(2**31) - 1])
+def test_token_ids_beyond_int32_are_refused(token_id):
     with pytest.raises(OverflowError):
-        block_hashes([2**40], 1, b"", b"")
+        block_hashes([token_id], 1, b"", b"")
     with pytest.raises(OverflowError):
-        block_hashes(np.array([2**40]), 1, b"", b"")
+        block_hashes(np.array([token_id]), 1, b"", b"")
+
+
+@pytest.mark.parametrize("page_size", [16, 48])
+def test_long_prompts_are_hashed_in_pieces(page_size):
+    """The chain goes on from one piece to the next, and where pieces end changes nothing."""
+    tokens = np.random.default_rng(0).integers(0, 2**31, 30_000).tolist()
+    hasher = BlockHasher(page_size, b"s", b"n")
+    short = hasher.extend(None, tokens[: 10 * page_size])
+    whole = short + hasher.extend(short[-1], tokens[10 * page_size :])
+    assert hasher.extend(None, tokens) == whole
+    assert hasher.keys(tokens).tolist() == [int.from_bytes(h[:KEY_BYTES], "little") for h in whole]
 
 
 def test_hashing_8k_tokens_takes_well_under_5_ms():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import cProfile
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -146,3 +148,46 @@ def test_average_follows() -> None:
     for _ in range(100):
         average.add(10.0)
     assert average.value == pytest.approx(10.0, abs=0.5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_links_fitted_at_once_are_what_each_would_be_alone(seed: int) -> None:
+    """Against one `LinearModel` per link; some laws would have negative coefficients."""
+    rng = np.random.default_rng(seed)
+    model, alone = TransferModel(), {}
+    pairs = [("a", "x"), ("a", "y"), ("b", "x"), ("b", "z")]
+    laws = {pair: rng.normal((0.003, 1e-9), (0.003, 2e-9)) for pair in pairs}
+    for pair in pairs:
+        model.learn(*pair, 0, 9.9)  # connects
+    for now in range(1, 6):
+        batch = {pair: [] for pair in pairs}
+        for _ in range(rng.integers(1, 40)):
+            pair, size = pairs[rng.integers(len(pairs))], int(rng.integers(0, 1 << 24))
+            seconds = abs(float(laws[pair] @ (1, size))) + 1e-4
+            model.learn(*pair, size, seconds)
+            batch[pair].append((size, seconds))
+        model.fit(float(now))
+        prior = model.link("nobody", "knows")
+        for pair, samples in batch.items():
+            if samples:
+                one = alone.setdefault(pair, LinearModel(prior, (1.0, 1e7)))
+                one._prior = np.array(prior) * (1.0, 1e7)
+                one.learn([(1.0, size) for size, _ in samples], [seconds for _, seconds in samples])
+                assert model.link(*pair) == pytest.approx(one.coefficients, rel=1e-6, abs=1e-15)
+
+
+def test_a_fit_costs_the_same_however_many_links_are_known() -> None:
+    """No loop over links: nothing that Python sees depends on their number."""
+    calls = []
+    for count in (4, 24):
+        model = TransferModel()
+        for source in range(count):
+            for target in range(count):
+                for size in (0, 1000, 100_000):
+                    model.learn(f"p{source}", f"d{target}", size, 0.001)
+        model.fit(0.0)
+        model.learn("p0", "d0", 1000, 0.001)
+        profile = cProfile.Profile()
+        profile.runcall(model.fit, 1.0)
+        calls.append(sum(entry.callcount for entry in profile.getstats()))
+    assert calls[0] == calls[1]

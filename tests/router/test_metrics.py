@@ -152,3 +152,17 @@ async def test_how_choices_end(cluster: Cluster, answer_ids: list[int]) -> None:
     families = await exposed(cluster)
     ends = {s.labels["finish_reason"]: s.value for s in families["baton_choices"].samples if s.name.endswith("_total")}
     assert ends == {"stop": 1, "length": 1, "cancelled": 1, "error": 1}
+
+
+async def test_the_terms_of_chosen_pairs_are_counted(cluster: Cluster) -> None:
+    name = "baton_placement_term_seconds"
+    for _ in range(2):
+        await cluster.client.completions.create(model="demo", prompt="Once upon a time", temperature=0)
+    families = await exposed(cluster)
+    terms = {sample.labels["term"] for sample in families[name].samples}
+    assert terms == {"queue", "prefill", "transfer", "itl", "crowding", "followers", "affinity"}
+    for term in terms:
+        assert value(families, name, f"{name}_count", term=term) == 2
+    decisions = [d for each in cluster.service.decisions._by_request.values() for d in each]
+    chosen_s = sum(decision.chosen.terms.prefill_s for decision in decisions)
+    assert value(families, name, f"{name}_sum", term="prefill") == pytest.approx(chosen_s)

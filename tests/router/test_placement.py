@@ -13,7 +13,7 @@ from engine_core.block_hash import BlockHasher
 from engine_core.errors import NoWorkerAvailable, WorkerDied
 from engine_core.messages import Load, PeerAddress, StepSums, WorkerInfo
 from engine_core.types import Numerics, Request, Role, SamplingParams, Tier
-from router import pair_costs
+from router import placement as placement_module
 from router.block_index import BlockIndex
 from router.breaker import MAX_FAILURES, BreakerState
 from router.candidate import Candidate, Work
@@ -373,7 +373,7 @@ def test_the_matrix_of_a_large_fleet_agrees_with_pairs_weighed_one_by_one(
 ) -> None:
     decisions = []
     for small in (0, 10_000):
-        monkeypatch.setattr(pair_costs, "SMALL", small)
+        monkeypatch.setattr(placement_module, "SMALL", small)
         rng = random.Random(seed)
         strangers = (info("px", Role.PREFILL, fingerprint="x"), info("dx", Role.DECODE, fingerprint="x"))
         fleet = Fleet(5, 4, strangers if seed % 2 else (), local_prefill_tokens=rng.choice((-1, 0)))
