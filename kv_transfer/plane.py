@@ -28,7 +28,7 @@ from engine_core.messages import Message, PeerAddress, TokenChunk
 from kv_transfer.arena import Arena, Segment
 from kv_transfer.auth import check_bind
 from kv_transfer.base import Layers, ReceiverEvents, SenderEvents
-from kv_transfer.blocks import as_layers, as_rows, payload_rows, strided_bytes, strided_rows
+from kv_transfer.blocks import as_layers, as_rows, copy_with_digests, payload_rows, strided_bytes, strided_rows
 from kv_transfer.channel import Channel
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
@@ -344,13 +344,12 @@ class PlaneKvSender:
             return None
         offset, memory = loan
         layout = self._identity.layout
-        for row, target in zip(blocks.rows, payload_rows(memory, n, layout), strict=True):
-            np.copyto(target, row)
+        digests = copy_with_digests(blocks.rows, payload_rows(memory, n, layout))
         number = self._next_loan
         self._next_loan += 1
         self._loans[number] = (memory, num_bytes)
         place = Place(self._segment, offset, n * layout.layer_bytes)
-        return PlanePush(*blocks.key, blocks.indices, place, number)
+        return PlanePush(*blocks.key, blocks.indices, digests, place, number)
 
     def _on_return(self, loans: tuple[int, ...]) -> None:
         with self._lock:

@@ -19,7 +19,7 @@ from kv_transfer import beats, handoff
 from kv_transfer.arena import Arena, SegmentRef
 from kv_transfer.auth import check_bind
 from kv_transfer.base import SenderEvents
-from kv_transfer.blocks import HostBlocks, block_header, checksums, copy_with_checksums, first_run, payload_rows
+from kv_transfer.blocks import HostBlocks, block_header, copy_with_digests, first_run, named, payload_rows
 from kv_transfer.connection import ROOM_BYTES, KvConnection
 from kv_transfer.endpoint import KvIdentity, SenderEndpoint
 from kv_transfer.handoff import Key
@@ -345,7 +345,7 @@ class _ToDecode:
         connection = min(self._connections, key=lambda each: each.queued_bytes)
         if connection.queued_bytes >= ROOM_BYTES or not self._is_granted(num_bytes):
             return 0
-        sums = checksums(source.rows, places, item.key, blocks)
+        sums = source.checksums(places, item.key, blocks)
         header = block_header(item.ticket, blocks, sums, layout, self._note(item, blocks, num_bytes, None), None)
         connection.send(header, _pieces(source, places))
         return len(blocks)
@@ -366,8 +366,8 @@ class _ToDecode:
                 self.close(ProtocolError(f"a block of {layout.block_bytes} bytes is larger than the shared memory"))
             return 0
         offset, memory = loan
-        targets = payload_rows(memory, len(run), layout)
-        sums = copy_with_checksums(source.rows, run, targets, item.key, blocks)
+        rows = [row[run.start : run.stop] for row in source.rows]
+        sums = named(copy_with_digests(rows, payload_rows(memory, len(run), layout)), item.key, blocks)
         place = Place(shared.number, offset, len(run) * layout.layer_bytes)
         self._send_place(item, blocks, sums, place, memory)
         return len(run)
@@ -376,7 +376,7 @@ class _ToDecode:
         """The blocks lie in shared memory already."""
         layout, source = self.layout, item.source
         blocks = item.blocks[: len(run)]
-        sums = checksums(source.rows, run, item.key, blocks)
+        sums = source.checksums(run, item.key, blocks)
         offset = place.offset + run.start * layout.layer_bytes
         self._send_place(item, blocks, sums, Place(place.segment, offset, place.layer_stride), source)
         return len(run)

@@ -24,7 +24,7 @@ from kv_transfer.arena import SegmentRef
 from kv_transfer.layout import BlockLayout
 from kv_transfer.ticket import Ticket
 
-KV_PROTOCOL = 3
+KV_PROTOCOL = 4
 MAX_HEADER_BYTES = 4 << 20
 
 
