@@ -30,6 +30,7 @@ from kv_transfer.auth import check_bind
 from kv_transfer.base import Layers, ReceiverEvents, SenderEvents
 from kv_transfer.blocks import as_layers, as_rows, copy_with_digests, payload_rows, strided_bytes, strided_rows
 from kv_transfer.channel import Channel
+from kv_transfer.commands import Commands
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
 from kv_transfer.plane_wire import (
@@ -101,6 +102,7 @@ class _Plane:
         self._listener = listener
         self._ready: asyncio.Future[PlaneReady]
         self._channel: Channel
+        self._commands: Commands
         self._process: subprocess.Popen[bytes]
         self._is_closing = False
 
@@ -118,6 +120,7 @@ class _Plane:
         with theirs:
             self._process = _spawn(theirs)
         self._ready = loop.create_future()
+        self._commands = Commands(mine)
         make = lambda: Channel(to_worker, lambda channel: None, self._on_message, self._on_closed)  # noqa: E731
         _, self._channel = await loop.create_connection(make, sock=mine)
         self.send(
@@ -145,12 +148,13 @@ class _Plane:
         return ready.port
 
     def send(self, message: Message) -> None:
-        """On the event loop."""
-        self._channel.send(message)
+        """On any thread."""
+        self._commands.send(message)
 
     async def close(self) -> None:
         """End the process."""
         self._is_closing = True
+        self._commands.close()
         self._channel.close()
         loop = asyncio.get_running_loop()
         try:
@@ -166,6 +170,7 @@ class _Plane:
             self._listener.on_message(message)
 
     def _on_closed(self, channel: Channel, error: Exception | None) -> None:
+        self._commands.close()
         if not self._ready.done():
             self._ready.set_result(PlaneReady(0, "the data plane ended while it started"))
         if not self._is_closing:
@@ -333,8 +338,7 @@ class PlaneKvSender:
             if message is None:
                 self._queue.append(item)
                 return
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is stopping
-                self._loop.call_soon_threadsafe(self._plane.send, message)
+            self._plane.send(message)
 
     def _stage(self, blocks: _Unstaged) -> PlanePush | None:
         """Copy into shared memory; None while there is no room. Holds the lock: only the worker's threads wait."""
@@ -412,6 +416,7 @@ class PlaneKvReceiver:
         self._plane = _Plane(self)
         self._segments: dict[int, Segment] = {}
         self._returns = Returns(lambda loans: self._plane.send(PlaneReturn(loans)))
+        self._lock = threading.Lock()  # over the following, with `healthy`
         self._open: set[Key] = set()
 
     async def start(self) -> None:
@@ -433,30 +438,22 @@ class PlaneKvReceiver:
 
     def request(self, address: PeerAddress, ticket: Ticket) -> None:
         """See KvReceiver."""
-        self._call(self._request, address, ticket)
+        with self._lock:
+            if self.healthy:
+                self._open.add(ticket.key)
+                self._plane.send(PlaneTicket(ticket, address))
+                return
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is stopping
+            self._loop.call_soon_threadsafe(self._fail, ticket.key)
 
     def cancel(self, request_id: str, epoch: int) -> None:
         """See KvReceiver."""
-        self._call(self._cancel, request_id, epoch)
+        self._open.discard((request_id, epoch))
+        self._plane.send(PlaneCancel(request_id, epoch))
 
     async def close(self) -> None:
         """See KvReceiver."""
         await self._plane.close()
-
-    def _request(self, address: PeerAddress, ticket: Ticket) -> None:
-        if not self.healthy:
-            self._events.on_failed(*ticket.key, TransferError("the data plane of the decode worker is gone"))
-            return
-        self._open.add(ticket.key)
-        self._plane.send(PlaneTicket(ticket, address))
-
-    def _cancel(self, request_id: str, epoch: int) -> None:
-        self._open.discard((request_id, epoch))
-        self._plane.send(PlaneCancel(request_id, epoch))
-
-    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is stopping
-            self._loop.call_soon_threadsafe(function, *arguments)
 
     # From the plane, on the event loop
 
@@ -481,10 +478,14 @@ class PlaneKvReceiver:
 
     def on_lost(self) -> None:
         """Nothing can be received any more."""
-        self.healthy = False
-        lost, self._open = self._open, set()
-        for request_id, epoch in lost:
-            self._events.on_failed(request_id, epoch, TransferError("the data plane of the decode worker is gone"))
+        with self._lock:
+            self.healthy = False
+            lost, self._open = self._open, set()
+        for key in lost:
+            self._fail(key)
+
+    def _fail(self, key: Key) -> None:
+        self._events.on_failed(*key, TransferError("the data plane of the decode worker is gone"))
 
     def _end(self, key: Key) -> bool:
         if key not in self._open:
