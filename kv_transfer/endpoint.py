@@ -233,8 +233,8 @@ class ReceiverEndpoint(ABC):
                 case handoff.Landed(header):
                     assert landed
                     self.deliver(header, landed)
-                case handoff.Done((request_id, epoch), first_token):
-                    self._events.on_done(request_id, epoch, first_token, first_token.finish_reason)
+                case handoff.Done((request_id, epoch), first_token, lost):
+                    self._events.on_done(request_id, epoch, first_token, lost)
                 case handoff.Lost((request_id, epoch), error):
                     self._events.on_failed(request_id, epoch, error)
 

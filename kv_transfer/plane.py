@@ -462,9 +462,9 @@ class PlaneKvReceiver:
         match message:
             case PlaneBlocks():
                 self._on_blocks(message)
-            case PlaneDone(request_id, epoch, first_token):
+            case PlaneDone(request_id, epoch, first_token, lost):
                 if self._end((request_id, epoch)):
-                    self._events.on_done(request_id, epoch, first_token, first_token.finish_reason)
+                    self._events.on_done(request_id, epoch, first_token, lost)
             case PlaneAbort(request_id, epoch):
                 if self._end((request_id, epoch)):
                     self._events.on_failed(request_id, epoch, error_of(message))

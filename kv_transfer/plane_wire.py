@@ -156,6 +156,7 @@ class PlaneDone(Message, frozen=True):
     request_id: str
     epoch: int
     first_token: TokenChunk
+    lost: tuple[int, ...]
 
 
 ToPlane = (
