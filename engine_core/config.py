@@ -32,6 +32,7 @@ class ModelConfig:
 class CacheConfig:
     """The paged KV cache."""
 
+    dtype: str = "auto"  # auto | float8_e4m3fn; auto: that of computation. float8: half of bfloat16's memory, 4 bits
     page_size: int = 0  # tokens per page; 0: 128 on TPU, 16 elsewhere
     num_pages: int = 0  # on all row shards together; 0: as many as `memory_fraction` holds
     memory_fraction: float = 0.85  # of the accelerator's memory for weights and cache together
@@ -115,6 +116,8 @@ class EngineConfig:
         ):
             if choice not in ("auto", first, second):
                 raise ConfigError(f"model.{name} must be auto, {first} or {second}, not {choice!r}")
+        if self.cache.dtype not in ("auto", "float8_e4m3fn"):
+            raise ConfigError(f"cache.dtype must be auto or float8_e4m3fn, not {self.cache.dtype!r}")
         if self.step_timeout_s <= 0:
             raise ConfigError(f"step_timeout_s must be positive, not {self.step_timeout_s}")
         if not 0 < self.cache.memory_fraction <= 1:

@@ -33,7 +33,7 @@ from engine_core.messages import PeerAddress, TokenChunk
 from kv_transfer.ticket import Ticket
 
 Layers = Sequence[np.ndarray]
-"""Per layer `[n, page_size, 2K, H]`, C-contiguous, of the layout's dtype (bfloat16: ml_dtypes.bfloat16 or uint16)."""
+"""Per layer `[n, page_size, 2K, H]`, C-contiguous, of the layout's dtype or its bits."""
 
 
 class KvSender(Protocol):
