@@ -10,7 +10,6 @@ import pytest
 from engine_core.types import Numerics, Request, SamplingParams
 from tests.mini_cluster import MiniCluster, tiny_config
 
-
 FLOAT8 = "float8_e4m3fn"
 
 
@@ -19,7 +18,7 @@ FLOAT8 = "float8_e4m3fn"
     [("auto", FLOAT8, Numerics.FAST), (FLOAT8, "auto", Numerics.FAST), (FLOAT8, FLOAT8, Numerics.STRICT)],
 )
 async def test_float8_caches(prefill_cache, decode_cache, numerics):
-    """Of one or both workers: every request is answered, as by a colocated worker, or most tokens where KV is rounded."""
+    """Of one or both workers: the answers of a colocated worker, or most of their tokens where KV is rounded."""
     config, plain = tiny_config(numerics), tiny_config(numerics)
     config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, dtype=decode_cache))
     page_size = 4 if numerics is Numerics.STRICT else 8
