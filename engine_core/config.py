@@ -76,6 +76,7 @@ class Degrees:
 class TransferConfig:
     """KV on its way from prefill to decode workers."""
 
+    transport: str = "auto"  # auto | shared_memory | tcp; auto: shared memory where both ends can map it
     connections: int = 2  # of each pair of workers on different hosts
     arena_bytes: int = (
         256 << 20
@@ -84,6 +85,12 @@ class TransferConfig:
 
     def __post_init__(self) -> None:
         """Refuse what can never work."""
+        if self.transport == "device":
+            raise ConfigError(
+                "transfer.transport device is not for workers yet: their blocks lie on the host; see docs/adr/0013"
+            )
+        if self.transport not in ("auto", "shared_memory", "tcp"):
+            raise ConfigError(f"transfer.transport must be auto, shared_memory or tcp, not {self.transport!r}")
         if self.connections < 1:
             raise ConfigError(f"transfer.connections must be at least 1, not {self.connections}")
         if self.arena_bytes < MIN_ARENA_BYTES:

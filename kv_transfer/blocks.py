@@ -159,6 +159,7 @@ def block_header(
     layout: BlockLayout,
     frame: int,
     place: Place | None,
+    pull: int = 0,
 ) -> KvBlocks:
     """Header of the (block_index, generation) `blocks`."""
     return KvBlocks(
@@ -174,6 +175,7 @@ def block_header(
         sums,
         len(blocks) * layout.block_bytes,
         place,
+        pull,
     )
 
 

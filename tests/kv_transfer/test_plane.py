@@ -11,7 +11,7 @@ import pytest
 from engine_core.errors import ConfigError, RequestCancelled, TransferError
 from kv_transfer.layout import BlockLayout
 from kv_transfer.plane import PlaneKvSender
-from kv_transfer.wire import Transport
+from kv_transfer.wire import HOST_TRANSPORTS
 from tests.kv_transfer.test_transport import ALL_TRANSPORTS, Pair, PrefillEars, first_token, open_pair, until
 
 
@@ -24,7 +24,7 @@ async def hand_over(pair: Pair, name: str, seed: int = 0) -> None:
     pair.check_blocks(name, [0, 1], seed)
 
 
-@pytest.mark.parametrize("transport", list(Transport))
+@pytest.mark.parametrize("transport", HOST_TRANSPORTS)
 async def test_the_end_of_either_plane_fails_what_is_open_and_is_seen(transport):
     async with open_pair(f"plane {transport}") as pair:
         await hand_over(pair, "before")

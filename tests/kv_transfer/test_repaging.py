@@ -16,7 +16,7 @@ from kv_transfer.blocks import HostBlocks, as_layers, as_rows
 from kv_transfer.layout import BlockLayout
 from kv_transfer.repaging import Repaging, check_convertible
 from kv_transfer.ticket import Landing, Ticket
-from kv_transfer.wire import Transport
+from kv_transfer.wire import HOST_TRANSPORTS
 from tests.kv_transfer.test_transport import first_token, open_pair, until
 
 LAYERS, HEADS, HEAD_DIM = 2, 2, 8
@@ -103,7 +103,7 @@ def test_what_cannot_be_converted_is_refused(field):
         check_convertible(layout(4, "float32"), BlockLayout(page_size=8, dtype="bfloat16", **other))
 
 
-KINDS = ["inproc", *Transport, *(f"plane {transport}" for transport in Transport)]
+KINDS = ["inproc", *HOST_TRANSPORTS, *(f"plane {transport}" for transport in HOST_TRANSPORTS)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,12 +11,14 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import uvloop
 
 from engine_core.config import TransferConfig
+from engine_core.device_fabric import JaxFabric
 from engine_core.errors import (
     BatonError,
     LayoutMismatch,
@@ -37,7 +39,7 @@ from kv_transfer.plane import PlaneKvReceiver, PlaneKvSender
 from kv_transfer.receiver import NetKvReceiver
 from kv_transfer.sender import NetKvSender
 from kv_transfer.ticket import Landing, Ticket
-from kv_transfer.wire import Transport
+from kv_transfer.wire import HOST_TRANSPORTS, Transport
 
 ARENA_BYTES = 16 << 20
 NUM_CONNECTIONS = 3
@@ -117,6 +119,9 @@ class Pair:
 
     async def start(self, limit: int, fingerprints: tuple[str, str]) -> None:
         prefill, decode = self.identity("p", fingerprints[0]), self.identity("d", fingerprints[1])
+        fabrics = [None, None]
+        if self.kind == Transport.DEVICE:
+            fabrics = [JaxFabric("127.0.0.1", jax.devices()[0]) for _ in range(2)]
         if self.is_plane:
             options = self.options(Transport(self.kind.removeprefix("plane ")))
             self.sender = PlaneKvSender(prefill, b"secret", self.prefill, options)
@@ -125,8 +130,8 @@ class Pair:
             port = await self.sender.start("127.0.0.1", 0)
         elif self.kind != "inproc":
             options = self.options(Transport(self.kind))
-            self.sender = NetKvSender(prefill, b"secret", self.prefill, limit, options)
-            self.receiver = NetKvReceiver(decode, b"secret", self.decode, options)
+            self.sender = NetKvSender(prefill, b"secret", self.prefill, limit, options, fabrics[0])
+            self.receiver = NetKvReceiver(decode, b"secret", self.decode, options, fabrics[1])
             port = await self.sender.start("127.0.0.1", 0)
         else:
             self.sender = InprocKvSender(self.network, prefill, self.prefill, limit)
@@ -240,7 +245,7 @@ def first_token(name: str, reason: FinishReason | None = None) -> TokenChunk:
 IN_THIS_PROCESS = ["inproc", *Transport]
 
 
-@pytest.fixture(params=[*IN_THIS_PROCESS, *(f"plane {transport}" for transport in Transport)])
+@pytest.fixture(params=[*IN_THIS_PROCESS, *(f"plane {transport}" for transport in HOST_TRANSPORTS)])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -509,7 +514,7 @@ async def test_damage_that_does_not_end_loses_blocks_and_not_the_hand_off():
         await pair.check_nothing_held()
 
 
-@pytest.mark.parametrize("kind", [f"plane {transport}" for transport in Transport])
+@pytest.mark.parametrize("kind", [f"plane {transport}" for transport in HOST_TRANSPORTS])
 async def test_what_was_damaged_behind_the_copy_is_lost_in_every_plane(kind):
     """The arena was written to after digests were taken: no checksum of it is right, however often it is sent."""
     async with open_pair(kind) as pair:
