@@ -55,7 +55,7 @@ from kv_transfer.plane_wire import (
 )
 from kv_transfer.receiver import NetKvReceiver
 from kv_transfer.returns import Returns
-from kv_transfer.sender import FRAME_BYTES, NetKvSender
+from kv_transfer.sender import FRAME_BYTES, MAX_FRAME_BYTES, NetKvSender
 from kv_transfer.ticket import Ticket
 from kv_transfer.wire import Place
 
@@ -64,6 +64,7 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
 MIN_LOANS = 4  # blocks that an arena has room for at the least
+PIPELINE_FRAMES = 8  # parts of a large hand-over, so that all processes on the way work at once
 Key = tuple[str, int]
 
 
@@ -265,7 +266,7 @@ class PlaneKvSender:
         indices = tuple(int(index) for index in block_indices)
         layout = self._identity.layout
         rows = as_rows(layers, len(indices), layout)
-        each = max(1, FRAME_BYTES // layout.block_bytes)
+        each = self._frame_blocks(len(indices))
         for start in range(0, len(indices), each):
             part = slice(start, start + each)
             blocks = _Unstaged((request_id, epoch), indices[part], tuple(row[part] for row in rows))
@@ -321,6 +322,13 @@ class PlaneKvSender:
             self._events.on_cancel(request_id, epoch, TransferError("the data plane of the prefill worker is gone"))
 
     # Staging
+
+    def _frame_blocks(self, count: int) -> int:
+        """Blocks per frame of so many: what a frame costs beside its bytes is paid less often in large hand-overs."""
+        block_bytes = self._identity.layout.block_bytes
+        most = min(MAX_FRAME_BYTES, max(FRAME_BYTES, self._arena_bytes // PIPELINE_FRAMES))
+        wanted = min(max(FRAME_BYTES, count * block_bytes // PIPELINE_FRAMES), most)
+        return max(1, wanted // block_bytes)
 
     def _num_bytes(self, blocks: _Unstaged) -> int:
         return len(blocks.indices) * self._identity.layout.block_bytes

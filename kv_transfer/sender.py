@@ -31,7 +31,8 @@ from kv_transfer.wire import KvBeat, KvBlocks, KvHello, KvRelease, KvSegment, Pl
 
 logger = logging.getLogger(__name__)
 
-FRAME_BYTES = 4 << 20  # payload of one frame, unless a single block is larger
+FRAME_BYTES = 4 << 20  # payload of one frame, unless a single block is larger, or a worker's plane hands over more
+MAX_FRAME_BYTES = 16 << 20
 TURN_FRAMES = 2  # copied to shared memory per turn of the event loop at most
 SESSION_BYTES = 16
 MAX_CONNECTIONS = 64  # of one session
@@ -338,7 +339,8 @@ class _ToDecode:
 
     def _send_frame(self, item: handoff.SendBlocks) -> bool:
         """Send the first frame's worth of `item` and leave the rest in front; False while there is no room."""
-        n = max(1, FRAME_BYTES // self.layout.block_bytes)
+        limit = FRAME_BYTES if item.source.place is None else MAX_FRAME_BYTES  # the worker has cut it
+        n = max(1, limit // self.layout.block_bytes)
         ways = {Transport.SHARED_MEMORY: self._share, Transport.TCP: self._stream, Transport.DEVICE: self._offer}
         n = ways[self.transport](item, n)
         if not n:
