@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from benchmarks.kv_baselines import JaxTransfer, Memcpy, MooncakeEngine, NixlAgent, RawSockets, has
+from benchmarks.kv_baselines import Digests, JaxTransfer, Memcpy, MooncakeEngine, NixlAgent, RawSockets, SameWork, has
 from benchmarks.kv_hand_off import HandOff, Way
 from benchmarks.table import Table
 from kv_transfer.layout import BlockLayout
@@ -28,6 +28,7 @@ LAYOUT = BlockLayout(num_layers=16, page_size=16, num_kv_heads=8, head_dim=128, 
 SMALL = BlockLayout(num_layers=16, page_size=16, num_kv_heads=1, head_dim=8, dtype="bfloat16")  # 8 KiB a block
 PROMPT_BLOCKS = 512 // LAYOUT.page_size
 MAX_CONNECTIONS = 4
+OWN_MEMORY = ("memcpy", "checksum, one pass", "copy, digest, verify")  # within this process
 OTHERS: dict[str, tuple[str, Callable[[np.ndarray], Way]]] = {
     "jax": ("jax", JaxTransfer),
     "nixl": ("nixl", NixlAgent),
@@ -89,6 +90,8 @@ def _open_ways(max_bytes: int, num_connections: int, others: Sequence[str]) -> l
     source = np.random.default_rng(0).integers(0, 256, max_bytes, np.uint8)
     ways: list[Way] = [
         Memcpy(source),
+        Digests(source, LAYOUT),
+        SameWork(source, LAYOUT),
         HandOff("shared memory", Transport.SHARED_MEMORY, LAYOUT, source, 1, planes=True),
         HandOff("TCP", Transport.TCP, LAYOUT, source, num_connections, planes=True),
         HandOff("shared memory, no planes", Transport.SHARED_MEMORY, LAYOUT, source, 1, planes=False),
@@ -154,11 +157,12 @@ def summary(moves: Sequence[Moves], fixed: dict[str, float]) -> dict[str, object
     best_raw = max(raw, key=at.rate)
     others = {}
     for name in at.seconds:
-        if name not in ("memcpy", *raw) and not name.startswith(("shared memory", "TCP")):
+        if name not in (*OWN_MEMORY, *raw) and not name.startswith(("shared memory", "TCP")):
             others[name] = round(at.ratio("TCP", name), 3)
     return {
         "shm_vs_memcpy": round(at.ratio("shared memory", "memcpy"), 3),
         "tcp_vs_raw": round(at.ratio("TCP", best_raw), 3),
+        "shm_vs_same_work": round(at.ratio("shared memory", "copy, digest, verify"), 3),
         "fixed_ms_512": round(min(fixed.values()), 3),
         "vs": others,
         "of_best_rounds": {

@@ -14,6 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from kv_transfer.blocks import copy_with_digests, digests, payload_rows
+from kv_transfer.layout import BlockLayout
+from kv_transfer.sender import FRAME_BYTES
+
 SOCKET_BYTES = 1 << 20  # of one send or receive call
 TARGET_BYTES = 256 << 20  # of memory to receive into, again and again
 
@@ -40,6 +44,76 @@ class Memcpy:
 
     def cpu_s(self) -> float:
         """While copying."""
+        return self._cpu_s
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class Digests:
+    """What checksums cost: a digest of every block, at one end. A hand-off takes one at each.
+
+    Args:
+        source: as many bytes as the largest move.
+        layout: of the blocks.
+    """
+
+    def __init__(self, source: np.ndarray, layout: BlockLayout) -> None:
+        self.name = "checksum, one pass"
+        self._source = source
+        self._layout = layout
+        self._cpu_s = 0.0
+
+    def move(self, num_bytes: int) -> float:
+        """Read all bytes once."""
+        n = num_bytes // self._layout.block_bytes
+        rows = payload_rows(self._source[: n * self._layout.block_bytes], n, self._layout)
+        cpu_s, start_s = time.process_time(), time.monotonic()
+        digests(rows, range(n))
+        self._cpu_s += time.process_time() - cpu_s
+        return time.monotonic() - start_s
+
+    def cpu_s(self) -> float:
+        """While reading."""
+        return self._cpu_s
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class SameWork:
+    """All that a hand-off in shared memory does to the bytes, in one thread and without a message: the floor.
+
+    A frame at a time: copied with digests into memory that has been touched before, then verified.
+
+    Args:
+        source: as many bytes as the largest move.
+        layout: of the blocks.
+    """
+
+    def __init__(self, source: np.ndarray, layout: BlockLayout) -> None:
+        self.name = "copy, digest, verify"
+        self._source = source
+        self._target = np.ones_like(source)
+        self._layout = layout
+        self._cpu_s = 0.0
+
+    def move(self, num_bytes: int) -> float:
+        """Copy and verify."""
+        layout = self._layout
+        n, each = num_bytes // layout.block_bytes, max(1, FRAME_BYTES // layout.block_bytes)
+        rows = payload_rows(self._source[: n * layout.block_bytes], n, layout)
+        cpu_s, start_s = time.process_time(), time.monotonic()
+        for at in range(0, n, each):
+            part = [row[at : at + each] for row in rows]
+            begin, count = at * layout.block_bytes, len(part[0])
+            landed = payload_rows(self._target[begin : begin + count * layout.block_bytes], count, layout)
+            assert copy_with_digests(part, landed) == digests(landed, range(count))
+        self._cpu_s += time.process_time() - cpu_s
+        return time.monotonic() - start_s
+
+    def cpu_s(self) -> float:
+        """While working."""
         return self._cpu_s
 
     def close(self) -> None:

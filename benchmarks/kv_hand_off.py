@@ -18,7 +18,6 @@ import numpy as np
 from benchmarks.kv_baselines import start_child
 from engine_core.errors import BatonError
 from engine_core.messages import PeerAddress, TokenChunk
-from engine_core.types import FinishReason
 from kv_transfer.base import Layers
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
@@ -208,7 +207,7 @@ class _Decode:
     ) -> None:
         pass
 
-    def on_done(self, request_id: str, epoch: int, first_token: TokenChunk, finish_reason: FinishReason | None) -> None:
+    def on_done(self, request_id: str, epoch: int, first_token: TokenChunk, lost: Sequence[int]) -> None:
         self._pipe.send(time.monotonic())
 
     def on_failed(self, request_id: str, epoch: int, error: BatonError) -> None:

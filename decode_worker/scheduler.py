@@ -3,6 +3,7 @@
 Life of a sequence here:
     remote: add -> waits for pages -> ticket -> blocks land, are scattered between steps -> landed with its first token
             -> ready -> takes a slot -> running
+            with blocks lost: pages released but for the leading ones in the prefix cache -> head of the chunk queue
     local:  add -> (chunk queue) pages and slot -> chunks dispatched -> running as soon as its last chunk is dispatched
     scored: local, in steps of their own that give log probabilities of the prompt, told with the first token
     running -> one row of each decode step -> stop token, limit or cancel: pages released, at most one wasted row
@@ -72,10 +73,11 @@ class _Blocks:
 
 @dataclass(frozen=True, slots=True)
 class _Landed:
-    """Behind the last blocks of a sequence."""
+    """Behind the last blocks of a sequence. `lost`: whether some will not come."""
 
     key: Key
     first_token: TokenChunk
+    lost: bool
 
 
 @dataclass(slots=True)
@@ -150,16 +152,19 @@ class DecodeScheduler:
             blocks = _Blocks(key, list(indices[part]), [layer[part] for layer in layers], list(generations[part]))
             self._arrived.append(blocks)
 
-    def landed(self, key: Key, first_token: TokenChunk) -> None:
-        """All wanted blocks have arrived and the prefill worker has told the gateway the first token."""
-        self._arrived.append(_Landed(key, first_token))
+    def landed(self, key: Key, first_token: TokenChunk, lost: Sequence[int] = ()) -> None:
+        """All wanted blocks but those of `lost` have arrived; the prefill worker has told the gateway the first token.
+
+        The prompt is computed here from the first lost block on.
+        """
+        self._arrived.append(_Landed(key, first_token, bool(lost)))
 
     def _write_arrived(self) -> None:
         """Write what has landed: everything, or one portion per step while sequences are running."""
         while self._arrived:
             arrived = self._arrived.popleft()
             if isinstance(arrived, _Landed):
-                self._finish_landing(arrived.key, arrived.first_token)
+                self._finish_landing(arrived)
                 continue
             self._write(arrived)
             if self._running:
@@ -176,18 +181,25 @@ class DecodeScheduler:
             self._replica.engine.scatter(pages, blocks.layers)
             landing.written.update(blocks.indices)
 
-    def _finish_landing(self, key: Key, first_token: TokenChunk) -> None:
-        landing = self._landing.pop(key, None)
+    def _finish_landing(self, landed: _Landed) -> None:
+        landing = self._landing.pop(landed.key, None)
         if landing is None:
             return
-        sequence = landing.sequence
-        sequence.num_dispatched = len(sequence.token_ids)
-        self._replica.memory.store(sequence, sequence.num_dispatched)
+        sequence, first_token, memory = landing.sequence, landed.first_token, self._replica.memory
+        if landed.lost:
+            self._keep_landed(landing)
+        else:
+            sequence.num_dispatched = len(sequence.token_ids)
+            memory.store(sequence, sequence.num_dispatched)
         if first_token.finish_reason is not None:
             self._drop(sequence)
             return
         sequence.token_ids += first_token.token_ids
         sequence.num_sampled += len(first_token.token_ids)
+        if landed.lost:
+            memory.release(sequence)
+            self._queue.add(sequence, first=True)
+            return
         sequence.token_on_host = True
         self._ready.append(sequence)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from engine_core.config import EngineConfig
 from engine_core.errors import BatonError, ProtocolError
 from engine_core.messages import Decode, Load, PeerAddress, Prefill, TokenChunk, WorkerInfo
 from engine_core.replica_loader import open_replica
-from engine_core.types import FinishReason, Role
+from engine_core.types import Role
 from kv_transfer.base import Layers
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
@@ -19,6 +20,8 @@ from kv_transfer.plane import PlaneKvReceiver, open_receiver
 from kv_transfer.receiver import NetKvReceiver
 from kv_transfer.ticket import Landing, Ticket
 from kv_transfer.worker_host import Key, WorkerHost
+
+logger = logging.getLogger(__name__)
 
 TICKET_LEASE_MS = 600_000  # a prefill queue may be long; a dead peer is noticed by its connection, not by this
 
@@ -124,11 +127,13 @@ class DecodeWorker:
         self._replica.stats.hand_over_received((request_id, epoch), num_bytes)
         self._host.post(lambda: self._scheduler.land((request_id, epoch), block_indices, layers, generations))
 
-    def on_done(self, request_id: str, epoch: int, first_token: TokenChunk, finish_reason: FinishReason | None) -> None:
-        """The prompt is here; a first token that ended the answer ends the request."""
+    def on_done(self, request_id: str, epoch: int, first_token: TokenChunk, lost: Sequence[int]) -> None:
+        """The prompt is here, or can be computed; a first token that ended the answer ends the request."""
+        if lost:
+            logger.warning("%d blocks of %s were lost on the way and are computed here", len(lost), request_id)
         self._replica.stats.hand_over_ended((request_id, epoch), failed=False)
-        self._host.post(lambda: self._scheduler.landed((request_id, epoch), first_token))
-        if finish_reason is not None:
+        self._host.post(lambda: self._scheduler.landed((request_id, epoch), first_token, lost))
+        if first_token.finish_reason is not None:
             self._host.end((request_id, epoch))
 
     def on_failed(self, request_id: str, epoch: int, error: BatonError) -> None:

@@ -32,6 +32,7 @@ class ModelConfig:
 class CacheConfig:
     """The paged KV cache."""
 
+    dtype: str = "auto"  # auto | float8_e4m3fn; auto: that of computation. float8: half of bfloat16's memory, 4 bits
     page_size: int = 0  # tokens per page; 0: 128 on TPU, 16 elsewhere
     num_pages: int = 0  # on all row shards together; 0: as many as `memory_fraction` holds
     memory_fraction: float = 0.85  # of the accelerator's memory for weights and cache together
@@ -75,6 +76,7 @@ class Degrees:
 class TransferConfig:
     """KV on its way from prefill to decode workers."""
 
+    transport: str = "auto"  # auto | shared_memory | tcp; auto: shared memory where both ends can map it
     connections: int = 2  # of each pair of workers on different hosts
     arena_bytes: int = (
         256 << 20
@@ -83,6 +85,12 @@ class TransferConfig:
 
     def __post_init__(self) -> None:
         """Refuse what can never work."""
+        if self.transport == "device":
+            raise ConfigError(
+                "transfer.transport device is not for workers yet: their blocks lie on the host; see docs/adr/0013"
+            )
+        if self.transport not in ("auto", "shared_memory", "tcp"):
+            raise ConfigError(f"transfer.transport must be auto, shared_memory or tcp, not {self.transport!r}")
         if self.connections < 1:
             raise ConfigError(f"transfer.connections must be at least 1, not {self.connections}")
         if self.arena_bytes < MIN_ARENA_BYTES:
@@ -115,6 +123,8 @@ class EngineConfig:
         ):
             if choice not in ("auto", first, second):
                 raise ConfigError(f"model.{name} must be auto, {first} or {second}, not {choice!r}")
+        if self.cache.dtype not in ("auto", "float8_e4m3fn"):
+            raise ConfigError(f"cache.dtype must be auto or float8_e4m3fn, not {self.cache.dtype!r}")
         if self.step_timeout_s <= 0:
             raise ConfigError(f"step_timeout_s must be positive, not {self.step_timeout_s}")
         if not 0 < self.cache.memory_fraction <= 1:

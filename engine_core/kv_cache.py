@@ -8,7 +8,9 @@ Heads that are narrower than a row of lanes (H 64 of 128) lie side by side in on
 each device fill whole rows and words: `CacheLayout.heads_per_row`. Only where they do not is a row padded.
 
 Storage: bfloat16 on a CPU is held as uint16, the same bits: XLA:CPU scatters bfloat16 a hundred times slower than
-integers in jax 0.10. `to_storage` and `from_storage` are the only places that know.
+integers in jax 0.10, and float8 as uint8 likewise. `to_storage` and `from_storage` are the only places that know.
+
+float8_e4m3fn has one unit for all heads, 1: values beyond 448 are clipped to it, others rounded to 4 significant bits.
 """
 
 from __future__ import annotations
@@ -23,8 +25,11 @@ from jax.sharding import Mesh
 from engine_core.errors import ConfigError
 from engine_core.mesh import TENSOR, cache_axes, kv_copies, sharding
 
+FLOAT8 = "float8_e4m3fn"
+FLOAT8_MAX = 448.0
 _STACKED_NDIM = 6  # of a scanned segment's array; 5 is one layer's
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, FLOAT8: 1}
+_CPU_STORAGE = {"bfloat16": jnp.uint16, FLOAT8: jnp.uint8}
 
 
 def _align(value: int, multiple: int) -> int:
@@ -41,7 +46,7 @@ class CacheLayout:
         page_size: token places per page.
         num_kv_heads: K.
         head_dim: H, unpadded.
-        dtype: "float32" or "bfloat16", in the cache and on the wire.
+        dtype: "float32", "bfloat16" or "float8_e4m3fn", in the cache and on the wire.
         head_align: a row's length is a multiple of it; 128 on TPU, 1 elsewhere.
         tp: devices that the KV heads, and where they are fewer, copies of them, are split over.
     """
@@ -58,10 +63,15 @@ class CacheLayout:
     def __post_init__(self) -> None:
         """Refuse sizes that no cache can have."""
         if self.dtype not in _ITEM_BYTES:
-            raise ConfigError(f"cache dtype must be float32 or bfloat16, not {self.dtype!r}")
+            raise ConfigError(f"cache dtype must be float32, bfloat16 or {FLOAT8}, not {self.dtype!r}")
         for name in ("num_layers", "num_pages", "page_size", "num_kv_heads", "head_dim", "head_align", "tp"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"cache {name} must be at least 1, not {getattr(self, name)}")
+        if self.dtype == FLOAT8 and self.num_held_heads // self.tp % 2:
+            raise ConfigError(
+                f"cache.dtype {FLOAT8} holds two KV heads in a word: {self.num_held_heads} KV heads on tp {self.tp} "
+                "devices are an odd number on each; use cache.dtype auto or another tp"
+            )
 
     @property
     def pack(self) -> int:
@@ -134,7 +144,8 @@ def create_cache(layout: CacheLayout, mesh: Mesh | None, stacked: bool) -> KVCac
         ConfigError: the KV heads do not divide by the tensor axis.
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    dtype = jnp.uint16 if platform == "cpu" and layout.dtype == "bfloat16" else jnp.dtype(layout.dtype)
+    storage = _CPU_STORAGE.get(layout.dtype) if platform == "cpu" else None
+    dtype = jnp.dtype(layout.dtype if storage is None else storage)
     shape = (layout.num_pages, *layout.page_shape)
     if mesh is not None and layout.num_held_heads % mesh.shape[TENSOR]:
         raise ConfigError(f"{layout.num_held_heads} KV heads do not divide over tp = {mesh.shape[TENSOR]}")
@@ -146,16 +157,22 @@ def create_cache(layout: CacheLayout, mesh: Mesh | None, stacked: bool) -> KVCac
 
 
 def to_storage(values: jax.Array, storage: jax.typing.DTypeLike) -> jax.Array:
-    """Convert logical values to the cache's storage dtype; bfloat16 bits where that is uint16."""
+    """Convert logical values to the cache's storage dtype; bits where that is unsigned. float8 is clipped, not NaN."""
     if storage == jnp.uint16:
         return jax.lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16)
+    if storage == jnp.uint8:
+        return jax.lax.bitcast_convert_type(to_storage(values, jnp.float8_e4m3fn), jnp.uint8)
+    if storage == jnp.float8_e4m3fn and values.dtype != storage:
+        values = jnp.clip(values, -FLOAT8_MAX, FLOAT8_MAX)
     return values.astype(storage)
 
 
 def from_storage(stored: jax.Array) -> jax.Array:
-    """Undo `to_storage`: the logical dtype (float32 or bfloat16), bit for bit."""
+    """Undo `to_storage`: the logical dtype, bit for bit."""
     if stored.dtype == jnp.uint16:
         return jax.lax.bitcast_convert_type(stored, jnp.bfloat16)
+    if stored.dtype == jnp.uint8:
+        return jax.lax.bitcast_convert_type(stored, jnp.float8_e4m3fn)
     return stored
 
 

@@ -93,12 +93,13 @@ def resolve(config: EngineConfig, spec: ModelSpec, identity: str, devices: list[
     if max_model_len > spec.max_position:
         raise ConfigError(f"batch.max_model_len is {max_model_len}, the model's context is {spec.max_position}")
     dtype = compute_dtype(config.model.dtype, spec, platform)
-    layout = cache_layout(spec, dtype, config.cache.page_size, platform, degrees.tp)
+    cache_dtype = dtype if config.cache.dtype == "auto" else config.cache.dtype
+    layout = cache_layout(spec, cache_dtype, config.cache.page_size, platform, degrees.tp)
     pages_per_seq = -(-max_model_len // layout.page_size)
     if platform == "tpu":
         rows = max(config.batch.num_slots // degrees.row_shards, config.batch.prefill_seqs)
-        check_attention(spec, layout, devices[0].device_kind, rows * pages_per_seq)
-    num_pages = _num_pages(config, spec, layout, devices, pages_per_seq)
+        check_attention(spec, layout, dtype, devices[0].device_kind, rows * pages_per_seq)
+    num_pages = _num_pages(config, spec, layout, dtype, devices, pages_per_seq)
     strict = config.numerics is Numerics.STRICT
     layout = replace(layout, num_pages=num_pages)
     return ResolvedEngine(
@@ -143,12 +144,13 @@ def cache_layout(spec: ModelSpec, dtype: str, page_size: int, platform: str, tp:
     )
 
 
-def check_attention(spec: ModelSpec, layout: CacheLayout, device_kind: str, table_entries: int) -> None:
+def check_attention(spec: ModelSpec, layout: CacheLayout, dtype: str, device_kind: str, table_entries: int) -> None:
     """Refuse at start what the attention kernels for TPU would refuse at the first request.
 
     Args:
         spec: of the checkpoint.
         layout: of its cache.
+        dtype: of computation.
         device_kind: as JAX names the TPU.
         table_entries: page ids of the largest step.
 
@@ -160,7 +162,7 @@ def check_attention(spec: ModelSpec, layout: CacheLayout, device_kind: str, tabl
         num_heads=max(1, spec.num_heads // layout.tp),
         num_kv_heads=max(1, layout.num_held_heads // layout.tp),
         head_dim=spec.head_dim,
-        dtype=layout.dtype,
+        dtype=dtype,
         cache_dtype=layout.dtype,
         page_size=layout.page_size,
     )
@@ -168,7 +170,7 @@ def check_attention(spec: ModelSpec, layout: CacheLayout, device_kind: str, tabl
 
 
 def compute_dtype(asked: str, spec: ModelSpec, platform: str) -> str:
-    """The dtype of activations and cache: what was asked for, or what suits the checkpoint and the platform."""
+    """The dtype of computation, and of a cache without one of its own: as asked, or what suits the checkpoint."""
     if asked != "auto":
         return asked
     if platform == "cpu":
@@ -197,10 +199,15 @@ def _prefill_buckets(num_tokens: int, num_rows: int) -> tuple[int, ...]:
 
 
 def _num_pages(
-    config: EngineConfig, spec: ModelSpec, layout: CacheLayout, devices: list[jax.Device], pages_per_seq: int
+    config: EngineConfig,
+    spec: ModelSpec,
+    layout: CacheLayout,
+    dtype: str,
+    devices: list[jax.Device],
+    pages_per_seq: int,
 ) -> int:
     shards = config.degrees.row_shards
-    weights = weight_bytes(spec, layout.dtype, config.degrees)
+    weights = weight_bytes(spec, dtype, config.degrees)
     budget = _memory_budget(config, devices, weights)
     asked = config.cache.num_pages
     if asked % shards:

@@ -30,11 +30,10 @@ import numpy as np
 
 from engine_core.errors import BatonError
 from engine_core.messages import PeerAddress, TokenChunk
-from engine_core.types import FinishReason
 from kv_transfer.ticket import Ticket
 
 Layers = Sequence[np.ndarray]
-"""Per layer `[n, page_size, 2K, H]`, C-contiguous, of the layout's dtype (bfloat16: ml_dtypes.bfloat16 or uint16)."""
+"""Per layer `[n, page_size, 2K, H]`, C-contiguous, of the layout's dtype or its bits."""
 
 
 class KvSender(Protocol):
@@ -122,8 +121,12 @@ class ReceiverEvents(Protocol):
         """
         ...
 
-    def on_done(self, request_id: str, epoch: int, first_token: TokenChunk, finish_reason: FinishReason | None) -> None:
-        """Every block of the ticket has been delivered; decode continues behind `first_token`. Ends the hand-off."""
+    def on_done(self, request_id: str, epoch: int, first_token: TokenChunk, lost: Sequence[int]) -> None:
+        """Every block of the ticket but those of `lost` has been delivered. Ends the hand-off.
+
+        Decode continues behind `first_token`. Blocks that were damaged or late again and again, or that the sender no
+        longer has, are lost: decode computes them itself.
+        """
         ...
 
     def on_failed(self, request_id: str, epoch: int, error: BatonError) -> None:

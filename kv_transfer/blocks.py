@@ -1,7 +1,8 @@
 """Blocks on the host: rows of bytes, their checksums, and their way into another memory.
 
-Rows are `[n, layer_bytes]` u8 arrays, one per layer; row i of each belongs to the same block. A block's checksum is
-xxh3_64 (Collet) over its bytes in all layers and its name, (request_id, epoch, block_index, generation).
+Rows are `[n, layer_bytes]` u8 arrays, one per layer; row i of each belongs to the same block. A block's digest is
+xxh3_64 (Collet) over its bytes in all layers; its checksum is the digest mixed with its name, (request_id, epoch,
+block_index, generation). The digest is taken once, as early as the bytes are touched anyway, and travels with them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from kv_transfer.wire import KvBlocks, Place
 
 Rows = Sequence[np.ndarray]
 
+SMALL_ROW_BYTES = 4096
+"""Rows of at most so many bytes are put side by side before they are hashed: a call costs more than the copy."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HostBlocks:
@@ -28,10 +32,20 @@ class HostBlocks:
     Attributes:
         rows: per layer, all blocks.
         place: where they lie in shared memory, if they do: the first row of the first layer, and the way to the next.
+        digests: one per block, taken when they were put there; None: not taken yet.
     """
 
     rows: tuple[np.ndarray, ...]
     place: Place | None
+    digests: tuple[int, ...] | None = None
+
+    def checksums(
+        self, places: Sequence[int], ticket_key: tuple[str, int], blocks: Sequence[tuple[int, int]]
+    ) -> tuple[int, ...]:
+        """One per block of `places`, whose (block_index, generation) are `blocks`."""
+        if self.digests is None:
+            return checksums(self.rows, places, ticket_key, blocks)
+        return named([self.digests[place] for place in places], ticket_key, blocks)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,9 +87,8 @@ def strided_bytes(n: int, layer_stride: int, layout: BlockLayout) -> int:
 
 def strided_rows(memory: np.ndarray, n: int, layer_stride: int, layout: BlockLayout) -> list[np.ndarray]:
     """The rows of n blocks in `[strided_bytes]` u8, in place."""
-    size = n * layout.layer_bytes
-    starts = range(0, layout.num_layers * layer_stride, layer_stride)
-    return [memory[start : start + size].reshape(n, layout.layer_bytes) for start in starts]
+    shape, strides = (layout.num_layers, n, layout.layer_bytes), (layer_stride, layout.layer_bytes, 1)
+    return list(np.ndarray(shape, np.uint8, memory, strides=strides))
 
 
 def as_layers(rows: Rows, layout: BlockLayout) -> list[np.ndarray]:
@@ -90,27 +103,46 @@ def checksums(
     rows: Rows, places: Sequence[int], ticket_key: tuple[str, int], blocks: Sequence[tuple[int, int]]
 ) -> tuple[int, ...]:
     """One per block of `places`, whose (block_index, generation) are `blocks`."""
+    return named(digests(rows, places), ticket_key, blocks)
+
+
+def digests(rows: Rows, places: Sequence[int]) -> tuple[int, ...]:
+    """One per block of `places`."""
+    if rows and rows[0].shape[1] <= SMALL_ROW_BYTES:
+        side_by_side = np.stack([row[list(places)] for row in rows], axis=1)
+        return tuple(xxhash.xxh3_64_intdigest(block) for block in side_by_side)
     hashers = [xxhash.xxh3_64() for _ in places]
     for row in rows:
         for hasher, place in zip(hashers, places, strict=True):
             hasher.update(row[place])
-    return _named(hashers, ticket_key, blocks)
+    return tuple(hasher.intdigest() for hasher in hashers)
 
 
-def copy_with_checksums(
-    rows: Rows, places: range, targets: Rows, ticket_key: tuple[str, int], blocks: Sequence[tuple[int, int]]
-) -> tuple[int, ...]:
-    """Copy the rows at `places` to `targets` and return their checksums.
+def copy_with_digests(rows: Rows, targets: Rows) -> tuple[int, ...]:
+    """Copy rows to `targets`, of the same shapes, and return a digest per block.
 
     What was just written is hashed while it is still in the core's cache, layer by layer: one pass over memory.
     """
-    hashers = [xxhash.xxh3_64() for _ in places]
+    if rows[0].shape[1] <= SMALL_ROW_BYTES:
+        for row, target in zip(rows, targets, strict=True):
+            np.copyto(target, row)
+        return digests(targets, range(len(targets[0])))
+    hashers = [xxhash.xxh3_64() for _ in targets[0]]
     updates = [hasher.update for hasher in hashers]
     for row, target in zip(rows, targets, strict=True):
-        np.copyto(target, row[places.start : places.stop])
+        np.copyto(target, row)
         for update, piece in zip(updates, target, strict=True):
             update(piece)
-    return _named(hashers, ticket_key, blocks)
+    return tuple(hasher.intdigest() for hasher in hashers)
+
+
+def named(found: Sequence[int], ticket_key: tuple[str, int], blocks: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """Checksums of digests: of the same bytes under another name they differ."""
+    request_id, epoch = ticket_key
+    return tuple(
+        xxhash.xxh3_64_intdigest(f"{request_id} {epoch} {index} {generation}".encode(), digest)
+        for digest, (index, generation) in zip(found, blocks, strict=True)
+    )
 
 
 def is_intact(header: KvBlocks, rows: Rows) -> bool:
@@ -127,6 +159,7 @@ def block_header(
     layout: BlockLayout,
     frame: int,
     place: Place | None,
+    pull: int = 0,
 ) -> KvBlocks:
     """Header of the (block_index, generation) `blocks`."""
     return KvBlocks(
@@ -142,6 +175,7 @@ def block_header(
         sums,
         len(blocks) * layout.block_bytes,
         place,
+        pull,
     )
 
 
@@ -151,12 +185,3 @@ def first_run(places: Sequence[int], limit: int) -> range:
     while count < min(limit, len(places)) and places[count] == places[0] + count:
         count += 1
     return range(places[0], places[0] + count)
-
-
-def _named(
-    hashers: Sequence[xxhash.xxh3_64], ticket_key: tuple[str, int], blocks: Sequence[tuple[int, int]]
-) -> tuple[int, ...]:
-    request_id, epoch = ticket_key
-    for hasher, (index, generation) in zip(hashers, blocks, strict=True):
-        hasher.update(f"{request_id} {epoch} {index} {generation}".encode())
-    return tuple(hasher.intdigest() for hasher in hashers)

@@ -229,7 +229,7 @@ class KvConnection:
                 message = self._decode(self.cipher.open(body) if self.cipher else body)
             except MALFORMED as error:
                 raise ProtocolError(f"malformed message: {error}") from error
-        if isinstance(message, KvBlocks) and message.place is None:
+        if isinstance(message, KvBlocks) and message.brings_payload:
             self._target = self.events.on_header(self, message)
             self._expect_payload(message)
         else:

@@ -102,6 +102,7 @@ class SenderEndpoint:
         self.loop = asyncio.get_running_loop()
         self._events = events
         self._max_inflight_bytes = max_inflight_bytes
+        self._thread = threading.get_ident()
         self._lock = threading.Lock()
         self._posted_bytes = 0  # handed over by other threads, not seen by the loop yet
         self._settled_bytes = 0  # held by the core
@@ -190,7 +191,8 @@ class SenderEndpoint:
         return None if layout == self.identity.layout else Repaging(self.identity.layout, layout)
 
     def _post(self, act: Callable[[], list[Effect]]) -> None:
-        self.loop.call_soon_threadsafe(lambda: self.apply(act()))
+        call = self.loop.call_soon if threading.get_ident() == self._thread else self.loop.call_soon_threadsafe
+        call(lambda: self.apply(act()))
 
 
 class ReceiverEndpoint(ABC):
@@ -231,8 +233,8 @@ class ReceiverEndpoint(ABC):
                 case handoff.Landed(header):
                     assert landed
                     self.deliver(header, landed)
-                case handoff.Done((request_id, epoch), first_token):
-                    self._events.on_done(request_id, epoch, first_token, first_token.finish_reason)
+                case handoff.Done((request_id, epoch), first_token, lost):
+                    self._events.on_done(request_id, epoch, first_token, lost)
                 case handoff.Lost((request_id, epoch), error):
                     self._events.on_failed(request_id, epoch, error)
 

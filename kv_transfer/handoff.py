@@ -18,7 +18,6 @@ from typing import Any, Protocol
 from engine_core import errors
 from engine_core.errors import (
     BatonError,
-    ChecksumMismatch,
     RequestCancelled,
     TicketExpired,
     TransferError,
@@ -37,7 +36,7 @@ TOMBSTONE_S = 120.0
 MAX_TOMBSTONES = 100_000
 MAX_PARKED_TICKETS = 10_000
 MAX_WANTS = 3
-"""How often blocks of one hand-off are asked for again."""
+"""How often blocks of one hand-off are asked for again; then they are given up, and decode computes them itself."""
 WANT_AFTER_S = 1.0
 """Blocks that do not come for so long though all have been sent are lost."""
 
@@ -127,10 +126,11 @@ class Landed:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """To the decode worker: `on_done`."""
+    """To the decode worker: `on_done`; `lost` are the blocks that will not come."""
 
     key: Key
     first_token: TokenChunk
+    lost: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -417,6 +417,7 @@ class _Incoming:
     ticket: Ticket
     expires_at: float
     missing: dict[int, int]  # block index -> generation
+    lost: set[int] = field(default_factory=set)  # given up: asked for again in vain
     first_token: TokenChunk | None = None  # everything has been sent
     want_at: float = 0.0  # when what is missing counts as lost; of meaning once all has been sent
     num_wants: int = 0
@@ -459,7 +460,7 @@ class ReceiverCore:
             self.num_stale += 1
             return []
         if not is_intact:
-            return self._want(now, key, header.blocks, ChecksumMismatch(f"blocks {header.blocks} arrived damaged"))
+            return self._want(now, key, header.blocks)
         for index in header.blocks:
             del entry.missing[index]
         entry.expires_at = now + entry.ticket.lease_ms / 1000
@@ -474,6 +475,8 @@ class ReceiverCore:
             self.num_stale += 1
             return []
         if isinstance(message, KvAbort):
+            if entry.first_token is not None:  # all that is missing has been sent and cannot be had again
+                return self._give_up(key, tuple(entry.missing))
             del self._open[key]
             return [Lost(key, error_named(message.code, message.message, message.retryable))]
         entry.first_token = message.first_token
@@ -494,24 +497,33 @@ class ReceiverCore:
             effects += self._fail(key, TransferTimeout("no block within the lease"))
         late = [key for key, entry in self._open.items() if entry.first_token is not None and now >= entry.want_at]
         for key in late:
-            missing = tuple(self._open[key].missing)
-            effects += self._want(now, key, missing, TransferError(f"{len(missing)} blocks never arrived"))
+            effects += self._want(now, key, tuple(self._open[key].missing))
         return effects
 
     def _complete(self, key: Key, entry: _Incoming) -> list[Effect]:
         if entry.missing or entry.first_token is None:
             return []
         del self._open[key]
-        return [Done(key, entry.first_token)]
+        if not entry.lost:
+            return [Done(key, entry.first_token)]
+        return [Done(key, entry.first_token, tuple(sorted(entry.lost))), Send(entry.peer, TicketCancel(*key))]
 
-    def _want(self, now: float, key: Key, blocks: tuple[int, ...], error: BatonError) -> list[Effect]:
+    def _want(self, now: float, key: Key, blocks: tuple[int, ...]) -> list[Effect]:
         """Ask again, but not for ever."""
         entry = self._open[key]
         entry.num_wants += 1
         if entry.num_wants > MAX_WANTS:
-            return self._fail(key, error)
+            return self._give_up(key, blocks)
         entry.want_at = now + WANT_AFTER_S
         return [Send(entry.peer, KvWant(*key, entry.ticket.serial, blocks))]
+
+    def _give_up(self, key: Key, blocks: tuple[int, ...]) -> list[Effect]:
+        """Go on without these blocks. The first token must come: it is what decode continues behind."""
+        entry = self._open[key]
+        for index in blocks:
+            del entry.missing[index]
+        entry.lost.update(blocks)
+        return self._complete(key, entry)
 
     def _fail(self, key: Key, error: BatonError) -> list[Effect]:
         entry = self._open.pop(key)

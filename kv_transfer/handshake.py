@@ -37,6 +37,7 @@ from kv_transfer.cipher import FrameCipher
 from kv_transfer.connection import KvConnection
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.wire import (
+    HOST_TRANSPORTS,
     KV_PROTOCOL,
     MAX_HEADER_BYTES,
     KvBlocks,
@@ -74,7 +75,7 @@ class TransferOptions:
     def of(cls, config: TransferConfig) -> TransferOptions:
         """Everything this host can do, as configured."""
         return cls(
-            transports=(Transport.SHARED_MEMORY, Transport.TCP),
+            transports=HOST_TRANSPORTS if config.transport == "auto" else (Transport(config.transport),),
             num_connections=config.connections,
             arena_bytes=config.arena_bytes,
             encrypts=config.encrypt,
@@ -94,7 +95,7 @@ class ListenerHandshake:
         identity: of this worker.
         secret: shared with decode workers, or None.
         encrypts: seal frames even if the caller does not want it.
-        admit: takes the connection over; gives the transport and the session of the answer.
+        admit: takes the connection over; gives transport, session and fabric of the answer.
         on_over: called once, with the error that the connection was ended for, or None where it was not.
 
     `admit` may raise a BatonError, whose reason the caller is told.
@@ -106,7 +107,7 @@ class ListenerHandshake:
         identity: KvIdentity,
         secret: bytes | None,
         encrypts: bool,
-        admit: Callable[[KvConnection, KvHello], tuple[Transport, bytes]],
+        admit: Callable[[KvConnection, KvHello], tuple[Transport, bytes, str]],
         on_over: Callable[[ListenerHandshake, ProtocolError | LayoutMismatch | None], None],
     ) -> None:
         self._identity = identity
@@ -128,7 +129,7 @@ class ListenerHandshake:
             raise ProtocolError(f"{type(message).__name__} before KvHello")
         try:
             self._check(message)
-            transport, session = self._admit(connection, message)
+            transport, session, fabric = self._admit(connection, message)
         except BatonError as error:
             connection.send(Refused(error.code, str(error)))
             raise ProtocolError(str(error)) from error
@@ -147,6 +148,7 @@ class ListenerHandshake:
                 transport,
                 encrypts,
                 session,
+                fabric,
             )
         )
         if encrypts:

@@ -16,7 +16,7 @@ from engine_core.errors import LayoutMismatch, TransferError
 from engine_core.messages import PeerAddress
 from kv_transfer import handoff
 from kv_transfer.base import ReceiverEvents, SenderEvents
-from kv_transfer.blocks import HostBlocks, LandedBlocks, block_header, checksums, is_intact, payload_rows
+from kv_transfer.blocks import HostBlocks, LandedBlocks, block_header, is_intact, payload_rows
 from kv_transfer.endpoint import (
     DEFAULT_INFLIGHT_BYTES,
     KvIdentity,
@@ -181,7 +181,7 @@ class _Link:
     def _deliver_blocks(self, item: handoff.SendBlocks) -> Callable[[], None]:
         layout, receiver, faults = self._receiver.identity.layout, self._receiver, self._receiver.network.faults
         source: HostBlocks = item.source
-        sums = checksums(source.rows, item.places, item.key, item.blocks)
+        sums = source.checksums(item.places, item.key, item.blocks)
         header = block_header(item.ticket, item.blocks, sums, layout, next(self._frames), None)
         payload = np.concatenate([row[list(item.places)].reshape(-1) for row in source.rows])
         if faults.happens(faults.corrupt):

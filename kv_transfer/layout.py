@@ -16,7 +16,11 @@ from engine_core.models.spec import ModelSpec
 
 MAX_SIZE = 1 << 16
 """Of any field of a layout that a peer names."""
-_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+}
 
 
 class CacheShape(Protocol):
@@ -40,7 +44,7 @@ class CacheShape(Protocol):
 
     @property
     def dtype(self) -> str:
-        """float32 or bfloat16."""
+        """float32, bfloat16 or float8_e4m3fn."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +58,7 @@ class BlockLayout:
     page_size: int
     num_kv_heads: int
     head_dim: int
-    dtype: str  # float32 | bfloat16
+    dtype: str  # float32 | bfloat16 | float8_e4m3fn
 
     def __post_init__(self) -> None:
         """Refuse what has no wire form."""

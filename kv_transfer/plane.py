@@ -28,8 +28,9 @@ from engine_core.messages import Message, PeerAddress, TokenChunk
 from kv_transfer.arena import Arena, Segment
 from kv_transfer.auth import check_bind
 from kv_transfer.base import Layers, ReceiverEvents, SenderEvents
-from kv_transfer.blocks import as_layers, as_rows, payload_rows, strided_bytes, strided_rows
+from kv_transfer.blocks import as_layers, as_rows, copy_with_digests, payload_rows, strided_bytes, strided_rows
 from kv_transfer.channel import Channel
+from kv_transfer.commands import Commands
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
 from kv_transfer.plane_wire import (
@@ -54,7 +55,7 @@ from kv_transfer.plane_wire import (
 )
 from kv_transfer.receiver import NetKvReceiver
 from kv_transfer.returns import Returns
-from kv_transfer.sender import FRAME_BYTES, NetKvSender
+from kv_transfer.sender import FRAME_BYTES, MAX_FRAME_BYTES, NetKvSender
 from kv_transfer.ticket import Ticket
 from kv_transfer.wire import Place
 
@@ -63,6 +64,7 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
 MIN_LOANS = 4  # blocks that an arena has room for at the least
+PIPELINE_FRAMES = 8  # parts of a large hand-over, so that all processes on the way work at once
 Key = tuple[str, int]
 
 
@@ -101,6 +103,7 @@ class _Plane:
         self._listener = listener
         self._ready: asyncio.Future[PlaneReady]
         self._channel: Channel
+        self._commands: Commands
         self._process: subprocess.Popen[bytes]
         self._is_closing = False
 
@@ -118,6 +121,7 @@ class _Plane:
         with theirs:
             self._process = _spawn(theirs)
         self._ready = loop.create_future()
+        self._commands = Commands(mine)
         make = lambda: Channel(to_worker, lambda channel: None, self._on_message, self._on_closed)  # noqa: E731
         _, self._channel = await loop.create_connection(make, sock=mine)
         self.send(
@@ -145,12 +149,13 @@ class _Plane:
         return ready.port
 
     def send(self, message: Message) -> None:
-        """On the event loop."""
-        self._channel.send(message)
+        """On any thread."""
+        self._commands.send(message)
 
     async def close(self) -> None:
         """End the process."""
         self._is_closing = True
+        self._commands.close()
         self._channel.close()
         loop = asyncio.get_running_loop()
         try:
@@ -166,6 +171,7 @@ class _Plane:
             self._listener.on_message(message)
 
     def _on_closed(self, channel: Channel, error: Exception | None) -> None:
+        self._commands.close()
         if not self._ready.done():
             self._ready.set_result(PlaneReady(0, "the data plane ended while it started"))
         if not self._is_closing:
@@ -260,7 +266,7 @@ class PlaneKvSender:
         indices = tuple(int(index) for index in block_indices)
         layout = self._identity.layout
         rows = as_rows(layers, len(indices), layout)
-        each = max(1, FRAME_BYTES // layout.block_bytes)
+        each = self._frame_blocks(len(indices))
         for start in range(0, len(indices), each):
             part = slice(start, start + each)
             blocks = _Unstaged((request_id, epoch), indices[part], tuple(row[part] for row in rows))
@@ -317,6 +323,13 @@ class PlaneKvSender:
 
     # Staging
 
+    def _frame_blocks(self, count: int) -> int:
+        """Blocks per frame of so many: what a frame costs beside its bytes is paid less often in large hand-overs."""
+        block_bytes = self._identity.layout.block_bytes
+        most = min(MAX_FRAME_BYTES, max(FRAME_BYTES, self._arena_bytes // PIPELINE_FRAMES))
+        wanted = min(max(FRAME_BYTES, count * block_bytes // PIPELINE_FRAMES), most)
+        return max(1, wanted // block_bytes)
+
     def _num_bytes(self, blocks: _Unstaged) -> int:
         return len(blocks.indices) * self._identity.layout.block_bytes
 
@@ -333,8 +346,7 @@ class PlaneKvSender:
             if message is None:
                 self._queue.append(item)
                 return
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is stopping
-                self._loop.call_soon_threadsafe(self._plane.send, message)
+            self._plane.send(message)
 
     def _stage(self, blocks: _Unstaged) -> PlanePush | None:
         """Copy into shared memory; None while there is no room. Holds the lock: only the worker's threads wait."""
@@ -344,13 +356,12 @@ class PlaneKvSender:
             return None
         offset, memory = loan
         layout = self._identity.layout
-        for row, target in zip(blocks.rows, payload_rows(memory, n, layout), strict=True):
-            np.copyto(target, row)
+        digests = copy_with_digests(blocks.rows, payload_rows(memory, n, layout))
         number = self._next_loan
         self._next_loan += 1
         self._loans[number] = (memory, num_bytes)
         place = Place(self._segment, offset, n * layout.layer_bytes)
-        return PlanePush(*blocks.key, blocks.indices, place, number)
+        return PlanePush(*blocks.key, blocks.indices, digests, place, number)
 
     def _on_return(self, loans: tuple[int, ...]) -> None:
         with self._lock:
@@ -413,6 +424,7 @@ class PlaneKvReceiver:
         self._plane = _Plane(self)
         self._segments: dict[int, Segment] = {}
         self._returns = Returns(lambda loans: self._plane.send(PlaneReturn(loans)))
+        self._lock = threading.Lock()  # over the following, with `healthy`
         self._open: set[Key] = set()
 
     async def start(self) -> None:
@@ -434,30 +446,22 @@ class PlaneKvReceiver:
 
     def request(self, address: PeerAddress, ticket: Ticket) -> None:
         """See KvReceiver."""
-        self._call(self._request, address, ticket)
+        with self._lock:
+            if self.healthy:
+                self._open.add(ticket.key)
+                self._plane.send(PlaneTicket(ticket, address))
+                return
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is stopping
+            self._loop.call_soon_threadsafe(self._fail, ticket.key)
 
     def cancel(self, request_id: str, epoch: int) -> None:
         """See KvReceiver."""
-        self._call(self._cancel, request_id, epoch)
+        self._open.discard((request_id, epoch))
+        self._plane.send(PlaneCancel(request_id, epoch))
 
     async def close(self) -> None:
         """See KvReceiver."""
         await self._plane.close()
-
-    def _request(self, address: PeerAddress, ticket: Ticket) -> None:
-        if not self.healthy:
-            self._events.on_failed(*ticket.key, TransferError("the data plane of the decode worker is gone"))
-            return
-        self._open.add(ticket.key)
-        self._plane.send(PlaneTicket(ticket, address))
-
-    def _cancel(self, request_id: str, epoch: int) -> None:
-        self._open.discard((request_id, epoch))
-        self._plane.send(PlaneCancel(request_id, epoch))
-
-    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is stopping
-            self._loop.call_soon_threadsafe(function, *arguments)
 
     # From the plane, on the event loop
 
@@ -466,9 +470,9 @@ class PlaneKvReceiver:
         match message:
             case PlaneBlocks():
                 self._on_blocks(message)
-            case PlaneDone(request_id, epoch, first_token):
+            case PlaneDone(request_id, epoch, first_token, lost):
                 if self._end((request_id, epoch)):
-                    self._events.on_done(request_id, epoch, first_token, first_token.finish_reason)
+                    self._events.on_done(request_id, epoch, first_token, lost)
             case PlaneAbort(request_id, epoch):
                 if self._end((request_id, epoch)):
                     self._events.on_failed(request_id, epoch, error_of(message))
@@ -482,10 +486,14 @@ class PlaneKvReceiver:
 
     def on_lost(self) -> None:
         """Nothing can be received any more."""
-        self.healthy = False
-        lost, self._open = self._open, set()
-        for request_id, epoch in lost:
-            self._events.on_failed(request_id, epoch, TransferError("the data plane of the decode worker is gone"))
+        with self._lock:
+            self.healthy = False
+            lost, self._open = self._open, set()
+        for key in lost:
+            self._fail(key)
+
+    def _fail(self, key: Key) -> None:
+        self._events.on_failed(*key, TransferError("the data plane of the decode worker is gone"))
 
     def _end(self, key: Key) -> bool:
         if key not in self._open:

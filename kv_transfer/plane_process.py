@@ -19,7 +19,6 @@ import uvloop
 
 from engine_core.errors import BatonError, ConfigError, ProtocolError
 from engine_core.messages import TokenChunk
-from engine_core.types import FinishReason
 from kv_transfer.arena import Segment, SegmentRef
 from kv_transfer.base import Layers
 from kv_transfer.blocks import HostBlocks, LandedBlocks, strided_bytes, strided_rows
@@ -152,7 +151,7 @@ class _PrefillPlane:
         memory = self._segments[place.segment].lend(place.offset, num_bytes, lambda: self._returns.add(loan))
         rows = strided_rows(memory, n, place.layer_stride, layout)
         self._sender.send_host_blocks(
-            message.request_id, message.epoch, message.indices, HostBlocks(tuple(rows), place)
+            message.request_id, message.epoch, message.indices, HostBlocks(tuple(rows), place, message.digests)
         )
 
 
@@ -182,9 +181,9 @@ class _DecodePlane:
         """See `_on_landed`."""
         raise AssertionError("blocks are passed on with their place")
 
-    def on_done(self, request_id: str, epoch: int, first_token: TokenChunk, finish_reason: FinishReason | None) -> None:
+    def on_done(self, request_id: str, epoch: int, first_token: TokenChunk, lost: Sequence[int]) -> None:
         """Pass on."""
-        self._channel.send(PlaneDone(request_id, epoch, first_token))
+        self._channel.send(PlaneDone(request_id, epoch, first_token, tuple(lost)))
 
     def on_failed(self, request_id: str, epoch: int, error: BatonError) -> None:
         """Pass on."""

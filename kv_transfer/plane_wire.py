@@ -66,11 +66,16 @@ class PlaneOffer(Message, frozen=True):
 
 
 class PlanePush(Message, frozen=True):
-    """Worker -> plane: `KvSender.send_blocks`; the worker keeps the memory until loan number `loan` is returned."""
+    """Worker -> plane: `KvSender.send_blocks`; the worker keeps the memory until loan number `loan` is returned.
+
+    Attributes:
+        digests: one per block, see `kv_transfer.blocks`.
+    """
 
     request_id: str
     epoch: int
     indices: tuple[int, ...]
+    digests: tuple[int, ...]
     place: Place
     loan: int
 
@@ -151,6 +156,7 @@ class PlaneDone(Message, frozen=True):
     request_id: str
     epoch: int
     first_token: TokenChunk
+    lost: tuple[int, ...]
 
 
 ToPlane = (

@@ -6,20 +6,22 @@ import asyncio
 import contextlib
 import logging
 import socket
+import weakref
 from collections import OrderedDict
 from typing import Any
 
 import numpy as np
 
 from engine_core import errors
-from engine_core.errors import ProtocolError, TransferError
+from engine_core.errors import ProtocolError, TransferError, TransferTimeout
 from engine_core.messages import PeerAddress
 from kv_transfer import beats
 from kv_transfer.arena import Arena, Segment
 from kv_transfer.base import ReceiverEvents
-from kv_transfer.blocks import LandedBlocks, is_intact, strided_bytes, strided_rows
+from kv_transfer.blocks import LandedBlocks, as_rows, is_intact, named, strided_bytes, strided_rows
 from kv_transfer.connection import KvConnection
 from kv_transfer.endpoint import KvIdentity, ReceiverEndpoint
+from kv_transfer.fabric import DeviceFabric, DevicePeer, Pulled
 from kv_transfer.handshake import (
     HANDSHAKE_TIMEOUT_S,
     PROBE_BYTES,
@@ -42,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 MAX_SEGMENTS = 4  # of one prefill worker mapped at a time; it has more than one only after it lost a reader
 
+PULL_S = 10.0  # for a frame from device to device, those before it included
+
 Spot = tuple[str, int]
 """Host and port of a prefill worker."""
 
@@ -58,8 +62,10 @@ class NetKvReceiver(ReceiverEndpoint):
         secret: bytes | None,
         events: ReceiverEvents,
         options: TransferOptions,
+        fabric: DeviceFabric | None = None,
     ) -> None:
         super().__init__(identity, events)
+        self.fabric = fabric
         options.check_secret(secret)
         self.secret = secret
         self.options = options
@@ -97,9 +103,12 @@ class NetKvReceiver(ReceiverEndpoint):
 
     def transports(self, spot: Spot) -> tuple[Transport, ...]:
         """What may be offered there."""
-        if self.probe.ref and spot not in self._apart:
-            return self.options.transports
-        return tuple(each for each in self.options.transports if each is not Transport.SHARED_MEMORY)
+        lacking = set()
+        if not self.probe.ref or spot in self._apart:
+            lacking.add(Transport.SHARED_MEMORY)
+        if self.fabric is None:
+            lacking.add(Transport.DEVICE)
+        return tuple(each for each in self.options.transports if each not in lacking)
 
     def set_apart(self, spot: Spot) -> None:
         """Shared memory turned out not to work: it is not offered there again."""
@@ -127,6 +136,7 @@ class _ToPrefill:
         self._segments: OrderedDict[int, Segment] = OrderedDict()
         self._arena: Arena | None = None
         self._landing: dict[KvConnection, tuple[Segment, int]] = {}
+        self._device: DevicePeer | None = None
         self._released = Returns(self._tell_released)
         self._tasks = {owner.loop.create_task(self._connect())}
 
@@ -175,6 +185,9 @@ class _ToPrefill:
         for message in self._early:
             connection.send(message)
         self._early.clear()
+        if self.transport is Transport.DEVICE:
+            assert self._owner.fabric
+            self._device = self._owner.fabric.connect(welcome.fabric)
         if self.transport is Transport.TCP:
             self._arena = Arena(self._owner.options.arena_bytes)
             for _ in range(self._owner.options.num_connections - 1):
@@ -194,6 +207,8 @@ class _ToPrefill:
     def _close(self, error: Exception) -> None:
         for connection in self._connections:
             connection.close(error)
+        if self._device is not None:
+            self._device.close()
         self._landing.clear()
         self._segments.clear()
 
@@ -207,6 +222,8 @@ class _ToPrefill:
             return
         owner = self._owner
         match message:
+            case KvBlocks(pull=number) if number:
+                self._on_offered(message)
             case KvBlocks():
                 self._on_shared(message)
             case KvSegment():
@@ -250,6 +267,44 @@ class _ToPrefill:
         intact = owner.core.wants(header) and is_intact(header, rows)
         effects = owner.core.on_blocks(owner.loop.time(), header, intact)
         owner.apply(effects, LandedBlocks(rows, segment, offset, stride))
+
+    def _on_offered(self, header: KvBlocks) -> None:
+        """Blocks wait on the sender's device. Those not wanted are pulled too: nothing else frees them there."""
+        owner = self._owner
+        check_header(header, owner.identity.layout)
+        if self._device is None:
+            raise ProtocolError("blocks to be pulled though no device was agreed on")
+        late = TransferTimeout(f"blocks were not pulled within {PULL_S} s")
+        deadline = owner.loop.call_later(PULL_S, self._fail, late)
+
+        def on_done(result: Pulled | Exception) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                owner.loop.call_soon_threadsafe(self._on_pulled, header, deadline, result)
+
+        self._device.pull(header.pull, len(header.blocks), owner.identity.layout, on_done)
+
+    def _on_pulled(self, header: KvBlocks, deadline: asyncio.TimerHandle, result: Pulled | Exception) -> None:
+        deadline.cancel()
+        if self._is_over:
+            return
+        if isinstance(result, Exception):
+            self._fail(TransferError(f"cannot pull blocks: {result}"))
+            return
+        owner, n = self._owner, len(header.blocks)
+        blocks = list(zip(header.blocks, header.generations, strict=True))
+        intact = named(result.digests, (header.request_id, header.epoch), blocks) == header.checksums
+        left = [len(result.layers)]
+        for layer in result.layers:
+            weakref.finalize(layer, self._let_go, left, header.frame).atexit = False
+        rows = as_rows(result.layers, n, owner.identity.layout)
+        effects = owner.core.on_blocks(owner.loop.time(), header, intact)
+        owner.apply(effects, LandedBlocks(rows, None, 0, 0))
+
+    def _let_go(self, left: list[int], frame: int) -> None:
+        """On any thread: one of the frame's layers is no longer held."""
+        left[0] -= 1
+        if not left[0]:
+            self._released.add(frame)
 
     def _on_segment(self, message: KvSegment) -> None:
         """Map memory of the prefill worker."""

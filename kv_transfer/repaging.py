@@ -1,21 +1,26 @@
 """Blocks of one worker's page size and dtype made into blocks of another's.
 
 The wire carries logical heads, so that tensor parallelism and packing leave no trace in it; page size and dtype do.
-The sender converts, to the layout of the receiver that asked. float32 to bfloat16 rounds to nearest even; bfloat16 to
-float32 and all page sizes are exact.
+The sender converts, to the layout of the receiver that asked. Narrower dtypes round to nearest even, and float8 clips
+what is beyond 448, as the engine does when it writes; wider dtypes and all page sizes are exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from engine_core.errors import LayoutMismatch
 from kv_transfer.blocks import HostBlocks
 from kv_transfer.layout import BlockLayout
 from kv_transfer.ticket import Landing, Ticket
+
+_FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
+_FLOAT8_MAX = 448.0
 
 Converted = tuple[tuple[int, ...], HostBlocks, int]
 """Block indices, the blocks, their bytes."""
@@ -116,9 +121,17 @@ class Repaging:
 
     def _emit(self, indices: Sequence[int], layers: list[np.ndarray]) -> Converted:
         rows = tuple(
-            np.ascontiguousarray(layer.astype(self.theirs.numpy_dtype, copy=False))
-            .reshape(len(indices), -1)
-            .view(np.uint8)
+            np.ascontiguousarray(_cast(layer, self.theirs.numpy_dtype)).reshape(len(indices), -1).view(np.uint8)
             for layer in layers
         )
         return tuple(indices), HostBlocks(rows, None), len(indices) * self.theirs.block_bytes
+
+
+def _cast(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    if values.dtype == dtype:
+        return values
+    if dtype != _FLOAT8:
+        return values.astype(dtype)
+    wide = values.astype(np.float32)
+    with np.errstate(invalid="ignore"):  # NaN stays NaN
+        return np.clip(wide, -_FLOAT8_MAX, _FLOAT8_MAX).astype(dtype)

@@ -19,9 +19,10 @@ from kv_transfer import beats, handoff
 from kv_transfer.arena import Arena, SegmentRef
 from kv_transfer.auth import check_bind
 from kv_transfer.base import SenderEvents
-from kv_transfer.blocks import HostBlocks, block_header, checksums, copy_with_checksums, first_run, payload_rows
+from kv_transfer.blocks import HostBlocks, as_layers, block_header, copy_with_digests, first_run, named, payload_rows
 from kv_transfer.connection import ROOM_BYTES, KvConnection
 from kv_transfer.endpoint import KvIdentity, SenderEndpoint
+from kv_transfer.fabric import DeviceFabric
 from kv_transfer.handoff import Key
 from kv_transfer.handshake import ListenerHandshake, TransferOptions, choose
 from kv_transfer.layout import BlockLayout
@@ -30,7 +31,8 @@ from kv_transfer.wire import KvBeat, KvBlocks, KvHello, KvRelease, KvSegment, Pl
 
 logger = logging.getLogger(__name__)
 
-FRAME_BYTES = 4 << 20  # payload of one frame, unless a single block is larger
+FRAME_BYTES = 4 << 20  # payload of one frame, unless a single block is larger, or a worker's plane hands over more
+MAX_FRAME_BYTES = 16 << 20
 TURN_FRAMES = 2  # copied to shared memory per turn of the event loop at most
 SESSION_BYTES = 16
 MAX_CONNECTIONS = 64  # of one session
@@ -49,8 +51,10 @@ class NetKvSender(SenderEndpoint):
         events: SenderEvents,
         max_inflight_bytes: int,
         options: TransferOptions,
+        fabric: DeviceFabric | None = None,
     ) -> None:
         super().__init__(identity, events, max_inflight_bytes)
+        self.fabric = fabric
         self.secret = secret
         self.own_memory = OwnMemory(options.arena_bytes)
         self.worker_memory: SharedMemory | None = None
@@ -135,20 +139,28 @@ class NetKvSender(SenderEndpoint):
         if refusal is not None:
             self.on_refused(refusal.code)
 
-    def _admit(self, connection: KvConnection, hello: KvHello) -> tuple[Transport, bytes]:
+    def _admit(self, connection: KvConnection, hello: KvHello) -> tuple[Transport, bytes, str]:
         if hello.session:
             link = self._sessions.get(hello.session)
             if link is None or link.worker_id != hello.worker_id or link.transport is not Transport.TCP:
                 raise ProtocolError("no such session")
             link.join(connection)
-            return link.transport, link.session
+            return link.transport, link.session, ""
         check_convertible(self.identity.layout, BlockLayout.from_wire(hello.layout))
-        transport = choose(hello, self._options.transports)
+        transport = choose(hello, self._transports(hello))
         link = _ToDecode(self, connection, hello, transport)
         self._sessions[link.session] = link
         self.links.add(link)
         logger.info("KV to decode worker %s travels by %s", hello.worker_id, transport)
-        return transport, link.session
+        fabric = self.fabric.address if self.fabric and transport is Transport.DEVICE else ""
+        return transport, link.session, fabric
+
+    def _transports(self, hello: KvHello) -> tuple[Transport, ...]:
+        """Device to device: only blocks of the same shape and dtype, and only in the clear."""
+        is_sealed = hello.encrypts or self._options.encrypts
+        if self.fabric and not is_sealed and hello.layout == self.identity.layout.wire_fields:
+            return self._options.transports
+        return tuple(each for each in self._options.transports if each is not Transport.DEVICE)
 
 
 class SharedMemory(Protocol):
@@ -283,6 +295,8 @@ class _ToDecode:
         self._outbox.clear()
         if self._frames and self.transport is Transport.SHARED_MEMORY:
             self._owner.retire_memory()
+        if self._owner.fabric and self.transport is Transport.DEVICE:
+            self._owner.fabric.withdraw([frame.memory for frame in self._frames.values()])
         self._frames.clear()
         self._owner.lost(self, error)
 
@@ -293,6 +307,8 @@ class _ToDecode:
             if frame is None:
                 raise ProtocolError(f"frame {number} is released but was not sent")
             self._out_bytes -= frame.num_bytes
+            if self._owner.fabric and self.transport is Transport.DEVICE:
+                self._owner.fabric.pulled([frame.memory])
             core.on_released(now, frame.key, frame.shipment, frame.blocks)
         self._owner.account()
         self.fill()
@@ -323,9 +339,10 @@ class _ToDecode:
 
     def _send_frame(self, item: handoff.SendBlocks) -> bool:
         """Send the first frame's worth of `item` and leave the rest in front; False while there is no room."""
-        n = max(1, FRAME_BYTES // self.layout.block_bytes)
-        send = self._share if self.transport is Transport.SHARED_MEMORY else self._stream
-        n = send(item, n)
+        limit = FRAME_BYTES if item.source.place is None else MAX_FRAME_BYTES  # the worker has cut it
+        n = max(1, limit // self.layout.block_bytes)
+        ways = {Transport.SHARED_MEMORY: self._share, Transport.TCP: self._stream, Transport.DEVICE: self._offer}
+        n = ways[self.transport](item, n)
         if not n:
             return False
         self._outbox.popleft()
@@ -345,9 +362,23 @@ class _ToDecode:
         connection = min(self._connections, key=lambda each: each.queued_bytes)
         if connection.queued_bytes >= ROOM_BYTES or not self._is_granted(num_bytes):
             return 0
-        sums = checksums(source.rows, places, item.key, blocks)
+        sums = source.checksums(places, item.key, blocks)
         header = block_header(item.ticket, blocks, sums, layout, self._note(item, blocks, num_bytes, None), None)
         connection.send(header, _pieces(source, places))
+        return len(blocks)
+
+    def _offer(self, item: handoff.SendBlocks, n: int) -> int:
+        """Let the next n blocks be pulled from the device; how many, 0 while decode has no room."""
+        source: HostBlocks = item.source
+        blocks, places = item.blocks[:n], list(item.places[:n])
+        num_bytes = len(blocks) * self.layout.block_bytes
+        if not self._is_granted(num_bytes):
+            return 0
+        assert self._owner.fabric
+        number, digests = self._owner.fabric.offer(as_layers([row[places] for row in source.rows], self.layout))
+        sums = named(digests, item.key, blocks)
+        frame = self._note(item, blocks, num_bytes, number)
+        self.main.send(block_header(item.ticket, blocks, sums, self.layout, frame, None, number))
         return len(blocks)
 
     def _share(self, item: handoff.SendBlocks, n: int) -> int:
@@ -366,8 +397,8 @@ class _ToDecode:
                 self.close(ProtocolError(f"a block of {layout.block_bytes} bytes is larger than the shared memory"))
             return 0
         offset, memory = loan
-        targets = payload_rows(memory, len(run), layout)
-        sums = copy_with_checksums(source.rows, run, targets, item.key, blocks)
+        rows = [row[run.start : run.stop] for row in source.rows]
+        sums = named(copy_with_digests(rows, payload_rows(memory, len(run), layout)), item.key, blocks)
         place = Place(shared.number, offset, len(run) * layout.layer_bytes)
         self._send_place(item, blocks, sums, place, memory)
         return len(run)
@@ -376,7 +407,7 @@ class _ToDecode:
         """The blocks lie in shared memory already."""
         layout, source = self.layout, item.source
         blocks = item.blocks[: len(run)]
-        sums = checksums(source.rows, run, item.key, blocks)
+        sums = source.checksums(run, item.key, blocks)
         offset = place.offset + run.start * layout.layer_bytes
         self._send_place(item, blocks, sums, Place(place.segment, offset, place.layer_stride), source)
         return len(run)

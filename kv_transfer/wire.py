@@ -24,7 +24,7 @@ from kv_transfer.arena import SegmentRef
 from kv_transfer.layout import BlockLayout
 from kv_transfer.ticket import Ticket
 
-KV_PROTOCOL = 3
+KV_PROTOCOL = 4
 MAX_HEADER_BYTES = 4 << 20
 
 
@@ -33,6 +33,11 @@ class Transport(enum.StrEnum):
 
     SHARED_MEMORY = "shared_memory"
     TCP = "tcp"
+    DEVICE = "device"
+
+
+HOST_TRANSPORTS = (Transport.SHARED_MEMORY, Transport.TCP)
+"""Those that need no device."""
 
 
 class KvMessage(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -72,6 +77,7 @@ class KvWelcome(KvMessage, frozen=True):
         transport: the one chosen.
         encrypts: whether all that follows is sealed, on both ways; so if either end wants it.
         session: names this connection and those that join it; random.
+        fabric: where arrays are pulled from, if the transport is that from device to device.
     """
 
     protocol: int
@@ -82,6 +88,7 @@ class KvWelcome(KvMessage, frozen=True):
     transport: str
     encrypts: bool
     session: bytes
+    fabric: str = ""
 
 
 class TicketMsg(KvMessage, frozen=True):
@@ -128,12 +135,13 @@ class Place(msgspec.Struct, frozen=True, array_like=True):
 
 
 class KvBlocks(KvMessage, frozen=True):
-    """Prefill -> decode: n blocks; their payload follows, or lies at `place`.
+    """Prefill -> decode: n blocks; their payload follows, or lies at `place`, or is to be pulled.
 
     Attributes:
         frame: number of this frame in its session, to be released.
         layers: range of layers, heads: range of KV heads; a sender always sends all of both.
         checksums: one per block, see `kv_transfer.blocks`.
+        pull: number under which arrays of the layout's shape and dtype are registered; 0: none.
     """
 
     request_id: str
@@ -148,6 +156,12 @@ class KvBlocks(KvMessage, frozen=True):
     checksums: tuple[int, ...]
     num_bytes: int
     place: Place | None
+    pull: int = 0
+
+    @property
+    def brings_payload(self) -> bool:
+        """Whether it follows on the connection."""
+        return self.place is None and not self.pull
 
 
 class KvDone(KvMessage, frozen=True):

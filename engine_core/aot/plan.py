@@ -155,7 +155,7 @@ def _fit_model(model: Decoder, topology: Topology, request: PlanRequest, progres
         prefill_rows=request.prefill_rows,
     )
     rows = max(sizes.num_slots // shards, sizes.prefill_rows)
-    check_attention(model.spec, layout, devices[0].device_kind, rows * sizes.pages_per_seq)
+    check_attention(model.spec, layout, model.numbers.compute, devices[0].device_kind, rows * sizes.pages_per_seq)
     weights = model_load.weight_bytes(model)
     fit = _Fit(
         topology=topology,

@@ -399,3 +399,58 @@ def test_only_leading_blocks_are_kept():
     assert [index for index, _ in events.tickets[1][2]] == [1, 2, 3]
     scheduler.cancel(("a", 1))
     assert_released(replica, scheduler)
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("lost", [[0], [1], [3], [1, 2], [0, 1, 2, 3]])
+def test_lost_blocks_are_computed_here(lost, prefix_cache):
+    replica, events = fake_replica(prefix_cache=prefix_cache), Events()
+    scheduler = DecodeScheduler(replica, events)
+    prompt = list(range(10, 24))
+    scheduler.add(request("a", prompt, 6), PREFILL)
+    run(scheduler)
+    ((key, _, wanted),) = events.tickets
+    land(replica, scheduler, key, [each for each in wanted if each[0] not in lost], prompt)
+    scheduler.landed(key, first_token("a", prompt), lost)
+    run(scheduler)
+    assert events.answer("a") == generate(prompt, 6)[1:]  # the prefill worker has told the first
+    assert [chunk.position for chunk in events.chunks["a", 0]] == [1, 2, 3, 4, 5]
+    assert not events.failures
+    assert_released(replica, scheduler)
+
+
+def test_only_what_lies_behind_the_first_lost_block_is_computed_again():
+    replica, events = fake_replica(), Events()
+    scheduler = DecodeScheduler(replica, events)
+    prompt = list(range(10, 24))
+    scheduler.add(request("a", prompt, 6), PREFILL)
+    run(scheduler)
+    ((key, _, wanted),) = events.tickets
+    land(replica, scheduler, key, [wanted[0], wanted[1], wanted[3]], prompt)
+    scheduler.landed(key, first_token("a", prompt), [2])
+    scheduler.tick()
+    (sequence,) = scheduler._sequences.values()
+    assert sequence.num_cached == 2 * replica.memory.page_size
+    run(scheduler)
+    assert events.answer("a") == generate(prompt, 6)[1:]
+    assert_released(replica, scheduler)
+
+
+@pytest.mark.parametrize("ending", ["cancel", "stop"])
+def test_a_sequence_with_lost_blocks_may_end_before_they_are_computed(ending):
+    replica, events = fake_replica(), Events()
+    scheduler = DecodeScheduler(replica, events)
+    prompt = list(range(10, 24))
+    scheduler.add(request("a", prompt, 6), PREFILL)
+    run(scheduler)
+    ((key, _, wanted),) = events.tickets
+    land(replica, scheduler, key, wanted[:2], prompt)
+    reason = FinishReason.STOP if ending == "stop" else None
+    scheduler.landed(key, first_token("a", prompt, reason), [2, 3])
+    if ending == "cancel":
+        scheduler._write_arrived()
+        assert scheduler.queued_tokens
+        scheduler.cancel(key)
+    run(scheduler)
+    assert not events.chunks and not events.failures
+    assert_released(replica, scheduler)

@@ -62,10 +62,17 @@ def test_layout_refuses(given):
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
 @pytest.mark.parametrize("head_align", [1, 16, 12])
 def test_pages_come_back_and_others_stay(dtype, stacked, head_align):
     check_round_trip(make_layout(dtype=dtype, head_align=head_align), None, stacked)
+
+
+@pytest.mark.parametrize(("heads", "tp"), [(3, 1), (2, 2), (6, 2)])
+def test_float8_needs_two_heads_on_each_device(heads, tp):
+    with pytest.raises(ConfigError, match="two KV heads in a word"):
+        make_layout(num_kv_heads=heads, tp=tp, dtype="float8_e4m3fn")
+    assert make_layout(num_kv_heads=2 * heads, tp=tp, dtype="float8_e4m3fn").page_bytes == 3 * 4 * 4 * heads * 8
 
 
 def test_copies_of_heads_are_in_the_pages_and_never_outside():

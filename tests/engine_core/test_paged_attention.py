@@ -54,7 +54,17 @@ def attend(q, cache, kv_lens, page_table, cu_q_lens, window, implementation):
 
 
 def make_case(
-    q_lens, kv_lens, *, heads=(4, 2, 8), dtype="float32", page_size=PAGE, padding=0, table=0, pages=0, seed=0
+    q_lens,
+    kv_lens,
+    *,
+    heads=(4, 2, 8),
+    dtype="float32",
+    cache_dtype=None,
+    page_size=PAGE,
+    padding=0,
+    table=0,
+    pages=0,
+    seed=0,
 ):
     """Rows of these lengths, then `padding` token rows; page ids shuffled, out of range where unused."""
     rng = np.random.default_rng(seed)
@@ -62,7 +72,7 @@ def make_case(
     used = [-(-n // page_size) for n in kv_lens]
     width = max([table, 1, *used])
     num_pages = max(pages, sum(used) + 2)
-    storage = jnp.bfloat16 if dtype == "bfloat16" else np.float32
+    storage = jnp.dtype(cache_dtype or dtype)
     cache = np.full((num_pages, page_size, num_kv_heads, 2, head_dim), np.nan, storage)
     ids = rng.permutation(num_pages - 1)  # the last page stays NaN: out-of-range ids are clipped to it
     page_table = np.full((len(kv_lens), width), num_pages, np.int32)
@@ -73,8 +83,8 @@ def make_case(
         cache[page_table[row][np.arange(n) // page_size], np.arange(n) % page_size] = kv
         ks.append(kv[:, :, 0].astype(np.float32))
         vs.append(kv[:, :, 1].astype(np.float32))
-    pack = 2 if dtype == "bfloat16" else 1
-    cache = cache.view(np.uint16 if pack == 2 else np.float32)
+    pack = 4 // storage.itemsize
+    cache = cache.view({1: np.float32, 2: np.uint16, 4: np.uint8}[pack])
     cache = jnp.asarray(cache.reshape(num_pages, page_size, -1, pack, head_dim))
     q = jnp.asarray(rng.standard_normal((sum(q_lens) + padding, num_heads, head_dim)), dtype)
     cu_q_lens = jnp.asarray(np.cumsum([0, *q_lens]), jnp.int32)
@@ -126,6 +136,27 @@ def test_prefill_against_reference(q_lens, kv_lens, dtype, window):
     expected = case.attend("reference", window).astype(np.float32)
     np.testing.assert_allclose(out.astype(np.float32), expected, atol=TOLERANCE[dtype])
     assert not out[sum(q_lens) :].any(), "padding rows are zero"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lens", [RAGGED[3], ([1, 1, 1], [1, 17, 130])], ids=["prefill", "decode"])
+def test_float8_pages(lens, dtype):
+    """They are read as the numbers they stand for, and the queries are not made float8."""
+    case = make_case(*lens, heads=(8, 4, 8), dtype=dtype, cache_dtype="float8_e4m3fn")
+    assert case.cache.dtype == jnp.uint8
+    out = case.attend("xla", 7).astype(np.float32)
+    np.testing.assert_allclose(out, numpy_attention(case, *lens, 7), atol=TOLERANCE[dtype])
+    np.testing.assert_allclose(out, case.attend("reference", 7).astype(np.float32), atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("storage", [jnp.uint8, jnp.float8_e4m3fn])
+def test_float8_is_written_rounded_and_clipped(storage):
+    cache = jnp.zeros((2, 4, 1, 4, 2), storage)
+    k = jnp.asarray([[[448.0, 1e9], [-1e9, 1.0625]]])
+    written = write_kv(cache, k, -k, jnp.asarray([1]), jnp.asarray([2]))
+    found = np.asarray(written[1, 2]).view(jnp.float8_e4m3fn).astype(np.float32)
+    np.testing.assert_array_equal(found, [[[448, 448], [-448, -448], [-448, 1.0], [448, -1.0]]])
+    assert not np.asarray(written).view(np.uint8)[0].any()
 
 
 DECODE_LENS = [1, 15, 16, 17, 0, 127, 128, 129, 300, 0]

@@ -86,3 +86,19 @@ def test_narrow_heads_share_rows():
     padded = resolve_on(Device(), replace(CONFIG, tp=2), num_key_value_heads=2, **model).layout
     assert padded.page_shape == (128, 2, 2, 128)
     assert padded.heads_per_row == 1
+
+
+def test_a_float8_cache_holds_twice_the_pages():
+    plain = resolve_on(Device())
+    narrow = resolve_on(Device(), replace(CONFIG, cache=CacheConfig(dtype="float8_e4m3fn")))
+    assert (plain.dtype, narrow.dtype) == ("bfloat16", "bfloat16")
+    assert narrow.layout.page_shape == (128, 2, 4, 128)
+    assert narrow.layout.page_bytes * 2 == plain.layout.page_bytes
+    assert narrow.layout.num_pages // 2 == plain.layout.num_pages, "weights take what they took"
+
+
+def test_an_unknown_cache_dtype_is_refused_at_start():
+    with pytest.raises(ConfigError, match=r"cache\.dtype must be auto or float8_e4m3fn, not 'int8'"):
+        replace(CONFIG, cache=CacheConfig(dtype="int8"))
+    with pytest.raises(ConfigError, match=r"cache\.dtype float8_e4m3fn holds two KV heads in a word"):
+        resolve_on(Device(), replace(CONFIG, cache=CacheConfig(dtype="float8_e4m3fn"), tp=2), num_key_value_heads=2)

@@ -187,3 +187,34 @@ async def test_a_prefill_worker_that_leaves_is_there_until_its_blocks_are_collec
     finally:
         prefill._host.draining = False
     await cluster.assert_at_rest()
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize("damaged", [0, 2])
+async def test_blocks_that_cannot_be_had_are_computed_by_decode(cluster, monkeypatch, caplog, damaged):
+    """A bit flips in memory behind the copy, so that the frame is wrong however often it is sent."""
+    sender, frames = cluster.workers[0]._sender, []
+    stage = sender._stage
+
+    def stage_and_damage(blocks):
+        push = stage(blocks)
+        frames.append(push)
+        if len(frames) == damaged + 1:
+            memory, _ = sender._loans[push.loan]
+            memory[len(memory) // 2] ^= 1
+        return push
+
+    monkeypatch.setattr(sender, "_stage", stage_and_damage)
+    rng = random.Random(damaged)
+    prompt = [rng.randrange(VOCAB) for _ in range(61)]
+    sampling = SamplingParams(max_tokens=12, temperature=1.0, seed=3, ignore_eos=True, logprobs=2)
+    request = Request(f"{0xC000 + damaged:032x}", prompt, len(prompt), sampling)
+    compiles = cluster.num_compiles
+    apart = await cluster.client.run(request, cluster.decode, cluster.prefill)
+    together = await cluster.client.run(rename(request), cluster.colocated, None)
+    assert len(frames) > damaged and "are computed here" in caplog.text
+    assert apart.failure is None and len(apart.token_ids) == 12
+    if cluster.workers[0].info().numerics is Numerics.STRICT:
+        assert (apart.token_ids, apart.logprobs) == (together.token_ids, together.logprobs)
+    await cluster.assert_at_rest()
+    assert cluster.num_compiles == compiles

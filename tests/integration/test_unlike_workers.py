@@ -10,6 +10,41 @@ import pytest
 from engine_core.types import Numerics, Request, SamplingParams
 from tests.mini_cluster import MiniCluster, tiny_config
 
+FLOAT8 = "float8_e4m3fn"
+
+
+@pytest.mark.parametrize(
+    ("prefill_cache", "decode_cache", "numerics"),
+    [("auto", FLOAT8, Numerics.FAST), (FLOAT8, "auto", Numerics.FAST), (FLOAT8, FLOAT8, Numerics.STRICT)],
+)
+async def test_float8_caches(prefill_cache, decode_cache, numerics):
+    """Of one or both workers: the answers of a colocated worker, or most of their tokens where KV is rounded."""
+    config, plain = tiny_config(numerics), tiny_config(numerics)
+    config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, dtype=decode_cache))
+    page_size = 4 if numerics is Numerics.STRICT else 8
+    cache = dataclasses.replace(plain.cache, dtype=prefill_cache, page_size=page_size)
+    prefill = dataclasses.replace(plain, cache=cache)
+    cluster = await MiniCluster.start(config, prefill)
+    try:
+        stored = [worker._replica.resolved.layout.dtype for worker in cluster.workers[:2]]
+        assert stored == [name.replace("auto", "float32") for name in (prefill_cache, decode_cache)]
+        rng = random.Random(2)
+        same = total = 0
+        for number in range(8):
+            prompt = [rng.randrange(149) for _ in range(rng.randrange(1, 60))]
+            sampling = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+            apart = Request(f"{number:032x}", prompt, len(prompt), sampling)
+            together = Request(f"{number + 100:032x}", prompt, len(prompt), sampling)
+            one = await cluster.client.run(apart, cluster.decode, cluster.prefill)
+            other = await cluster.client.run(together, cluster.colocated, None)
+            assert one.failure is None and len(one.token_ids) == len(other.token_ids) == 8
+            same += sum(map(int.__eq__, one.token_ids, other.token_ids))
+            total += 8
+        assert same == total if prefill_cache == decode_cache else same > total // 2
+        await cluster.assert_at_rest()
+    finally:
+        await cluster.stop()
+
 
 @pytest.mark.parametrize(("prefill_page", "decode_page", "dtype"), [(4, 12, "float32"), (8, 4, "bfloat16")])
 async def test_answers_are_those_of_a_colocated_worker(prefill_page, decode_page, dtype):

@@ -1,6 +1,6 @@
 """Run by test_repaging on 4 virtual CPU devices: KV from one device cache to another of another layout.
 
-Every ordered pair of six layouts: tensor parallelism 1, 2 and 4, page sizes, dtypes, padded heads, stacked layers.
+Every ordered pair of eight layouts: tensor parallelism 1, 2 and 4, page sizes, dtypes, padded heads, stacked layers.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Kind:
             head_dim=HEAD_DIM,
             dtype=self.dtype,
             head_align=self.head_align,
+            tp=self.tp,
         )
 
     def create(self) -> KVCache:
@@ -55,6 +56,8 @@ KINDS = [
     Kind(2, 4, "float32", 16, True),
     Kind(4, 16, "bfloat16", 1, True),
     Kind(1, 8, "float32", 16, False),
+    Kind(2, 8, "float8_e4m3fn", 16, False),
+    Kind(1, 16, "float8_e4m3fn", 1, True),
 ]
 
 gather = jax.jit(gather_pages)

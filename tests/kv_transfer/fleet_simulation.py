@@ -513,13 +513,20 @@ class Decode:
             match effect:
                 case handoff.Send(KvLink() as link, message):
                     link.to_prefill.send(message)
-                case handoff.Done(key, first_token):
+                case handoff.Done(key, first_token, lost):
+                    self.recompute(self.sequences[key], lost)
                     self.begin(self.sequences[key], first_token)
                 case handoff.Lost(key, _):
                     if key in self.sequences:
                         self.store(self.sequences[key])
                     self.drop(key)
                     self.control.to_gateway.send(lambda key=key: self.fleet.gateway.on_failed(self, key))
+
+    def recompute(self, sequence: Sequence, lost: tuple[int, ...]) -> None:
+        for index in lost:
+            check(index not in sequence.landed, "a block that landed is called lost")
+            self.content[sequence.pages[index]] = contents(sequence.tokens)[index]
+            sequence.landed.add(index)
 
     def begin(self, sequence: Sequence, first_token: TokenChunk) -> None:
         for page, block in zip(sequence.pages, contents(sequence.tokens), strict=True):

@@ -315,9 +315,10 @@ class DecodeWorker:
                     source = link.prefill  # type: ignore[attr-defined]
                     if link.up_at_decode:  # type: ignore[attr-defined]
                         self.world.carry(link, "to_prefill", lambda p=source, c=link, m=message: p.receive(c, m))
-                case handoff.Done(key, _):
+                case handoff.Done(key, _, lost):
                     held = self.pages[key]
-                    check(held.filled == set(held.pages), "done before every block has landed")
+                    check(held.filled | set(lost) == set(held.pages), "done before every block has landed or is lost")
+                    check(not held.filled & set(lost), "a block that landed is called lost")
                     self.end(key)
                 case handoff.Lost(key, _):
                     self.end(key)

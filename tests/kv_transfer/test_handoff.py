@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from engine_core.errors import (
-    ChecksumMismatch,
     NoFreePages,
     RequestCancelled,
     TicketExpired,
@@ -216,15 +215,32 @@ class TestReceiver:
             assert core.tick(now - 0.1) == []
             assert core.tick(now) == [Send("p", KvWant(*KEY, 7, (1, 2)))]
             now += handoff.WANT_AFTER_S
-        assert codes(core.tick(now)) == [TransferError.code, Send]
+        assert core.tick(now) == [Done(KEY, TOKEN, (1, 2)), Send("p", TicketCancel(*KEY))]
+        assert len(core) == 0
 
     def test_damaged_blocks_are_asked_for_again_but_not_for_ever(self):
         core = self.opened()
         for _ in range(handoff.MAX_WANTS):
             assert core.on_blocks(0, header((1, 41)), False) == [Send("p", KvWant(*KEY, 7, (1,)))]
-        effects = core.on_blocks(0, header((1, 41)), False)
-        assert codes(effects) == [ChecksumMismatch.code, Send]
-        assert effects[1].message == TicketCancel(*KEY)
+        assert core.on_blocks(0, header((1, 41)), False) == []
+        assert core.on_blocks(0, header((1, 41)), True) == []  # given up: it counts as computed elsewhere
+        core.on_blocks(0, header((2, 42)), True)
+        assert core.on_message(0, DONE.message) == [Done(KEY, TOKEN, (1,)), Send("p", TicketCancel(*KEY))]
+
+    def test_without_the_first_token_nothing_is_given_up_for_good(self):
+        core = self.opened()
+        for _ in range(handoff.MAX_WANTS + 1):
+            core.on_blocks(0, header((1, 41)), False)
+        (lost,) = core.on_peer_lost("p", TransferError("gone"))
+        assert lost == Lost(KEY, lost.error)
+
+    def test_what_the_sender_no_longer_has_is_lost_once_all_has_been_sent(self):
+        abort = KvAbort(*KEY, 7, TransferError.code, "no longer here", True)
+        assert codes(self.opened().on_message(0, abort)) == [TransferError.code]
+        core = self.opened()
+        core.on_blocks(0, header((1, 41)), True)
+        core.on_message(0, DONE.message)
+        assert core.on_message(0, abort) == [Done(KEY, TOKEN, (2,)), Send("p", TicketCancel(*KEY))]
 
     def test_answers_to_an_earlier_ticket_are_stale(self):
         core = self.opened()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 
+import numpy as np
 import pytest
 
 from engine_core.errors import ConfigError, RequestCancelled, TransferError
 from kv_transfer.layout import BlockLayout
 from kv_transfer.plane import PlaneKvSender
-from kv_transfer.wire import Transport
+from kv_transfer.wire import HOST_TRANSPORTS, Transport
 from tests.kv_transfer.test_transport import ALL_TRANSPORTS, Pair, PrefillEars, first_token, open_pair, until
 
 
@@ -24,7 +26,7 @@ async def hand_over(pair: Pair, name: str, seed: int = 0) -> None:
     pair.check_blocks(name, [0, 1], seed)
 
 
-@pytest.mark.parametrize("transport", list(Transport))
+@pytest.mark.parametrize("transport", HOST_TRANSPORTS)
 async def test_the_end_of_either_plane_fails_what_is_open_and_is_seen(transport):
     async with open_pair(f"plane {transport}") as pair:
         await hand_over(pair, "before")
@@ -115,3 +117,18 @@ async def test_what_waits_behind_blocks_that_were_dropped_goes_on():
         pair.sender.finish("s", 0, first_token("s"))
         await until(lambda: ("s", 0) in pair.decode.done)
         await pair.check_nothing_held()
+
+
+@pytest.mark.parametrize(
+    ("arena_mib", "blocks", "frames"), [(256, 3, 1), (256, 16, 4), (256, 64, 8), (256, 300, 19), (16, 64, 16)]
+)
+async def test_large_hand_overs_travel_in_large_frames(monkeypatch, arena_mib, blocks, frames):
+    layout = BlockLayout(num_layers=2, page_size=64, num_kv_heads=8, head_dim=128, dtype="float32")  # 1 MiB a block
+    pair = Pair("plane tcp", layout, layout)
+    options = dataclasses.replace(pair.options(Transport.TCP), arena_bytes=arena_mib << 20)
+    sender = PlaneKvSender(pair.identity("p", "f"), b"secret", pair.prefill, options)
+    cut: list[int] = []
+    monkeypatch.setattr(sender, "_put", lambda item: cut.append(len(item.indices)))
+    layer = np.zeros((1, *layout.shape), np.float32)
+    sender.send_blocks("r", 0, range(blocks), [np.broadcast_to(layer, (blocks, *layout.shape))] * 2)
+    assert (len(cut), sum(cut)) == (frames, blocks)

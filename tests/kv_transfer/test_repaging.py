@@ -16,7 +16,7 @@ from kv_transfer.blocks import HostBlocks, as_layers, as_rows
 from kv_transfer.layout import BlockLayout
 from kv_transfer.repaging import Repaging, check_convertible
 from kv_transfer.ticket import Landing, Ticket
-from kv_transfer.wire import Transport
+from kv_transfer.wire import HOST_TRANSPORTS
 from tests.kv_transfer.test_transport import first_token, open_pair, until
 
 LAYERS, HEADS, HEAD_DIM = 2, 2, 8
@@ -61,7 +61,7 @@ def check_all(kv: list[np.ndarray], theirs: BlockLayout, blocks: dict[int, list[
 @given(st.data())
 def test_every_block_wanted_comes_out_whole(data):
     sizes = st.sampled_from([1, 2, 3, 4, 5, 8, 16])
-    dtypes = st.sampled_from(["float32", "bfloat16"])
+    dtypes = st.sampled_from(["float32", "bfloat16", "float8_e4m3fn"])
     mine, theirs = (layout(data.draw(sizes), data.draw(dtypes)) for _ in range(2))
     num_tokens = data.draw(st.integers(1, 60))
     kv = prompt_kv(num_tokens, mine.dtype)
@@ -103,7 +103,7 @@ def test_what_cannot_be_converted_is_refused(field):
         check_convertible(layout(4, "float32"), BlockLayout(page_size=8, dtype="bfloat16", **other))
 
 
-KINDS = ["inproc", *Transport, *(f"plane {transport}" for transport in Transport)]
+KINDS = ["inproc", *HOST_TRANSPORTS, *(f"plane {transport}" for transport in HOST_TRANSPORTS)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,6 +113,8 @@ KINDS = ["inproc", *Transport, *(f"plane {transport}" for transport in Transport
         (layout(4, "bfloat16"), layout(16, "bfloat16")),
         (layout(16, "float32"), layout(4, "bfloat16")),
         (layout(4, "bfloat16"), layout(6, "float32")),
+        (layout(4, "bfloat16"), layout(8, "float8_e4m3fn")),
+        (layout(8, "float8_e4m3fn"), layout(4, "float32")),
     ],
 )
 async def test_unlike_workers_hand_over(kind, mine, theirs):
@@ -145,7 +147,7 @@ def test_the_product_of_layouts_on_virtual_devices():
     command = [sys.executable, "-m", "tests.kv_transfer.device_layouts"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) == 6 * 6
+    assert int(done.stdout.split()[-1]) == 8 * 8
 
 
 def test_rounding_is_to_nearest_even():
@@ -156,3 +158,13 @@ def test_rounding_is_to_nearest_even():
     got = as_layers(blocks.rows, theirs)[0][0, 0, 0].astype(np.float32)
     np.testing.assert_array_equal(got[:3], np.float32([1.0, 1.015625, -1.0]))
     np.testing.assert_array_equal(got, values.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+@pytest.mark.parametrize("source", ["float32", "bfloat16"])
+def test_float8_clips_what_it_cannot_hold_and_keeps_what_is_none(source):
+    mine, theirs = layout(1, source), layout(1, "float8_e4m3fn")
+    values = np.float32([448, 464, 1e30, -np.inf, np.nan, 0.0, 1.0625, 2.0**-10])
+    rows = as_rows([np.broadcast_to(values, (1, *mine.shape)).astype(mine.numpy_dtype)] * LAYERS, 1, mine)
+    ((_, blocks, _),) = Repaging(mine, theirs).add([0], HostBlocks(rows, None))
+    got = as_layers(blocks.rows, theirs)[0][0, 0, 0].astype(np.float32)
+    np.testing.assert_array_equal(got, np.float32([448, 448, 448, -448, np.nan, 0.0, 1.0, 0.0]))

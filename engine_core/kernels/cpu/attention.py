@@ -12,6 +12,8 @@ _MAX_GROUP = 64  # query heads per KV head
 def attends(q: jax.Array, layer_cache: jax.Array) -> bool:
     """Whether the kernel can do it; see `attend`."""
     kv_heads = layer_cache.shape[2] * layer_cache.shape[3] // 2
+    if layer_cache.dtype.itemsize == 1:
+        return False
     return q.shape[2] == layer_cache.shape[4] and q.shape[2] % _DIM_ALIGN == 0 and q.shape[1] <= _MAX_GROUP * kv_heads
 
 

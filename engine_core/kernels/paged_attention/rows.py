@@ -74,7 +74,7 @@ class Scoring:
 
 def quantized(values: jax.Array, scale: jax.Array | float | None, dtype: Any) -> jax.Array:
     """`values / scale` in the cache's dtype where that is narrow: to the nearest, clipped; else `values`."""
-    if dtype == jnp.uint16 or jnp.dtype(dtype).itemsize > 1:
+    if dtype in (jnp.uint16, jnp.uint8) or jnp.dtype(dtype).itemsize > 1:  # `to_storage` sees to it
         return values
     scaled = values.astype(jnp.float32) / (1.0 if scale is None else scale)
     if dtype == jnp.int8:

@@ -72,12 +72,19 @@ class _Sizes(NamedTuple):
         """Widen a table to whole blocks."""
         return jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % self.block_pages)))
 
-    def read(self, layer_cache: jax.Array, page_table: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Block `index` of rows [..., P] of a padded table: k, v [..., block, K, H] in the logical dtype."""
+    def read(
+        self, layer_cache: jax.Array, page_table: jax.Array, index: jax.Array, narrowest: jax.typing.DTypeLike
+    ) -> tuple[jax.Array, jax.Array]:
+        """Block `index` of rows [..., P] of a padded table: k, v [..., block, K, H] in the logical dtype.
+
+        float8 comes in the `narrowest` dtype to multiply in, which holds each of its values.
+        """
         pages = lax.dynamic_slice_in_dim(page_table, index * self.block_pages, self.block_pages, axis=-1)
         gathered = layer_cache.at[pages].get(mode="clip", wrap_negative_indices=False)
         shape = (*page_table.shape[:-1], self.block, self.num_kv_heads, 2, layer_cache.shape[-1])
         heads = from_storage(gathered.reshape(shape))[..., : self.head_dim]
+        if heads.dtype.itemsize == 1:
+            heads = heads.astype(narrowest)
         return heads[..., 0, :], heads[..., 1, :]
 
 
@@ -171,7 +178,7 @@ def _decode_rows(
     start = jnp.where(window > 0, jnp.maximum(kv_lens - window, 0), 0)
 
     def step(index: jax.Array, carry: _Softmax) -> _Softmax:
-        k, v = sizes.read(layer_cache, page_table, index)
+        k, v = sizes.read(layer_cache, page_table, index, q.dtype)
         places = index * sizes.block + jnp.arange(sizes.block)
         visible = (places >= start[:, None]) & (places < kv_lens[:, None])  # [B, C]
         scores = _dot("bkgh,bckh->bkgc", grouped.astype(k.dtype), k) * scale
@@ -247,7 +254,7 @@ def _attend_tile(
     lowest, last = jnp.min(jnp.where(places >= 0, starts, _FAR)), jnp.max(places)
 
     def step(index: jax.Array, carry: _Softmax) -> _Softmax:
-        k, v = sizes.read(layer_cache, pages, index)
+        k, v = sizes.read(layer_cache, pages, index, q.dtype)
         keys = index * sizes.block + jnp.arange(sizes.block)
         visible = jnp.tile((keys <= places[:, None]) & (keys >= starts[:, None]), (sizes.group, 1))
         scores = _dot("kqh,ckh->kqc", queries.astype(k.dtype), k) * scale
