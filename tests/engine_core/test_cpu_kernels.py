@@ -49,7 +49,8 @@ def kernels(library):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("rows", "depth", "width"), [(1, 32, 7), (2, 1024, 1), (5, 1056, 100), (7, 3072, 49), (12, 544, 50), (33, 64, 48), (130, 2080, 97)]
+    ("rows", "depth", "width"),
+    [(1, 32, 7), (2, 1024, 1), (5, 1056, 100), (7, 3072, 49), (12, 544, 50), (33, 64, 48), (130, 2080, 97)],
 )
 def test_products_are_numpys(library, dtype, rows, depth, width):
     rng = np.random.default_rng(rows)
