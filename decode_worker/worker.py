@@ -15,6 +15,7 @@ from engine_core.types import FinishReason, Role
 from kv_transfer.base import Layers
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
+from kv_transfer.host_links import HostLinks
 from kv_transfer.plane import PlaneKvReceiver, open_receiver
 from kv_transfer.receiver import NetKvReceiver
 from kv_transfer.ticket import Landing, Ticket
@@ -34,9 +35,11 @@ class DecodeWorker:
         listen: host, port for gateways and for decode workers; a port of 0 takes any free one.
         secret: shared by gateways and workers; None binds to loopback only.
         progress: told short sentences while weights load and buckets compile.
+        hosts: connections to the worker's other hosts, where this is the first of several.
 
     Raises:
         ConfigError, CheckpointError: this model cannot be served so.
+        WorkerDied: another host of it is gone.
     """
 
     def __init__(
@@ -49,8 +52,10 @@ class DecodeWorker:
         *,
         secret: bytes | None = None,
         progress: Callable[[str], None] = lambda _: None,
+        hosts: HostLinks | None = None,
     ) -> None:
-        self._replica = open_replica(config, model_dir, progress, decodes=True)
+        self._hosts = hosts
+        self._replica = open_replica(config, model_dir, progress, decodes=True, followers=hosts)
         resolved = self._replica.resolved
         self._identity = KvIdentity.of(worker_id, incarnation, resolved.spec, self._replica.identity, resolved.layout)
         self._secret = secret
@@ -84,6 +89,8 @@ class DecodeWorker:
         """Close everything."""
         await self._host.stop()
         await self._receiver.close()
+        if self._hosts is not None:
+            self._hosts.close()
 
     def info(self) -> WorkerInfo:
         """Who this is."""
