@@ -16,8 +16,7 @@ from kv_transfer.base import Layers
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
 from kv_transfer.host_links import HostLinks
-from kv_transfer.plane import PlaneKvReceiver, open_receiver
-from kv_transfer.receiver import NetKvReceiver
+from kv_transfer.joined_receiver import JoinedReceiver
 from kv_transfer.ticket import Landing, Ticket
 from kv_transfer.worker_host import Key, WorkerHost
 
@@ -72,11 +71,11 @@ class DecodeWorker:
             step_timeout_s=config.step_timeout_s,
         )
         self._serials = itertools.count(1)
-        self._receiver: PlaneKvReceiver | NetKvReceiver
+        self._receiver: JoinedReceiver
 
     async def start(self) -> WorkerInfo:
         """Listen and begin to work."""
-        self._receiver = open_receiver(self._identity, self._secret, self, self._options)
+        self._receiver = JoinedReceiver(self._identity, self._secret, self, self._options)
         await self._receiver.start()
         self._info = await self._host.start(self._info.address.host, self._info)
         return self._info

@@ -30,6 +30,7 @@ from engine_core.host_commands import (
     RunStep,
     Scatter,
 )
+from engine_core.resolve import ResolvedEngine
 from engine_core.step_io import StepInputs
 
 
@@ -91,6 +92,16 @@ class Follower:
     def held(self) -> KvHeads:
         """KV heads of this host's devices."""
         return self._shards.own
+
+    @property
+    def exported(self) -> KvHeads:
+        """Those of them that this host hands over."""
+        return self._shards.exported[jax.process_index()]
+
+    @property
+    def resolved(self) -> ResolvedEngine:
+        """Sizes of the replica."""
+        return self._engine.resolved
 
     def run(self, command: Any) -> None:
         """Do what the leader does.
@@ -178,7 +189,7 @@ class Follower:
         """The oldest copy, waiting for it if need be."""
         assert self._exports is not None
         export, pages = self._gathers.popleft()
-        own, exported = self.held, self._shards.exported[jax.process_index()]
+        own, exported = self.held, self.exported
         if exported.count:
             first = 2 * (exported.first - own.first)
             layers = [layer[:, :, first : first + 2 * exported.count] for layer in pages.wait()]

@@ -32,6 +32,7 @@ from kv_transfer.blocks import as_layers, as_rows, payload_rows, strided_bytes, 
 from kv_transfer.channel import Channel
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
+from kv_transfer.layout import BlockLayout
 from kv_transfer.plane_wire import (
     PlaneAbort,
     PlaneBlocks,
@@ -78,7 +79,7 @@ def open_sender(
 def open_receiver(
     identity: KvIdentity, secret: bytes | None, events: ReceiverEvents, options: TransferOptions
 ) -> PlaneKvReceiver | NetKvReceiver:
-    """A decode worker's receiver, likewise."""
+    """What talks to the hosts of prefill workers for a decode worker's `JoinedReceiver`, likewise."""
     if sys.platform == "linux":
         return PlaneKvReceiver(identity, secret, events, options)
     return NetKvReceiver(identity, secret, events, options)
@@ -413,7 +414,7 @@ class PlaneKvReceiver:
         self._plane = _Plane(self)
         self._segments: dict[int, Segment] = {}
         self._returns = Returns(lambda loans: self._plane.send(PlaneReturn(loans)))
-        self._open: set[Key] = set()
+        self._open: dict[Key, BlockLayout] = {}  # of the heads that the hand-off brings
 
     async def start(self) -> None:
         """Start the plane."""
@@ -448,11 +449,14 @@ class PlaneKvReceiver:
         if not self.healthy:
             self._events.on_failed(*ticket.key, TransferError("the data plane of the decode worker is gone"))
             return
-        self._open.add(ticket.key)
+        layout = self._identity.layout
+        for shard in address.kv_shards:
+            layout = layout.part(shard.first_head, shard.num_heads)
+        self._open[ticket.key] = layout
         self._plane.send(PlaneTicket(ticket, address))
 
     def _cancel(self, request_id: str, epoch: int) -> None:
-        self._open.discard((request_id, epoch))
+        self._open.pop((request_id, epoch), None)
         self._plane.send(PlaneCancel(request_id, epoch))
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
@@ -483,22 +487,19 @@ class PlaneKvReceiver:
     def on_lost(self) -> None:
         """Nothing can be received any more."""
         self.healthy = False
-        lost, self._open = self._open, set()
+        lost, self._open = self._open, {}
         for request_id, epoch in lost:
             self._events.on_failed(request_id, epoch, TransferError("the data plane of the decode worker is gone"))
 
     def _end(self, key: Key) -> bool:
-        if key not in self._open:
-            return False
-        self._open.remove(key)
-        return True
+        return self._open.pop(key, None) is not None
 
     def _on_blocks(self, message: PlaneBlocks) -> None:
         key = (message.request_id, message.epoch)
         if key not in self._open:
             self._returns.add(message.loan)
             return
-        layout, place, n = self._identity.layout, message.place, len(message.indices)
+        layout, place, n = self._open[key], message.place, len(message.indices)
         memory = self._segments[place.segment].lend(
             place.offset, strided_bytes(n, place.layer_stride, layout), lambda: self._returns.add(message.loan)
         )

@@ -5,6 +5,11 @@ from __future__ import annotations
 import msgspec
 
 
+def part_id(request_id: str, number: int) -> str:
+    """Under which request id host `number` of a prefill worker hands its heads over; what a key looks like there."""
+    return f"{request_id}#{number}" if number else request_id
+
+
 class Landing(msgspec.Struct, frozen=True, array_like=True):
     """One reserved page.
 

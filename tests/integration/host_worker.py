@@ -80,7 +80,7 @@ async def follow(link: LeaderLink, cache: str) -> None:
     await asyncio.Event().wait()
 
 
-def main(number: int, num_hosts: int, port: int, coordinator: int, cache: str) -> None:
+def main(case: str, number: int, num_hosts: int, port: int, coordinator: int, cache: str) -> None:
     jax.config.update("jax_num_cpu_devices", 4 // num_hosts)
     if num_hosts == 1:
         asyncio.run(serve_alone(1, None, cache))
@@ -101,4 +101,4 @@ def main(number: int, num_hosts: int, port: int, coordinator: int, cache: str) -
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
-    main(*map(int, sys.argv[1:5]), sys.argv[5])
+    main(sys.argv[1], *map(int, sys.argv[2:6]), sys.argv[6])
