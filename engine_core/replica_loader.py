@@ -12,7 +12,7 @@ from engine_core.batch import BatchBuilder
 from engine_core.config import EngineConfig
 from engine_core.device_memory import device_memory
 from engine_core.engine import Engine
-from engine_core.errors import CheckpointError
+from engine_core.errors import CheckpointError, ConfigError
 from engine_core.follower import Exports, Follower
 from engine_core.host_commands import Begin, Followers
 from engine_core.mesh import replica_devices
@@ -87,6 +87,8 @@ def _load(
 ) -> Replica:
     choose_platforms()
     use_compile_cache(config.compile_cache)
+    if jax.process_count() > 1 and config.numerics is Numerics.STRICT:
+        raise ConfigError("numerics is strict: its proof compares all KV, which no host of a worker over several has")
     progress("reading the checkpoint")
     devices = replica_devices(config.degrees) if jax.process_count() > 1 else jax.local_devices()
     resolved = resolve(config, load_spec(model_dir), checkpoint_identity(model_dir), devices)

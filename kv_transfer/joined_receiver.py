@@ -116,7 +116,7 @@ class JoinedReceiver:
 
     def _request(self, address: PeerAddress, ticket: Ticket) -> None:
         self._drop(ticket.key)
-        ids = tuple(part_id(ticket.request_id, number) for number in range(len(address.kv_shards)))
+        ids = tuple(part_id(ticket.request_id, shard.first_head) for shard in address.kv_shards)
         self._joining[ticket.key] = _Joining(ids, address.kv_shards, open_parts=set(ids))
         for number, (name, shard) in enumerate(zip(ids, address.kv_shards, strict=True)):
             self._keys[name, ticket.epoch] = (ticket.key, number)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 
 
-def part_id(request_id: str, number: int) -> str:
-    """Under which request id host `number` of a prefill worker hands its heads over; what a key looks like there."""
-    return f"{request_id}#{number}" if number else request_id
+def part_id(request_id: str, first_head: int) -> str:
+    """The request id under which a host of a prefill worker hands KV heads from `first_head` on over."""
+    return f"{request_id}#{first_head}" if first_head else request_id
 
 
 class Landing(msgspec.Struct, frozen=True, array_like=True):

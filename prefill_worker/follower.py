@@ -52,7 +52,6 @@ class PrefillFollower:
         progress: Callable[[str], None],
     ) -> None:
         self._leader = leader
-        self._number = leader.number
         self._listen_host = host
         self._secret = secret
         self._options = TransferOptions.of(config.transfer)
@@ -113,7 +112,8 @@ class PrefillFollower:
                 self._sender.abort(*key, error_named(code, message, retryable))
 
     def _part(self, request_id: str) -> str:
-        return part_id(request_id, self._number)
+        assert self._identity is not None
+        return part_id(request_id, self._identity.layout.first_kv_head)
 
     # SenderEvents: what is wanted, and what has failed, the leader learns from the decode worker.
 

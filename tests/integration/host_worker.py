@@ -1,6 +1,12 @@
-"""Run by test_hosts, one process for each host of a worker: its first serves and prints what it answers.
+"""Run by test_hosts: a host of a worker over several, or a worker of one host.
 
 python -m tests.integration.host_worker decode|prefill NUMBER NUM_HOSTS LINK_PORT COORDINATOR_PORT COMPILE_CACHE
+
+Host 0 prints what it answers by itself (decode), then its WorkerInfo, and serves until standard input ends.
+
+python -m tests.integration.host_worker peer COMPILE_CACHE
+
+A worker of one device that reads the WorkerInfo of a worker of the other role, and prints what both answer together.
 """
 
 from __future__ import annotations
@@ -13,27 +19,32 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import msgspec
 
 from decode_worker.follower import DecodeFollower
 from decode_worker.worker import DecodeWorker
 from engine_core import distributed
 from engine_core.config import EngineConfig, ModelConfig
-from engine_core.messages import PeerAddress
-from engine_core.types import Numerics, Request, SamplingParams
+from engine_core.messages import PeerAddress, WorkerInfo
+from engine_core.types import Numerics, Request, Role, SamplingParams
+from kv_transfer.control import ControlClient
 from kv_transfer.host_links import HostLinks
 from kv_transfer.leader_link import LeaderLink
+from prefill_worker.follower import PrefillFollower
+from prefill_worker.worker import PrefillWorker
 from tests.mini_cluster import GOLDEN, Client, tiny_config
 
 TIMEOUT_S = 60.0
 LOST = 3
+HERE = "127.0.0.1"
+WORKERS = {"decode": DecodeWorker, "prefill": PrefillWorker}
 
 
-def config(cache: str) -> EngineConfig:
-    """Four KV heads on four devices, few buckets."""
-    tiny = tiny_config(Numerics.FAST, tp=4)
+def config(cache: str, tp: int) -> EngineConfig:
+    """Four KV heads, few buckets; workers of one device have other pages."""
+    tiny = tiny_config(Numerics.FAST, tp=tp, page_size=4 if tp > 1 else 8)
     model = ModelConfig(path=str(GOLDEN / "mistral"), layers="scan")
-    batch = replace(tiny.batch, num_slots=2, prefill_tokens=8)
-    return replace(tiny, model=model, batch=batch, compile_cache=cache)
+    return replace(tiny, model=model, batch=replace(tiny.batch, num_slots=2, prefill_tokens=8), compile_cache=cache)
 
 
 def requests(name: str) -> list[Request]:
@@ -52,53 +63,81 @@ def end(reason: str) -> None:
     os._exit(LOST)
 
 
-async def serve_alone(num_hosts: int, hosts: HostLinks | None, cache: str) -> None:
-    """Answer all requests on one worker that computes its own prompts, then wait for the end of standard input."""
-    own = config(cache)
-    make = lambda: DecodeWorker(  # noqa: E731
-        own, Path(own.model.path), "w", 1, PeerAddress("127.0.0.1", 0, 0), **({"hosts": hosts} if hosts else {})
-    )
+async def answer(client: Client, name: str, decode: ControlClient, prefill: ControlClient | None) -> None:
+    answers = await asyncio.gather(*(client.run(request, decode, prefill) for request in requests(name)))
+    assert all(found.failure is None for found in answers), [found.failure for found in answers]
+    for found in answers:
+        print(" ".join(map(str, found.token_ids)), flush=True)
+
+
+async def lead(case: str, hosts: HostLinks | None, cache: str) -> None:
+    own = config(cache, 4)
+    several = {"hosts": hosts} if hosts is not None else {}
+    make = lambda: WORKERS[case](own, Path(own.model.path), case, 1, PeerAddress(HERE, 0, 0), **several)  # noqa: E731
     worker = await asyncio.to_thread(make)
+    info = await worker.start()
     client = Client()
-    connection = await client.connect(await worker.start())
-    answers = await asyncio.gather(*(client.run(request, connection, None) for request in requests("r")))
-    assert all(answer.failure is None for answer in answers), [answer.failure for answer in answers]
-    assert worker.load().compiles_after_warmup == 0
-    for answer in answers:
-        print(" ".join(map(str, answer.token_ids)), flush=True)
-    print("served", flush=True)
+    if case == "decode":
+        await answer(client, "alone", await client.connect(info), None)
+    print(msgspec.json.encode(info).decode(), flush=True)
     await asyncio.to_thread(sys.stdin.readline)
+    assert worker.load().compiles_after_warmup == 0
+    assert worker.load().running == worker.load().waiting == 0
     await client.close()
     await worker.stop()
+    print("at rest", flush=True)
 
 
-async def follow(link: LeaderLink, cache: str) -> None:
-    own = config(cache)
-    follower = await asyncio.to_thread(lambda: DecodeFollower(own, Path(own.model.path), link, lambda _: None))
+async def follow(case: str, link: LeaderLink, cache: str) -> None:
+    own = config(cache, 4)
+    model = Path(own.model.path)
+
+    def make() -> DecodeFollower | PrefillFollower:
+        if case == "decode":
+            return DecodeFollower(own, model, link, lambda _: None)
+        return PrefillFollower(own, model, case, 1, HERE, link, secret=None, progress=lambda _: None)
+
+    follower = await asyncio.to_thread(make)
     await follower.start()
-    print("follows", flush=True)
     await asyncio.Event().wait()
+
+
+async def be_peer(cache: str) -> None:
+    """Computes for the other worker's decoding, or decodes what that computes."""
+    other = msgspec.json.decode(sys.stdin.readline(), type=WorkerInfo)
+    own = config(cache, 1)
+    kind = PrefillWorker if other.role is Role.DECODE else DecodeWorker
+    worker = kind(own, Path(own.model.path), "peer", 1, PeerAddress(HERE, 0, 0))
+    client = Client()
+    mine, theirs = await client.connect(await worker.start()), await client.connect(other)
+    decode, prefill = (theirs, mine) if other.role is Role.DECODE else (mine, theirs)
+    await answer(client, "apart", decode, prefill)
+    await client.close()
+    await worker.stop()
+    print("done", flush=True)
 
 
 def main(case: str, number: int, num_hosts: int, port: int, coordinator: int, cache: str) -> None:
     jax.config.update("jax_num_cpu_devices", 4 // num_hosts)
     if num_hosts == 1:
-        asyncio.run(serve_alone(1, None, cache))
-        return
-    if number == 0:
-        hosts = HostLinks("w", 1, num_hosts, b"secret", end)
-        hosts.listen("127.0.0.1", port)
+        asyncio.run(lead(case, None, cache))
+    elif number == 0:
+        hosts = HostLinks(case, 1, num_hosts, b"secret", end)
+        hosts.listen(HERE, port)
         hosts.wait_connected(TIMEOUT_S)
-        distributed.join(f"127.0.0.1:{coordinator}", num_hosts, 0, TIMEOUT_S)
-        asyncio.run(serve_alone(num_hosts, hosts, cache))
+        distributed.join(f"{HERE}:{coordinator}", num_hosts, 0, TIMEOUT_S)
+        asyncio.run(lead(case, hosts, cache))
     else:
-        link = LeaderLink("w", 1, number, b"secret", end)
-        link.connect("127.0.0.1", port, TIMEOUT_S)
-        distributed.join(f"127.0.0.1:{coordinator}", num_hosts, number, TIMEOUT_S)
-        asyncio.run(follow(link, cache))
+        link = LeaderLink(case, 1, number, b"secret", end)
+        link.connect(HERE, port, TIMEOUT_S)
+        distributed.join(f"{HERE}:{coordinator}", num_hosts, number, TIMEOUT_S)
+        asyncio.run(follow(case, link, cache))
     os._exit(0)  # the processes of a JAX program wait for each other when they end in order
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
-    main(sys.argv[1], *map(int, sys.argv[2:6]), sys.argv[6])
+    if sys.argv[1] == "peer":
+        asyncio.run(be_peer(sys.argv[2]))
+    else:
+        main(sys.argv[1], *map(int, sys.argv[2:6]), sys.argv[6])
