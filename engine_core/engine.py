@@ -188,9 +188,9 @@ class Engine:
         assert self._followers is not None and self.shards is not None
         for layer in layers:
             heads = [layer[:, :, 2 * own.first : 2 * (own.first + own.count)] for own in self.shards.held[1:]]
-            contents = [memoryview(np.ascontiguousarray(part).view(np.uint8).reshape(-1)) for part in heads]
+            contents = [np.ascontiguousarray(part).view(np.uint8).reshape(-1) for part in heads]
             for start in range(0, max(map(len, contents)), PIECE_BYTES):
-                pieces = [KvPiece(bytes(content[start : start + PIECE_BYTES])) for content in contents]
+                pieces = [KvPiece(content[start : start + PIECE_BYTES].tobytes()) for content in contents]
                 self._followers.send_each(pieces)
         self._followers.send(Scatter(tuple(ids)))
 

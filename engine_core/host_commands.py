@@ -1,7 +1,7 @@
 """What the leader of a worker over several hosts tells the others: every device call, in the order of its own.
 
-All hosts of a worker run one SPMD program: each dispatches the same steps on its own devices. Arrays travel as raw bytes
-whose shapes a follower knows; it checks their size before it uses them (`engine_core.follower`).
+All hosts of a worker run one SPMD program: each dispatches the same steps on its own devices. Arrays travel as raw
+bytes whose shapes a follower knows; it checks their size before it uses them (`engine_core.follower`).
 """
 
 from __future__ import annotations

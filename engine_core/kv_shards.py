@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -70,7 +71,8 @@ class KvShards:
         """
 
         def place(layer: np.ndarray) -> jax.Array:
-            def part(index: tuple[slice, ...]) -> np.ndarray:
+            def part(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None
                 start, stop, _ = index[_HEADS_AXIS].indices(2 * num_kv_heads)
                 return layer[:, :, start - 2 * first_head : stop - 2 * first_head]
 
@@ -88,7 +90,8 @@ def local_parts(layer: jax.Array) -> tuple[jax.Array, ...]:
 
 def _held(sharding: NamedSharding, num_kv_heads: int) -> tuple[KvHeads, ...]:
     heads: dict[int, set[int]] = {}
-    for device, index in sharding.devices_indices_map((1, 1, 2 * num_kv_heads, 1)).items():
+    places: dict[Any, Any] = sharding.devices_indices_map((1, 1, 2 * num_kv_heads, 1))
+    for device, index in places.items():
         start, stop, _ = index[_HEADS_AXIS].indices(2 * num_kv_heads)
         heads.setdefault(device.process_index, set()).update(range(start // 2, stop // 2))
     ranges = []

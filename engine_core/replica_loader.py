@@ -131,14 +131,15 @@ def use_compile_cache(path: str) -> None:
 
 
 def buckets(replica: Replica, *, decodes: bool) -> list[tuple[str, StepInputs]]:
-    """Name and neutral inputs of each. Decode first: meanwhile a prefill worker that starts beside puts the others into the compilation cache."""
+    """Name and neutral inputs of each.
+
+    Decode first: meanwhile a prefill worker that starts beside puts the others into the compilation cache.
+    """
     resolved = replica.resolved
     builder = replica.builder
     found = []
     if decodes or resolved.numerics is Numerics.STRICT:
-        found += [
-            (f"decode of {size} sequences", builder.decode((), size).inputs) for size in resolved.decode_buckets
-        ]
+        found += [(f"decode of {size} sequences", builder.decode((), size).inputs) for size in resolved.decode_buckets]
     found += [
         (f"prefill of {size} tokens", builder.prefill((), size, resolved.prefill_rows).inputs)
         for size in resolved.prefill_buckets

@@ -66,8 +66,8 @@ class HostLinks:
         self._changed = threading.Condition()
         self._problem: BatonError | None = None
         self._is_closing = False
-        self._server: asyncio.Server
-        self._beats: asyncio.Task[None]
+        self._server: asyncio.Server | None = None
+        self._beats: asyncio.Task[None] | None = None
 
     def listen(self, host: str, port: int) -> int:
         """Listen for followers; a port of 0 takes any free one. Returns the port."""
@@ -96,8 +96,7 @@ class HostLinks:
     def close(self) -> None:
         """Hang up: the followers end, too."""
         self._is_closing = True
-        self._loop.call(self._close())
-        self._loop.close()
+        self._loop.close(self._close)
 
     # Followers
 
@@ -147,9 +146,9 @@ class HostLinks:
         self._beats = self._loop.loop.create_task(self._beat())
         return int(self._server.sockets[0].getsockname()[1])
 
-    async def _close(self) -> None:
-        self._beats.cancel()
-        self._server.close()
+    def _close(self) -> None:
+        if self._server is not None:
+            self._server.close()
         for host in self._hosts.values():
             host.channel.close()
 

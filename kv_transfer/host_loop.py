@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 BEAT_S = 0.25
+LAST_WORD_S = 0.05
 SILENT_BEATS = 7  # of ours without one of theirs: about 1.75 s
 STARTING_BEATS = 480  # while weights load and devices are opened, which may hold a whole process up: 2 min
 
@@ -35,10 +36,17 @@ class HostLoop:
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self.loop.call_soon_threadsafe(function, *arguments)
 
-    def close(self) -> None:
-        """End the thread."""
-        self.post(self.loop.stop)
-        self._thread.join()
+    def close(self, finish: Callable[[], object]) -> None:
+        """Call `finish` on the thread, let it say its last word, and end it. Again: nothing."""
+        self.post(self._finish, finish)
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _finish(self, finish: Callable[[], object]) -> None:
+        finish()
+        for task in asyncio.all_tasks(self.loop):
+            task.cancel()
+        self.loop.call_later(LAST_WORD_S, self.loop.stop)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
@@ -47,7 +55,7 @@ class HostLoop:
 
 
 class Silence:
-    """Counts our beats since the last message of a peer: time in which this process itself was held up counts little."""
+    """Counts our beats since a peer's last message: time in which this process itself was held up counts little."""
 
     def __init__(self) -> None:
         self.limit = STARTING_BEATS

@@ -1,13 +1,13 @@
 """Messages between the hosts of one worker; frames are those of `kv_transfer.channel`.
 
-    leader (listens)                        follower (calls)
-    Challenge -------------------------->
-              <-------------------------- HostHello, with a proof over both nonces
-    HostWelcome, with a proof likewise, or Refused with the reason
-    Begin ------------------------------>  loads the checkpoint
-              <-------------------------- HostReady, or HostFailed with the reason
-    device commands, in order ---------->  (`engine_core.host_commands`)
-              <------- HostBeat ---------> either way, several times a second
+leader (listens)                        follower (calls)
+Challenge -------------------------->
+          <-------------------------- HostHello, with a proof over both nonces
+HostWelcome, with a proof likewise, or Refused with the reason
+Begin ------------------------------>  loads the checkpoint
+          <-------------------------- HostReady, or HostFailed with the reason
+device commands, in order ---------->  (`engine_core.host_commands`)
+          <------- HostBeat ---------> either way, several times a second
 """
 
 from __future__ import annotations

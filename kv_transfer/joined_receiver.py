@@ -1,7 +1,7 @@
 """One hand-off from the several hosts of a prefill worker, each of which sends its KV heads.
 
-Each host is a hand-off of its own (`ticket.part_id`) with its own connection; blocks are told on when all of their heads
-are here. Parts are copied out of the transport's memory at once, so that no host waits for another.
+Each host is a hand-off of its own (`ticket.part_id`) with its own connection; blocks are told on when all of their
+heads are here. Parts are copied out of the transport's memory at once, so that no host waits for another.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Key = tuple[str, int]
 
 @dataclass(slots=True, eq=False)
 class _Group:
-    """Blocks that came first together, and are told on together. `layers` are whole: per layer `[n, page_size, 2K, H]`."""
+    """Blocks that came first together, and are told on together: per layer `[n, page_size, 2K, H]`."""
 
     blocks: tuple[int, ...]
     generations: tuple[int, ...]
@@ -48,7 +48,9 @@ class _Joining:
     open_parts: set[str] = field(default_factory=set)
     first_token: TokenChunk | None = None
 
-    def add(self, part: int, blocks: Sequence[int], generations: Sequence[int], layers: Layers, layout: BlockLayout) -> list[_Group]:
+    def add(
+        self, part: int, blocks: Sequence[int], generations: Sequence[int], layers: Layers, layout: BlockLayout
+    ) -> list[_Group]:
         """Take a part of some blocks in; the groups that are whole now."""
         fresh = [i for i, block in enumerate(blocks) if block not in self.places]
         if fresh:
@@ -91,6 +93,11 @@ class JoinedReceiver:
     async def start(self) -> None:
         """Start the plane."""
         await self._inner.start()
+
+    @property
+    def num_open(self) -> int:
+        """Hand-offs under way, each part counted."""
+        return self._inner.num_open
 
     @property
     def healthy(self) -> bool:

@@ -29,6 +29,7 @@ from kv_transfer.host_wire import (
 logger = logging.getLogger(__name__)
 
 RETRY_S = 0.1
+STOP_TIMEOUT_S = 5.0
 POLL_S = 0.001  # while copies are on their way off the device
 
 
@@ -68,8 +69,8 @@ class LeaderLink:
         self._is_over = False
         self._executor: Executor | None = None
         self._thread = EngineThread(self._tick, self._on_crash)
-        self._channel: Channel
-        self._beats: asyncio.Task[None]
+        self._channel: Channel | None = None
+        self._beats: asyncio.Task[None] | None = None
 
     def connect(self, host: str, port: int, timeout_s: float) -> None:
         """Connect, trying again until the time is over, and prove who this is.
@@ -110,8 +111,8 @@ class LeaderLink:
         self._loop.post(self._send, HostReady(kv))
 
     def fail(self, error: BatonError) -> None:
-        """This host can never be ready: tell the leader."""
-        self._loop.call(self._fail(HostFailed(error.code, str(error))))
+        """This host can never be ready: tell the leader, who ends it."""
+        self._loop.post(self._send, HostFailed(error.code, str(error)))
 
     @property
     def healthy(self) -> bool:
@@ -121,8 +122,9 @@ class LeaderLink:
     def close(self) -> None:
         """Hang up: the leader ends, too."""
         self._is_over = True
-        self._loop.call(self._hang_up())
-        self._loop.close()
+        self._loop.close(lambda: self._channel.close() if self._channel is not None else None)
+        if self._executor is not None and self._thread.alive:
+            self._thread.stop(STOP_TIMEOUT_S)
 
     def _tick(self) -> bool:
         """On the engine thread."""
@@ -141,14 +143,8 @@ class LeaderLink:
         make = lambda: Channel(from_leader, lambda channel: None, self._on_challenge, self._on_closed)  # noqa: E731
         _, self._channel = await self._loop.loop.create_connection(make, host, port)
 
-    async def _hang_up(self) -> None:
-        self._channel.close()
-
-    async def _fail(self, message: HostFailed) -> None:
-        self._channel.send(message)
-        self._channel.close()
-
     def _send(self, message: Message) -> None:
+        assert self._channel is not None
         self._channel.send(message)
 
     def _on_challenge(self, channel: Channel, message: Any) -> None:
@@ -168,7 +164,7 @@ class LeaderLink:
             raise ProtocolError("the leader does not know the secret")
         channel.max_frame_bytes = MAX_FRAME_BYTES
         channel.on_message = self._on_message
-        self._beats = self._loop.loop.create_task(self._beat())
+        self._beats = self._loop.loop.create_task(self._beat(channel))
         self._welcome.set()
 
     def _on_message(self, channel: Channel, message: Any) -> None:
@@ -187,12 +183,12 @@ class LeaderLink:
                 executor = self._executor
                 self._thread.post(lambda: executor.run(message))
 
-    async def _beat(self) -> None:
+    async def _beat(self, channel: Channel) -> None:
         while True:
             await asyncio.sleep(BEAT_S)
-            self._channel.send(HostBeat(self.inflight_bytes()))
+            channel.send(HostBeat(self.inflight_bytes()))
             if self._silence.is_over():
-                self._channel.abort(ProtocolError(f"silent for {self._silence.limit * BEAT_S:g} s"))
+                channel.abort(ProtocolError(f"silent for {self._silence.limit * BEAT_S:g} s"))
 
     def _on_closed(self, channel: Channel, error: Exception | None) -> None:
         if isinstance(error, BatonError) and not self._welcome.is_set():
