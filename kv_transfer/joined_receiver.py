@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
 
-from engine_core.errors import BatonError
+from engine_core.errors import BatonError, LayoutMismatch
 from engine_core.messages import KvShard, PeerAddress, TokenChunk
 from engine_core.types import FinishReason
 from kv_transfer.base import Layers, ReceiverEvents
@@ -123,6 +124,12 @@ class JoinedReceiver:
 
     def _request(self, address: PeerAddress, ticket: Ticket) -> None:
         self._drop(ticket.key)
+        starts = itertools.accumulate((shard.num_heads for shard in address.kv_shards), initial=0)
+        expected = [*(shard.first_head for shard in address.kv_shards), self._layout.num_kv_heads]
+        if min(shard.num_heads for shard in address.kv_shards) < 1 or list(starts) != expected:
+            error = LayoutMismatch(f"{address.host}:{address.port} does not hand over each KV head once")
+            self._events.on_failed(*ticket.key, error)
+            return
         ids = tuple(part_id(ticket.request_id, shard.first_head) for shard in address.kv_shards)
         self._joining[ticket.key] = _Joining(ids, address.kv_shards, open_parts=set(ids))
         for number, (name, shard) in enumerate(zip(ids, address.kv_shards, strict=True)):
