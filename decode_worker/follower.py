@@ -17,6 +17,7 @@ class DecodeFollower:
     Args:
         config: of the engine, the leader's.
         model_dir: the checkpoint on this host.
+        host: of no use here: it listens nowhere.
         leader: connected.
         progress: told short sentences while weights load.
 
@@ -26,7 +27,7 @@ class DecodeFollower:
     """
 
     def __init__(
-        self, config: EngineConfig, model_dir: Path, leader: LeaderLink, progress: Callable[[str], None]
+        self, config: EngineConfig, model_dir: Path, host: str, leader: LeaderLink, progress: Callable[[str], None]
     ) -> None:
         self._leader = leader
         try:

@@ -27,8 +27,16 @@ def join(coordinator: str, num_hosts: int, number: int, timeout_s: float) -> Non
     config: Any = jax.config  # whose type lacks its options
     config.update("jax_cpu_collectives_implementation", "gloo")
     try:
-        jax.distributed.initialize(coordinator, num_hosts, number, initialization_timeout=int(timeout_s))
+        jax.distributed.initialize(
+            coordinator,
+            num_hosts,
+            number,
+            initialization_timeout=int(timeout_s),
+            coordinator_bind_address=coordinator if number == 0 else None,  # else it listens on every interface
+        )
         jax.devices()  # here: each process waits until all others have looked, too
     except RuntimeError as error:
         reason = (str(error).splitlines() or [""])[0]
         raise ConfigError(f"host {number} of {num_hosts} cannot join the others at {coordinator}: {reason}") from None
+    if jax.process_index() != number:
+        raise ConfigError(f"host {number} of {num_hosts} is number {jax.process_index()} of its TPU slice")

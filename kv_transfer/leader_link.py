@@ -57,8 +57,8 @@ class LeaderLink:
     ) -> None:
         self.number = number
         self.inflight_bytes: Callable[[], int] = lambda: 0
-        self._name = (worker_id, incarnation)
-        self._secret = secret
+        self.life = (worker_id, incarnation)
+        self.secret = secret
         self._on_lost = on_lost
         self._loop = HostLoop("leader")
         self._silence = Silence()
@@ -151,16 +151,16 @@ class LeaderLink:
         if not isinstance(message, Challenge):
             raise ProtocolError(f"{type(message).__name__} before Challenge")
         nonce = new_nonce()
-        proof = make_proof(self._secret, Side.HOST_CALLER, message.nonce, nonce)
+        proof = make_proof(self.secret, Side.HOST_CALLER, message.nonce, nonce)
         channel.on_message = lambda _, answer: self._on_welcome(channel, answer, message.nonce, nonce)
-        channel.send(HostHello(HOST_PROTOCOL, *self._name, self.number, proof, nonce))
+        channel.send(HostHello(HOST_PROTOCOL, *self.life, self.number, proof, nonce))
 
     def _on_welcome(self, channel: Channel, message: Any, listener_nonce: bytes, caller_nonce: bytes) -> None:
         if isinstance(message, Refused):
             raise ProtocolError(f"refused by the leader: {message.message}")
         if not isinstance(message, HostWelcome):
             raise ProtocolError(f"{type(message).__name__} before HostWelcome")
-        if not proves(message.secret_proof, self._secret, Side.HOST_LISTENER, listener_nonce, caller_nonce):
+        if not proves(message.secret_proof, self.secret, Side.HOST_LISTENER, listener_nonce, caller_nonce):
             raise ProtocolError("the leader does not know the secret")
         channel.max_frame_bytes = MAX_FRAME_BYTES
         channel.on_message = self._on_message

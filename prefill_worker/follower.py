@@ -27,11 +27,8 @@ class PrefillFollower:
     Args:
         config: of the engine, the leader's.
         model_dir: the checkpoint on this host.
-        worker_id: of the worker.
-        incarnation: which life of it.
         host: where to listen for decode workers.
         leader: connected.
-        secret: shared by all workers; None binds to loopback only.
         progress: told short sentences while weights load.
 
     Raises:
@@ -43,17 +40,12 @@ class PrefillFollower:
         self,
         config: EngineConfig,
         model_dir: Path,
-        worker_id: str,
-        incarnation: int,
         host: str,
         leader: LeaderLink,
-        *,
-        secret: bytes | None,
         progress: Callable[[str], None],
     ) -> None:
         self._leader = leader
         self._listen_host = host
-        self._secret = secret
         self._options = TransferOptions.of(config.transfer)
         try:
             begin = leader.wait_begin()
@@ -63,7 +55,7 @@ class PrefillFollower:
             raise
         resolved = self._follower.resolved
         # Every host of the worker comes to the same identity, from the same checkpoint.
-        whole = KvIdentity.of(worker_id, incarnation, resolved.spec, resolved.fingerprint, resolved.layout)
+        whole = KvIdentity.of(*leader.life, resolved.spec, resolved.fingerprint, resolved.layout)
         heads = self._follower.exported
         self._identity = whole.part(heads.first, heads.count) if heads.count else None
         self._sender: PlaneKvSender | NetKvSender | None = None
@@ -73,7 +65,7 @@ class PrefillFollower:
         if self._identity is None:  # others hold the same heads
             self._leader.serve(self._follower, None)
             return
-        sender = self._sender = open_sender(self._identity, self._secret, self, self._options)
+        sender = self._sender = open_sender(self._identity, self._leader.secret, self, self._options)
         port = await sender.start(self._listen_host, 0)
         self._leader.inflight_bytes = lambda: sender.inflight_bytes
         layout = self._identity.layout

@@ -92,12 +92,8 @@ async def follow(case: str, link: LeaderLink, cache: str) -> None:
     own = config(cache, 4)
     model = Path(own.model.path)
 
-    def make() -> DecodeFollower | PrefillFollower:
-        if case == "decode":
-            return DecodeFollower(own, model, link, lambda _: None)
-        return PrefillFollower(own, model, case, 1, HERE, link, secret=None, progress=lambda _: None)
-
-    follower = await asyncio.to_thread(make)
+    kind = DecodeFollower if case == "decode" else PrefillFollower
+    follower = await asyncio.to_thread(lambda: kind(own, model, HERE, link, lambda _: None))
     await follower.start()
     await asyncio.Event().wait()
 
@@ -122,13 +118,13 @@ def main(case: str, number: int, num_hosts: int, port: int, coordinator: int, ca
     if num_hosts == 1:
         asyncio.run(lead(case, None, cache))
     elif number == 0:
-        hosts = HostLinks(case, 1, num_hosts, b"secret", end)
+        hosts = HostLinks(case, 1, num_hosts, None, end)
         hosts.listen(HERE, port)
         hosts.wait_connected(TIMEOUT_S)
         distributed.join(f"{HERE}:{coordinator}", num_hosts, 0, TIMEOUT_S)
         asyncio.run(lead(case, hosts, cache))
     else:
-        link = LeaderLink(case, 1, number, b"secret", end)
+        link = LeaderLink(case, 1, number, None, end)
         link.connect(HERE, port, TIMEOUT_S)
         distributed.join(f"{HERE}:{coordinator}", num_hosts, number, TIMEOUT_S)
         asyncio.run(follow(case, link, cache))
