@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -219,7 +221,20 @@ def _check_hosts(config: ServeConfig, role: Role) -> None:
     for name, count in (("gpus_per_worker", shape.gpus), ("tpus_per_worker", shape.tpus)):
         if count % shape.hosts:
             raise ConfigError(f"{field_name} is {shape.hosts}, which does not divide fleet.{name} {count:g}")
-    if shape.tpus and not (shape.topology and shape.accelerator):
-        raise ConfigError(f"{field_name} is {shape.hosts}: fleet.topology and fleet.accelerator must name the slice")
+    _check_slice(shape, field_name)
     if config.autoscale.flip_s and config.shape(Role.PREFILL).hosts != config.shape(Role.DECODE).hosts:
         raise ConfigError("autoscale.flip_s is set, but prefill and decode workers span unlike numbers of machines")
+
+
+def _check_slice(shape: WorkerShape, field_name: str) -> None:
+    """A worker over several machines with TPUs takes a whole slice."""
+    if not shape.tpus:
+        return
+    if not (re.fullmatch(r"\d+(x\d+){1,2}", shape.topology) and shape.accelerator):
+        raise ConfigError(f"{field_name} is {shape.hosts}: fleet.topology and fleet.accelerator must name the slice")
+    chips = math.prod(map(int, shape.topology.split("x")))
+    if chips != shape.tpus or chips != shape.engine.degrees.num_devices:
+        raise ConfigError(
+            f"fleet.topology {shape.topology} has {chips} chips; of them fleet.tpus_per_worker takes "
+            f"{shape.tpus:g}, and engine {shape.engine.degrees}: a worker over several machines takes all"
+        )

@@ -47,6 +47,7 @@ class SpanningWorkerHandle:
         self._leader: Any = None
         self._followers: list[Any] = []
         self._following: list[Any] = []
+        self._refusal: ConfigError | None = None
         self._is_over = False
         if not shape.tpus:
             self._group = placement_group([self._bundle()] * shape.hosts, strategy="PACK", name=self._name)
@@ -61,7 +62,8 @@ class SpanningWorkerHandle:
             try:
                 found = await asyncio.to_thread(self._reserve_slice)
             except ValueError as error:
-                raise ConfigError(f"fleet.topology {self._shape.topology}: {error}") from None
+                self._refusal = ConfigError(f"fleet.topology {self._shape.topology}: {error}")
+                return
             except (RuntimeError, TimeoutError, RayError) as error:
                 logger.info("no slice for %s yet: %s", self._name, first_line(error))
                 await asyncio.sleep(PLACE_POLL_S)
@@ -76,6 +78,8 @@ class SpanningWorkerHandle:
 
     async def start(self) -> WorkerInfo:
         """Load and compile on all hosts. Raises ConfigError or StartFailed with the reason in one line."""
+        if self._refusal is not None:
+            raise self._refusal
         assert self._group is not None
         bundles = await asyncio.to_thread(_bundles_in_order, self._group, self._shape.hosts)
         self._leader = self._actor(WorkerActor, bundles[0]).remote(self._plan)
@@ -159,6 +163,7 @@ class SpanningWorkerHandle:
 
 def _bundles_in_order(group: PlacementGroup, num_hosts: int) -> list[int]:
     """Bundles by their nodes' place in the TPU slice, so that hosts are numbered as JAX numbers them."""
-    labels = {node["NodeID"]: node.get("Labels") or {} for node in ray.nodes()}
+    labels: dict[str, dict[str, str]] = {node["NodeID"]: node.get("Labels") or {} for node in ray.nodes()}
     nodes = placement_group_table(group)["bundles_to_node_id"]
-    return sorted(range(num_hosts), key=lambda bundle: int(labels.get(nodes[bundle], {}).get(TPU_WORKER_ID, bundle)))
+    places = [labels.get(nodes[bundle], {}).get(TPU_WORKER_ID, str(bundle)) for bundle in range(num_hosts)]
+    return sorted(range(num_hosts), key=lambda bundle: int(places[bundle]))

@@ -6,7 +6,7 @@ devices hold and never sees the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,7 @@ def local_parts(layer: jax.Array) -> tuple[jax.Array, ...]:
 
 def _held(sharding: NamedSharding, num_kv_heads: int) -> tuple[KvHeads, ...]:
     heads: dict[int, set[int]] = {}
-    places: dict[Any, Any] = sharding.devices_indices_map((1, 1, 2 * num_kv_heads, 1))
+    places: Mapping[Any, Any] = sharding.devices_indices_map((1, 1, 2 * num_kv_heads, 1))
     for device, index in places.items():
         start, stop, _ = index[_HEADS_AXIS].indices(2 * num_kv_heads)
         heads.setdefault(device.process_index, set()).update(range(start // 2, stop // 2))
