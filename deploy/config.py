@@ -14,6 +14,7 @@ from router.config import GatewayConfig
 from router.planner import PlannerConfig
 
 NODE = "node"  # `fleet.host`: the address of the machine a worker runs on
+DEVICES_PER_CHIP = {"v7x": 2, "tpu7x": 2}  # as JAX counts them, where it is more than one
 DEMO = "demo"  # name of the embedded model
 
 
@@ -95,6 +96,12 @@ class WorkerShape:
     topology: str
     accelerator: str
     pool: str
+
+    @property
+    def chips_per_host(self) -> int:
+        """TPU chips of each machine: what is reserved, and at least what the engine needs."""
+        per_chip = DEVICES_PER_CHIP.get(self.accelerator, 1)
+        return max(int(self.tpus), self.engine.degrees.num_devices // per_chip) // self.hosts
 
 
 class AutoscaleMode(StrEnum):
@@ -233,8 +240,9 @@ def _check_slice(shape: WorkerShape, field_name: str) -> None:
     if not (re.fullmatch(r"\d+(x\d+){1,2}", shape.topology) and shape.accelerator):
         raise ConfigError(f"{field_name} is {shape.hosts}: fleet.topology and fleet.accelerator must name the slice")
     chips = math.prod(map(int, shape.topology.split("x")))
-    if chips != shape.tpus or chips != shape.engine.degrees.num_devices:
+    devices = chips * DEVICES_PER_CHIP.get(shape.accelerator, 1)
+    if chips != shape.tpus or devices != shape.engine.degrees.num_devices:
         raise ConfigError(
-            f"fleet.topology {shape.topology} has {chips} chips; of them fleet.tpus_per_worker takes "
-            f"{shape.tpus:g}, and engine {shape.engine.degrees}: a worker over several machines takes all"
+            f"fleet.topology {shape.topology} has {chips} chips, {devices} devices; fleet.tpus_per_worker takes "
+            f"{shape.tpus:g}, engine {shape.engine.degrees}: a worker over several machines takes all"
         )

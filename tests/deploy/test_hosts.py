@@ -51,7 +51,10 @@ def test_each_role_has_its_shape() -> None:
         (TWO | SLICE | {"fleet.topology": ""}, "fleet.topology and fleet.accelerator must name the slice"),
         (TWO | SLICE | {"fleet.topology": "4by4"}, "fleet.topology and fleet.accelerator must name the slice"),
         (TWO | SLICE | {"fleet.accelerator": ""}, "fleet.topology and fleet.accelerator must name the slice"),
-        (TWO | SLICE | {"fleet.topology": "4x8"}, "fleet.topology 4x8 has 32 chips; of them"),
+        (
+            TWO | SLICE | {"fleet.topology": "4x8"},
+            "fleet.topology 4x8 has 32 chips, 32 devices; fleet.tpus_per_worker takes 16",
+        ),
         (TWO | SLICE | {"tp": 8}, "engine dp 1 x ep 1 x tp 8: a worker over several machines takes all"),
     ],
 )
