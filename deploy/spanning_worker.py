@@ -57,21 +57,18 @@ class SpanningWorkerHandle:
         return f"baton-{self._plan.worker_id}.{self._plan.incarnation}"
 
     async def place(self) -> None:
-        """Return when Ray has found all nodes."""
+        """Return when Ray has found all nodes, or can never."""
         while self._shape.tpus and self._slice is None:
             try:
-                found = await asyncio.to_thread(self._reserve_slice)
+                await asyncio.to_thread(self._reserve_slice)
             except ValueError as error:
                 self._refusal = ConfigError(f"fleet.topology {self._shape.topology}: {error}")
                 return
             except (RuntimeError, TimeoutError, RayError) as error:
                 logger.info("no slice for %s yet: %s", self._name, first_line(error))
                 await asyncio.sleep(PLACE_POLL_S)
-                continue
-            if self._is_over:
-                found.shutdown()
-                return
-            self._slice, self._group = found, found.placement_group
+        if self._slice is not None:
+            self._group = self._slice.placement_group
         assert self._group is not None
         while not await asyncio.to_thread(is_placed, self._group):  # noqa: ASYNC110
             await asyncio.sleep(PLACE_POLL_S)
@@ -128,9 +125,10 @@ class SpanningWorkerHandle:
         elif self._group is not None:
             remove_placement_group(self._group)
 
-    def _reserve_slice(self) -> SlicePlacementGroup:
+    def _reserve_slice(self) -> None:
+        """In a thread, which goes on when nobody waits for it any more."""
         shape = self._shape
-        return SlicePlacementGroup(
+        self._slice = SlicePlacementGroup(
             shape.topology,
             shape.accelerator,
             self._bundle(),
@@ -139,6 +137,8 @@ class SpanningWorkerHandle:
             chips_per_vm=int(shape.tpus) // shape.hosts,
             head_reservation_timeout_s=SLICE_S,
         )
+        if self._is_over:
+            self._slice.shutdown()
 
     def _bundle(self) -> dict[str, float]:
         """What one host takes."""

@@ -1,6 +1,6 @@
 """Run by test_hosts: a host of a worker over several, or a worker of one host.
 
-python -m tests.integration.host_worker decode|prefill NUMBER NUM_HOSTS LINK_PORT COORDINATOR_PORT COMPILE_CACHE
+python -m tests.integration.host_worker decode|prefill|rows NUMBER NUM_HOSTS LINK_PORT COORDINATOR_PORT COMPILE_CACHE
 
 Host 0 prints what it answers by itself (decode), then its WorkerInfo, and serves until standard input ends.
 
@@ -37,12 +37,13 @@ from tests.mini_cluster import GOLDEN, Client, tiny_config
 TIMEOUT_S = 60.0
 LOST = 3
 HERE = "127.0.0.1"
-WORKERS = {"decode": DecodeWorker, "prefill": PrefillWorker}
+WORKERS = {"decode": DecodeWorker, "prefill": PrefillWorker, "rows": PrefillWorker}
+DEGREES = {"decode": {"tp": 4}, "prefill": {"tp": 4}, "rows": {"dp": 2, "tp": 2}, "peer": {}}
 
 
-def config(cache: str, tp: int) -> EngineConfig:
+def config(case: str, cache: str) -> EngineConfig:
     """Four KV heads, few buckets; workers of one device have other pages."""
-    tiny = tiny_config(Numerics.FAST, tp=tp, page_size=4 if tp > 1 else 8)
+    tiny = tiny_config(Numerics.FAST, page_size=8 if case == "peer" else 4, **DEGREES[case])
     model = ModelConfig(path=str(GOLDEN / "mistral"), layers="scan")
     return replace(tiny, model=model, batch=replace(tiny.batch, num_slots=2, prefill_tokens=8), compile_cache=cache)
 
@@ -71,7 +72,7 @@ async def answer(client: Client, name: str, decode: ControlClient, prefill: Cont
 
 
 async def lead(case: str, hosts: HostLinks | None, cache: str) -> None:
-    own = config(cache, 4)
+    own = config(case, cache)
     several = {"hosts": hosts} if hosts is not None else {}
     make = lambda: WORKERS[case](own, Path(own.model.path), case, 1, PeerAddress(HERE, 0, 0), **several)  # noqa: E731
     worker = await asyncio.to_thread(make)
@@ -89,7 +90,7 @@ async def lead(case: str, hosts: HostLinks | None, cache: str) -> None:
 
 
 async def follow(case: str, link: LeaderLink, cache: str) -> None:
-    own = config(cache, 4)
+    own = config(case, cache)
     model = Path(own.model.path)
 
     kind = DecodeFollower if case == "decode" else PrefillFollower
@@ -101,7 +102,7 @@ async def follow(case: str, link: LeaderLink, cache: str) -> None:
 async def be_peer(cache: str) -> None:
     """Computes for the other worker's decoding, or decodes what that computes."""
     other = msgspec.json.decode(sys.stdin.readline(), type=WorkerInfo)
-    own = config(cache, 1)
+    own = config("peer", cache)
     kind = PrefillWorker if other.role is Role.DECODE else DecodeWorker
     worker = kind(own, Path(own.model.path), "peer", 1, PeerAddress(HERE, 0, 0))
     client = Client()
