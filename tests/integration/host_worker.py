@@ -36,6 +36,7 @@ from tests.mini_cluster import GOLDEN, Client, tiny_config
 
 TIMEOUT_S = 60.0
 LOST = 3
+MARK = "baton: "
 HERE = "127.0.0.1"
 WORKERS = {"decode": DecodeWorker, "prefill": PrefillWorker, "rows": PrefillWorker}
 DEGREES = {"decode": {"tp": 4}, "prefill": {"tp": 4}, "rows": {"dp": 2, "tp": 2}, "peer": {}}
@@ -59,8 +60,13 @@ def requests(name: str) -> list[Request]:
     return found
 
 
+def say(line: str) -> None:
+    """Gloo's threads print to standard output, too, and tear each other's lines."""
+    print(f"\n{MARK}{line}", flush=True)
+
+
 def end(reason: str) -> None:
-    print(reason, flush=True)
+    say(reason)
     os._exit(LOST)
 
 
@@ -68,7 +74,7 @@ async def answer(client: Client, name: str, decode: ControlClient, prefill: Cont
     answers = await asyncio.gather(*(client.run(request, decode, prefill) for request in requests(name)))
     assert all(found.failure is None for found in answers), [found.failure for found in answers]
     for found in answers:
-        print(" ".join(map(str, found.token_ids)), flush=True)
+        say(" ".join(map(str, found.token_ids)))
 
 
 async def lead(case: str, hosts: HostLinks | None, cache: str) -> None:
@@ -80,13 +86,13 @@ async def lead(case: str, hosts: HostLinks | None, cache: str) -> None:
     client = Client()
     if case == "decode":
         await answer(client, "alone", await client.connect(info), None)
-    print(msgspec.json.encode(info).decode(), flush=True)
+    say(msgspec.json.encode(info).decode())
     await asyncio.to_thread(sys.stdin.readline)
     assert worker.load().compiles_after_warmup == 0
     assert worker.load().running == worker.load().waiting == 0
     await client.close()
     await worker.stop()
-    print("at rest", flush=True)
+    say("at rest")
 
 
 async def follow(case: str, link: LeaderLink, cache: str) -> None:
@@ -111,7 +117,7 @@ async def be_peer(cache: str) -> None:
     await answer(client, "apart", decode, prefill)
     await client.close()
     await worker.stop()
-    print("done", flush=True)
+    say("done")
 
 
 def main(case: str, number: int, num_hosts: int, port: int, coordinator: int, cache: str) -> None:

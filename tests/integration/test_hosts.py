@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from engine_core.messages import WorkerInfo
-from tests.integration.host_worker import LOST
+from tests.integration.host_worker import LOST, MARK
 
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
 NUM_REQUESTS = 5
@@ -34,11 +34,11 @@ class Process(subprocess.Popen):
         super().__exit__(*exception)
 
     def lines(self, count: int) -> list[str]:
-        """The next ones, without Gloo's own."""
+        """The next ones that it says itself."""
         found: list[str] = []
         for line in self.stdout:
-            if "[Gloo]" not in line:
-                found.append(line.strip())
+            if line.startswith(MARK):
+                found.append(line.removeprefix(MARK).strip())
             if len(found) == count:
                 return found
         raise AssertionError(f"it ended with {self.wait()} after {found}")
@@ -102,4 +102,16 @@ def test_a_prefill_worker_over_two_hosts(cache: Path, expected: list[str]) -> No
         assert together(info, cache) == expected
         leader.kill()
         assert follower.lines(1) == ["the leader is lost: it hung up"]
+        assert follower.wait(10) == LOST
+
+
+def test_hosts_that_hold_the_same_heads(cache: Path, expected: list[str]) -> None:
+    """Sequences lie on either host; one of them hands the KV of all over."""
+    with hosts("rows", cache) as (leader, follower):
+        (info,) = leader.lines(1)
+        shards = msgspec.json.decode(info, type=WorkerInfo).address.kv_shards
+        assert [(shard.first_head, shard.num_heads) for shard in shards] == [(0, 4)]
+        assert together(info, cache) == expected
+        leader.tell("")
+        assert leader.lines(1) == ["at rest"]
         assert follower.wait(10) == LOST
