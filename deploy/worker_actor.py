@@ -136,9 +136,10 @@ class WorkerActor:
 
 
 def build_worker(plan: WorkerPlan, progress: Callable[[str], None], **hosts: HostLinks) -> Worker:
-    """Import jax and the role, load weights, compile buckets: slow."""
+    """Import jax and the role, load weights, compile buckets: slow. With `hosts`, jax has its devices already."""
     progress("importing jax")
-    prepare_devices(plan)
+    if not hosts:
+        prepare_devices(plan)
     worker: Worker = imported(plan.worker_class)(
         plan.engine,
         model_on_node(plan, progress),

@@ -18,7 +18,7 @@ from tests.e2e.model import make_checkpoint
 
 SLICE = {"fleet.topology": "4x4", "fleet.accelerator": "v6e", "fleet.tpus_per_worker": 16, "tp": 16}
 TWO = {"fleet.hosts_per_worker": 2}
-FLAGS = ("--fleet.prefill_hosts", "2", "--fleet.prefill_tp", "2", "--gateway.local_prefill_tokens", "0")
+FLAGS = ("--fleet.prefill_hosts", "2", "--fleet.prefill_tp", "4", "--gateway.local_prefill_tokens", "0")
 SMALL = (
     *("--cache.num_pages", "16", "--batch.max_model_len", "128", "--batch.num_slots", "1", "--model.layers", "scan"),
     *("--batch.prefill_tokens", "8"),
