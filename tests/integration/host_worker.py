@@ -2,7 +2,7 @@
 
 python -m tests.integration.host_worker decode|prefill|rows NUMBER NUM_HOSTS LINK_PORT COORDINATOR_PORT COMPILE_CACHE
 
-Host 0 prints what it answers by itself (decode), then its WorkerInfo, and serves until standard input ends.
+Host 0 prints what it answers by itself (decode, rows), then its WorkerInfo, and serves until standard input ends.
 
 python -m tests.integration.host_worker peer COMPILE_CACHE
 
@@ -38,7 +38,7 @@ TIMEOUT_S = 60.0
 LOST = 3
 MARK = "baton: "
 HERE = "127.0.0.1"
-WORKERS = {"decode": DecodeWorker, "prefill": PrefillWorker, "rows": PrefillWorker}
+WORKERS = {"decode": DecodeWorker, "prefill": PrefillWorker, "rows": DecodeWorker}
 DEGREES = {"decode": {"tp": 4}, "prefill": {"tp": 4}, "rows": {"dp": 2, "tp": 2}, "peer": {}}
 
 
@@ -84,7 +84,7 @@ async def lead(case: str, hosts: HostLinks | None, cache: str) -> None:
     worker = await asyncio.to_thread(make)
     info = await worker.start()
     client = Client()
-    if case == "decode":
+    if case != "prefill":
         await answer(client, "alone", await client.connect(info), None)
     say(msgspec.json.encode(info).decode())
     await asyncio.to_thread(sys.stdin.readline)
@@ -99,7 +99,7 @@ async def follow(case: str, link: LeaderLink, cache: str) -> None:
     own = config(case, cache)
     model = Path(own.model.path)
 
-    kind = DecodeFollower if case == "decode" else PrefillFollower
+    kind = PrefillFollower if case == "prefill" else DecodeFollower
     follower = await asyncio.to_thread(lambda: kind(own, model, HERE, link, lambda _: None))
     await follower.start()
     await asyncio.Event().wait()
