@@ -235,7 +235,9 @@ def _memory_budget(config: EngineConfig, devices: list[jax.Device], weights: int
 def _total_memory(devices: list[jax.Device]) -> int:
     if devices[0].platform == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    own = [d for d in devices if d.process_index == jax.process_index()]  # other hosts have as much
+    own = devices
+    if jax.process_count() > 1:  # other hosts have as much, which cannot be seen from here
+        own = [d for d in devices if d in jax.local_devices()]
     return sum(int((d.memory_stats() or {}).get("bytes_limit", 0)) for d in own) * len(devices) // max(1, len(own))
 
 
