@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 from deploy.launch import read_config
 from engine_core.errors import ConfigError
 from engine_core.types import Role
-from tests.baton_process import until
+from tests.baton_process import ROOT, until
 from tests.e2e.clusters import STOP_S, Cluster
 from tests.e2e.model import make_checkpoint
 
@@ -92,3 +94,11 @@ def test_a_prefill_worker_over_two_hosts_lives_and_dies_as_one(cluster: Cluster)
     cluster.until_life("prefill-0", 2)
     assert cluster.complete(**asked)["choices"][0]["text"] == first
     assert cluster.stop(cluster.terminate, STOP_S) == 0
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(200)
+def test_a_worker_takes_a_whole_slice_and_numbers_its_hosts_as_the_slice_does(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.deploy.slice_cluster", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0 and "as it should be" in done.stdout, done.stderr[-4000:]
