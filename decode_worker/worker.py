@@ -16,8 +16,8 @@ from engine_core.types import Role
 from kv_transfer.base import Layers
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
-from kv_transfer.plane import PlaneKvReceiver, open_receiver
-from kv_transfer.receiver import NetKvReceiver
+from kv_transfer.host_links import HostLinks
+from kv_transfer.joined_receiver import JoinedReceiver
 from kv_transfer.ticket import Landing, Ticket
 from kv_transfer.worker_host import Key, WorkerHost
 
@@ -37,9 +37,11 @@ class DecodeWorker:
         listen: host, port for gateways and for decode workers; a port of 0 takes any free one.
         secret: shared by gateways and workers; None binds to loopback only.
         progress: told short sentences while weights load and buckets compile.
+        hosts: connections to the worker's other hosts, where this is the first of several.
 
     Raises:
         ConfigError, CheckpointError: this model cannot be served so.
+        WorkerDied: another host of it is gone.
     """
 
     def __init__(
@@ -52,8 +54,10 @@ class DecodeWorker:
         *,
         secret: bytes | None = None,
         progress: Callable[[str], None] = lambda _: None,
+        hosts: HostLinks | None = None,
     ) -> None:
-        self._replica = open_replica(config, model_dir, progress, decodes=True)
+        self._hosts = hosts
+        self._replica = open_replica(config, model_dir, progress, decodes=True, followers=hosts)
         resolved = self._replica.resolved
         self._identity = KvIdentity.of(worker_id, incarnation, resolved.spec, self._replica.identity, resolved.layout)
         self._secret = secret
@@ -70,11 +74,11 @@ class DecodeWorker:
             step_timeout_s=config.step_timeout_s,
         )
         self._serials = itertools.count(1)
-        self._receiver: PlaneKvReceiver | NetKvReceiver
+        self._receiver: JoinedReceiver
 
     async def start(self) -> WorkerInfo:
         """Listen and begin to work."""
-        self._receiver = open_receiver(self._identity, self._secret, self, self._options)
+        self._receiver = JoinedReceiver(self._identity, self._secret, self, self._options)
         await self._receiver.start()
         self._info = await self._host.start(self._info.address.host, self._info)
         return self._info
@@ -87,6 +91,8 @@ class DecodeWorker:
         """Close everything."""
         await self._host.stop()
         await self._receiver.close()
+        if self._hosts is not None:
+            self._hosts.close()
 
     def info(self) -> WorkerInfo:
         """Who this is."""

@@ -132,7 +132,9 @@ def _check_pools(nodes: Sequence[NodeReport], config: ServeConfig) -> Iterable[F
             yield Finding(resource, level, text, fix)
     for node in nodes:
         chips = int(node.resources.get("TPU", 0))
-        need = max(int(config.fleet.tpus_per_worker), config.engine.tp if chips else 0)
+        roles = [role for role in Role if node.resources.get(f"baton-{role}") and config.fleet.count(role)] or [*Role]
+        shapes = [config.shape(role) for role in roles]
+        need = max(shape.chips_per_host if chips or shape.tpus else 0 for shape in shapes)
         if node.is_worker and chips < need:
             fix = "a larger slice, or a smaller engine.tp and fleet.tpus_per_worker"
             yield Finding(f"{node.name} slice", Level.FAIL, f"it offers {chips} chips, a worker needs {need}", fix)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import yaml
 
-from deploy.config import NODE, AutoscaleMode, ServeConfig
+from deploy.config import DEVICES_PER_CHIP, NODE, AutoscaleMode, ServeConfig, WorkerShape
 from deploy.launch import read_config
 from deploy.secret_files import read_keys, read_secret
 from engine_core.errors import BatonError, ConfigError
@@ -30,7 +31,8 @@ HEAD_SETTINGS = ("RAY_gcs_storage=rocksdb", "RAY_gcs_storage_path=")
 MOUNTED = {"config": "~/baton/baton.toml", "secret": "~/baton/secret", "keys": "~/baton/api-keys"}
 CHIP_GIB = {"v5litepod": 15.75, "v5p": 95.73, "v6e": 31.24, "tpu7x": 189.48}  # what a program may use, per chip
 CORES_PER_CHIP = {"v5p": 2, "tpu7x": 2}  # what the number in these slices' names counts
-CHIPS_PER_HOST = {"v5litepod": 8, "v6e": 8}
+CHIPS_PER_HOST = {"v5litepod": 8, "v6e": 8}  # of a slice of one host, where it is not SPREAD_CHIPS
+SPREAD_CHIPS = 4  # of each host of a larger slice
 
 Place = tuple[str | int, ...]
 
@@ -158,42 +160,32 @@ class ClusterFile:
                 yield self._problem(("available_node_types",), text)
         for name, kind in types.items():
             chips = kind.get("resources", {}).get("TPU", 0)
-            degrees = config.engine.degrees
-            if chips and chips < max(degrees.num_devices, config.fleet.tpus_per_worker):
-                split = f"engine.tp {degrees.tp}" if degrees.num_devices == degrees.tp else f"engine: {degrees}"
-                need = f"{split}, fleet.tpus_per_worker {config.fleet.tpus_per_worker:g}"
-                text = f"node type {name} has {chips} TPU chips, a worker needs more ({need})"
-                yield self._problem(("available_node_types", name, "resources", "TPU"), text)
+            for shape in _shapes(kind, config) if chips else ():
+                degrees = shape.engine.degrees
+                if chips < shape.chips_per_host:
+                    split = f"engine.tp {degrees.tp}" if degrees.num_devices == degrees.tp else f"engine: {degrees}"
+                    need = f"{split}, fleet.tpus_per_worker {shape.tpus:g}"
+                    need += f", {shape.hosts} hosts" if shape.hosts > 1 else ""
+                    text = f"node type {name} has {chips} TPU chips, a worker needs more ({need})"
+                    yield self._problem(("available_node_types", name, "resources", "TPU"), text)
 
     def _check_memory(self, config: ServeConfig) -> Iterator[Problem]:
         types = self.content.get("available_node_types") or {}
-        slices = {name: _slice(kind) for name, kind in types.items() if _slice(kind)}
-        try:
-            need = _weight_gib(config) if slices else None
-        except BatonError as error:
-            yield self._problem(("file_mounts", MOUNTED["config"]), f"{config.engine.model.path}: {error}")
-            return
-        for name, (kind, chips) in ((name, found) for name, found in slices.items() if found):
+        slices = {name: found for name, kind in types.items() if (found := _slice(kind))}
+        for name, (kind, chips) in slices.items():
             place = ("available_node_types", name, "node_config", "acceleratorType")
             if kind not in CHIP_GIB:
                 yield self._problem(place, f"{kind} is not a TPU generation known here: {', '.join(CHIP_GIB)}")
                 continue
-            hosted = CHIPS_PER_HOST.get(kind, 4)
-            if chips > hosted:
-                text = f"{kind} with {chips} chips spans several hosts ({hosted} chips each), which no worker can yet"
-                yield self._problem(place, text)
-                continue
+            hosts = 1 if chips <= CHIPS_PER_HOST.get(kind, SPREAD_CHIPS) else chips // SPREAD_CHIPS
             declared = types[name].get("resources", {}).get("TPU")
-            if declared != chips:
-                yield self._problem(place, f"this slice has {chips} chips, resources.TPU says {declared}")
-            devices = config.engine.degrees.num_devices
-            have = CHIP_GIB[kind] * devices * config.engine.cache.memory_fraction
-            if need is not None and need > have:
-                text = (
-                    f"{config.engine.model.path} has {need:.1f} GiB of weights; {devices} chips of {kind} "
-                    f"may use {have:.1f} GiB: a larger slice and engine.tp, or a smaller model"
-                )
-                yield self._problem(place, text)
+            if declared != chips // hosts:
+                whole = f"this slice has {chips} chips" + (f" on {hosts} hosts" if hosts > 1 else "")
+                yield self._problem(place, f"{whole}, resources.TPU says {declared}")
+            for shape in _shapes(types[name], config):
+                text = _misfit(kind, hosts, chips, shape) or _too_large(kind, shape)
+                if text:
+                    yield self._problem(place, text)
 
     def _most(self, name: str, kind: dict[str, Any]) -> int:
         return 1 if name == self.content.get("head_node_type") else int(kind.get("max_workers", 0))
@@ -233,15 +225,43 @@ def _slice(kind: dict[str, Any]) -> tuple[str, int] | None:
     return match[1], int(match[2]) // CORES_PER_CHIP.get(match[1], 1)
 
 
-def _weight_gib(config: ServeConfig) -> float | None:
-    """GiB of the model's weights in bfloat16; None where the checkpoint is not on this machine.
+def _shapes(kind: dict[str, Any], config: ServeConfig) -> list[WorkerShape]:
+    """What the workers take for which a node type offers a place; one where they are alike."""
+    offered = kind.get("resources", {})
+    roles = [role for role in Role if f"baton-{role}" in offered and config.fleet.count(role)]
+    found: list[WorkerShape] = []
+    for shape in (replace(config.shape(role), pool="") for role in roles):
+        if shape not in found:
+            found.append(shape)
+    return found
 
-    Raises:
-        BatonError: no worker could serve it.
-    """
-    directory = Path(config.engine.model.path).expanduser()
+
+def _misfit(kind: str, hosts: int, chips: int, shape: WorkerShape) -> str:
+    """Why a worker is not one slice of so many hosts; empty where it is, or several fit into one host."""
+    if hosts != shape.hosts:
+        return f"{kind} with {chips} chips is {hosts} hosts, a worker spans {shape.hosts} (fleet.hosts_per_worker)"
+    if hosts > 1 and chips != shape.tpus:
+        return f"{kind} with {chips} chips on {hosts} hosts is not topology {shape.topology} of the configuration"
+    return ""
+
+
+def _too_large(kind: str, shape: WorkerShape) -> str:
+    """Why the model's weights do not fit; empty where they do, or its checkpoint is not on this machine."""
+    path = shape.engine.model.path
+    directory = Path(path).expanduser()
     if not (directory / "config.json").is_file():
-        return None
+        return ""
     registry = importlib.import_module("engine_core.models.registry")
     resolve = importlib.import_module("engine_core.resolve")
-    return float(resolve.weight_bytes(registry.load_spec(directory), "bfloat16", config.engine.degrees)) / 2**30
+    try:
+        need = float(resolve.weight_bytes(registry.load_spec(directory), "bfloat16", shape.engine.degrees)) / 2**30
+    except BatonError as error:
+        return f"{path}: {error}"
+    devices = shape.engine.degrees.num_devices
+    have = CHIP_GIB[kind] / DEVICES_PER_CHIP.get(kind, 1) * devices * shape.engine.cache.memory_fraction
+    if need <= have:
+        return ""
+    return (
+        f"{path} has {need:.1f} GiB of weights; {devices} chips of {kind} "
+        f"may use {have:.1f} GiB: a larger slice and engine.tp, or a smaller model"
+    )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+import re
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from engine_core.config import EngineConfig
 from engine_core.errors import ConfigError
-from engine_core.types import Role
+from engine_core.types import Numerics, Role
 from router.config import GatewayConfig
 from router.planner import PlannerConfig
 
 NODE = "node"  # `fleet.host`: the address of the machine a worker runs on
+DEVICES_PER_CHIP = {"v7x": 2, "tpu7x": 2}  # as JAX counts them, where it is more than one
 DEMO = "demo"  # name of the embedded model
 
 
@@ -30,6 +33,13 @@ class FleetConfig:
     pin_cores: bool = False  # give each worker its own CPU cores, prefill workers first (for benchmarks)
     gpus_per_worker: float = 0.0  # GPUs that Ray reserves for each worker
     tpus_per_worker: float = 0.0  # TPU chips that Ray reserves for each worker
+    hosts_per_worker: int = 1  # machines that one worker spans, each with an equal share of its devices
+    topology: str = ""  # TPU slice of a worker over several machines, such as 4x4
+    accelerator: str = ""  # and its generation, such as v6e
+    prefill_hosts: int = 0  # hosts_per_worker of prefill workers; 0: the same
+    prefill_tp: int = 0  # engine.tp of prefill workers; 0: the same
+    prefill_tpus: float = 0.0  # tpus_per_worker of prefill workers; 0: the same
+    prefill_topology: str = ""  # topology of prefill workers; empty: the same
     start_attempts: int = 3  # lives a worker may lose before its first start-up counts as failed
     health_interval_s: float = 0.5  # between two looks at a worker
     health_timeout_s: float = 10.0  # a ready worker that is silent for so long is replaced
@@ -41,7 +51,7 @@ class FleetConfig:
         """Refuse what can never work."""
         if self.prefill < 0:
             raise ConfigError(f"fleet.prefill must not be negative, not {self.prefill}")
-        for name in ("decode", "gateways", "streams_per_gateway", "start_attempts"):
+        for name in ("decode", "gateways", "streams_per_gateway", "start_attempts", "hosts_per_worker"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"fleet.{name} must be at least 1, not {getattr(self, name)}")
         for name, seconds in (
@@ -54,6 +64,9 @@ class FleetConfig:
                 raise ConfigError(f"fleet.{name} must be positive, not {seconds}")
         if self.max_gateways and self.max_gateways < self.gateways:
             raise ConfigError(f"fleet.max_gateways must be 0 or at least fleet.gateways, not {self.max_gateways}")
+        for name in ("prefill_hosts", "prefill_tp", "prefill_tpus"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"fleet.{name} must not be negative, not {getattr(self, name)}")
         if self.drain_timeout_s < 0:
             raise ConfigError(f"fleet.drain_timeout_s must not be negative, not {self.drain_timeout_s}")
 
@@ -62,6 +75,33 @@ class FleetConfig:
         if role is Role.PREFILL:
             return 0 if self.colocated else self.prefill
         return self.decode
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerShape:
+    """What one worker of a role takes: of all its machines together.
+
+    Attributes:
+        engine: of the role.
+        hosts: machines.
+        gpus, tpus: that Ray reserves.
+        topology, accelerator: of the TPU slice, where there are several machines with TPUs.
+        pool: Ray resource that each machine's part takes one of; empty: none.
+    """
+
+    engine: EngineConfig
+    hosts: int
+    gpus: float
+    tpus: float
+    topology: str
+    accelerator: str
+    pool: str
+
+    @property
+    def chips_per_host(self) -> int:
+        """TPU chips of each machine: what is reserved, and at least what the engine needs."""
+        per_chip = DEVICES_PER_CHIP.get(self.accelerator, 1)
+        return max(int(self.tpus), self.engine.degrees.num_devices // per_chip) // self.hosts
 
 
 class AutoscaleMode(StrEnum):
@@ -135,6 +175,9 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         """Refuse what only the sections together make impossible."""
+        for role in Role:
+            if self.fleet.count(role):
+                _check_hosts(self, role)
         if self.autoscale.mode is AutoscaleMode.OFF:
             return
         if self.fleet.count(Role.PREFILL) == 0:
@@ -147,8 +190,59 @@ class ServeConfig:
         if sum(self.fleet.count(role) for role in Role) > self.autoscale.budget:
             raise ConfigError(f"fleet.prefill + fleet.decode must be at most autoscale.budget, {self.autoscale.budget}")
 
+    def shape(self, role: Role) -> WorkerShape:
+        """What a worker of a role takes."""
+        fleet, engine = self.fleet, self.engine
+        prefills = role is Role.PREFILL
+        return WorkerShape(
+            engine=replace(engine, tp=fleet.prefill_tp) if prefills and fleet.prefill_tp else engine,
+            hosts=(fleet.prefill_hosts if prefills else 0) or fleet.hosts_per_worker,
+            gpus=fleet.gpus_per_worker,
+            tpus=(fleet.prefill_tpus if prefills else 0) or fleet.tpus_per_worker,
+            topology=(fleet.prefill_topology if prefills else "") or fleet.topology,
+            accelerator=fleet.accelerator,
+            pool=f"baton-{role}" if fleet.pool_resources else "",
+        )
+
     def planner(self) -> PlannerConfig:
         """How the autoscaler plans: by the gateway's objectives."""
         gateway = self.gateway
         share = 0.0 if gateway.local_prefill_tokens == 0 else 0.5
         return self.autoscale.planner(ttft_s=gateway.slo_ttft_s, itl_s=gateway.slo_itl_s, local_share=share)
+
+
+def _check_hosts(config: ServeConfig, role: Role) -> None:
+    """Refuse a worker over several machines that cannot be."""
+    shape = config.shape(role)
+    fleet = config.fleet
+    prefix = "fleet.prefill_" if role is Role.PREFILL and fleet.prefill_hosts else "fleet."
+    field_name = f"{prefix}hosts" if prefix != "fleet." else "fleet.hosts_per_worker"
+    if shape.hosts == 1:
+        return
+    if shape.engine.degrees.num_devices % shape.hosts:
+        raise ConfigError(f"{field_name} is {shape.hosts}, which does not divide {shape.engine.degrees} devices")
+    if shape.engine.numerics is Numerics.STRICT:
+        raise ConfigError(f"engine.numerics is strict, which no worker over several machines can prove ({field_name})")
+    if fleet.pin_cores:
+        raise ConfigError(f"fleet.pin_cores shares one machine's cores, {field_name} is {shape.hosts}")
+    for name, count in (("gpus_per_worker", shape.gpus), ("tpus_per_worker", shape.tpus)):
+        if count % shape.hosts:
+            raise ConfigError(f"{field_name} is {shape.hosts}, which does not divide fleet.{name} {count:g}")
+    _check_slice(shape, field_name)
+    if config.autoscale.flip_s and config.shape(Role.PREFILL).hosts != config.shape(Role.DECODE).hosts:
+        raise ConfigError("autoscale.flip_s is set, but prefill and decode workers span unlike numbers of machines")
+
+
+def _check_slice(shape: WorkerShape, field_name: str) -> None:
+    """A worker over several machines with TPUs takes a whole slice."""
+    if not shape.tpus:
+        return
+    if not (re.fullmatch(r"\d+(x\d+){1,2}", shape.topology) and shape.accelerator):
+        raise ConfigError(f"{field_name} is {shape.hosts}: fleet.topology and fleet.accelerator must name the slice")
+    chips = math.prod(map(int, shape.topology.split("x")))
+    devices = chips * DEVICES_PER_CHIP.get(shape.accelerator, 1)
+    if chips != shape.tpus or devices != shape.engine.degrees.num_devices:
+        raise ConfigError(
+            f"fleet.topology {shape.topology} has {chips} chips, {devices} devices; fleet.tpus_per_worker takes "
+            f"{shape.tpus:g}, engine {shape.engine.degrees}: a worker over several machines takes all"
+        )

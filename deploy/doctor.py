@@ -22,6 +22,7 @@ import msgspec
 from deploy.config import ServeConfig
 from deploy.launch import check_port, check_secret
 from engine_core.errors import ConfigError
+from engine_core.types import Role
 
 MIN_PYTHON = (3, 11)
 MIN_OPEN_FILES = 8192
@@ -180,7 +181,9 @@ def _check_packages(machine: Machine) -> Iterable[Finding]:
 
 
 def _check_tpu(machine: Machine, config: ServeConfig) -> Iterable[Finding]:
-    chips, wanted = machine.tpu_chips(), int(config.fleet.tpus_per_worker)
+    chips = machine.tpu_chips()
+    shapes = [config.shape(role) for role in Role if config.fleet.count(role)]
+    wanted = min(int(shape.tpus) // shape.hosts for shape in shapes)  # of one machine
     if not chips:
         if wanted:
             text = f"no TPU is seen, fleet.tpus_per_worker wants {wanted}"
@@ -192,8 +195,7 @@ def _check_tpu(machine: Machine, config: ServeConfig) -> Iterable[Finding]:
     if libtpu is None:
         fix = "pip install 'baton[tpu]'"
         yield Finding("tpu", Level.FAIL, f"{chips} TPU chips and no libtpu: JAX would run on the CPU", fix)
-    elif wanted > chips or config.engine.degrees.num_devices > chips:
-        need = max(wanted, config.engine.degrees.num_devices)
+    elif (need := min(shape.chips_per_host for shape in shapes)) > chips:
         fix = "lower engine.tp (and ep, dp) and fleet.tpus_per_worker, or take a larger slice"
         yield Finding("tpu", Level.FAIL, f"{chips} TPU chips, a worker needs {need}", fix)
     else:

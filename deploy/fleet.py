@@ -5,26 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deploy.autoscale import Autoscaler
-from deploy.config import AutoscaleMode, FleetConfig, ServeConfig
+from deploy.config import AutoscaleMode, ServeConfig, WorkerShape
 from deploy.fleet_core import FleetCore
-from deploy.fleet_types import FleetStatus, Membership, StartFailed, WorkerLost, WorkerReport, WorkerSpec
+from deploy.fleet_types import FleetStatus, Membership, StartFailed, WorkerHandle, WorkerLost, WorkerReport, WorkerSpec
 from deploy.log import log_to_file
+from deploy.ray_calls import PLACE_POLL_S, alive, first_line, is_placed
+from deploy.spanning_worker import SpanningWorkerHandle
 from deploy.worker_actor import WorkerActor, WorkerPlan
 from engine_core.errors import ConfigError
 from engine_core.messages import WorkerInfo
@@ -35,7 +31,10 @@ logger = logging.getLogger(__name__)
 
 FLEET = "baton-fleet"
 NAMESPACE = "baton"
-PLACE_POLL_S = 0.25
+FOLLOWER_CLASSES = {
+    Role.PREFILL: "prefill_worker.follower:PrefillFollower",
+    Role.DECODE: "decode_worker.follower:DecodeFollower",
+}
 
 
 class FleetPlan(msgspec.Struct, frozen=True):
@@ -55,13 +54,14 @@ class RayWorkerHandle:
     autoscaler starts one that has, and the group's end leaves that node to it.
     """
 
-    def __init__(self, plan: WorkerPlan, gpus: float, resources: dict[str, float]) -> None:
+    def __init__(self, plan: WorkerPlan, shape: WorkerShape) -> None:
         options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0}
-        if gpus:
-            options["num_gpus"] = gpus
+        if shape.gpus:
+            options["num_gpus"] = shape.gpus
+        resources = worker_resources(shape)
         if resources:
             options["resources"] = resources
-        bundle = {"GPU": gpus} if gpus else {}
+        bundle = {"GPU": shape.gpus} if shape.gpus else {}
         bundle |= resources
         self._group: PlacementGroup | None = None
         if bundle:
@@ -73,7 +73,7 @@ class RayWorkerHandle:
 
     async def place(self) -> None:
         """Return when Ray has found a node."""
-        while self._group is not None and not await asyncio.to_thread(_is_placed, self._group):  # noqa: ASYNC110
+        while self._group is not None and not await asyncio.to_thread(is_placed, self._group):  # noqa: ASYNC110
             await asyncio.sleep(PLACE_POLL_S)
 
     async def start(self) -> WorkerInfo:
@@ -87,17 +87,17 @@ class RayWorkerHandle:
                 raise ConfigError(str(cause)) from None
             raise StartFailed(f"{self._worker_id} failed to start: {type(cause).__name__}: {cause}") from None
         except RayActorError as error:
-            raise WorkerLost(_first_line(error)) from None
+            raise WorkerLost(first_line(error)) from None
         return info
 
     async def report(self) -> WorkerReport:
         """Answer the health check."""
-        report: WorkerReport = await _alive(self._actor.report.remote())
+        report: WorkerReport = await alive(self._actor.report.remote())
         return report
 
     async def drain(self, timeout_s: float) -> None:
         """Finish what runs, then close."""
-        await _alive(self._actor.drain.remote(timeout_s))
+        await alive(self._actor.drain.remote(timeout_s))
 
     async def kill(self) -> None:
         """End the process, and give back what it took."""
@@ -106,18 +106,11 @@ class RayWorkerHandle:
             remove_placement_group(self._group)
 
 
-def _is_placed(group: PlacementGroup) -> bool:
-    try:
-        return bool(placement_group_table(group)["state"] == "CREATED")
-    except RayError:  # the head is away for a moment
-        return False
-
-
-def worker_resources(config: FleetConfig, role: Role) -> dict[str, float]:
-    """What a worker takes of Ray's custom resources."""
-    resources = {"TPU": config.tpus_per_worker} if config.tpus_per_worker else {}
-    if config.pool_resources:
-        resources[f"baton-{role}"] = 1
+def worker_resources(shape: WorkerShape) -> dict[str, float]:
+    """What a worker of one host takes of Ray's custom resources."""
+    resources = {"TPU": shape.tpus} if shape.tpus else {}
+    if shape.pool:
+        resources[shape.pool] = 1
     return resources
 
 
@@ -131,12 +124,13 @@ class FleetActor:
         off = plan.config.autoscale.mode is AutoscaleMode.OFF
         self._autoscaler = None if off else Autoscaler(plan.config, self._core)
 
-    def _launch(self, spec: WorkerSpec) -> RayWorkerHandle:
+    def _launch(self, spec: WorkerSpec) -> WorkerHandle:
         config = self._plan.config
+        shape = config.shape(spec.role)
         num_places = sum(config.fleet.count(role) for role in Role) if config.fleet.pin_cores else 0
         plan = WorkerPlan(
             worker_class=self._plan.worker_classes[spec.role],
-            engine=config.engine,
+            engine=shape.engine,
             model_dir=self._plan.model_dir,
             worker_id=spec.worker_id,
             incarnation=spec.incarnation,
@@ -145,8 +139,10 @@ class FleetActor:
             secret=self._plan.secret,
             place=spec.place,
             num_places=num_places,
+            follower_class=FOLLOWER_CLASSES[spec.role],
+            num_hosts=shape.hosts,
         )
-        return RayWorkerHandle(plan, config.fleet.gpus_per_worker, worker_resources(config.fleet, spec.role))
+        return RayWorkerHandle(plan, shape) if shape.hosts == 1 else SpanningWorkerHandle(plan, shape)
 
     async def start(self) -> int:
         """Start every worker in the background; returns this process's id."""
@@ -207,13 +203,13 @@ class FleetClient:
 
     async def start(self) -> int:
         """See FleetActor."""
-        pid: int = await _alive(self._actor.start.remote())
+        pid: int = await alive(self._actor.start.remote())
         return pid
 
     async def scale(self, wanted: dict[Role, int]) -> FleetStatus:
         """See FleetCore."""
         try:
-            status: FleetStatus = await _alive(self._actor.scale.remote(wanted))
+            status: FleetStatus = await alive(self._actor.scale.remote(wanted))
         except RayTaskError as error:
             if isinstance(error.cause, ConfigError):
                 raise ConfigError(str(error.cause)) from None
@@ -222,38 +218,23 @@ class FleetClient:
 
     async def heard(self, gateway: str, totals: LoadTotals) -> None:
         """See FleetActor."""
-        await _alive(self._actor.heard.remote(gateway, totals))
+        await alive(self._actor.heard.remote(gateway, totals))
 
     async def stop(self, drain_timeout_s: float) -> None:
         """See FleetCore."""
-        await _alive(self._actor.stop.remote(drain_timeout_s))
+        await alive(self._actor.stop.remote(drain_timeout_s))
 
     async def wait_for_change(self, version: int, timeout_s: float) -> Membership:
         """See FleetCore."""
-        membership: Membership = await _alive(self._actor.wait_for_change.remote(version, timeout_s))
+        membership: Membership = await alive(self._actor.wait_for_change.remote(version, timeout_s))
         return membership
 
     async def watch(self, version: int, timeout_s: float) -> FleetStatus:
         """See FleetCore."""
-        status: FleetStatus = await _alive(self._actor.watch.remote(version, timeout_s))
+        status: FleetStatus = await alive(self._actor.watch.remote(version, timeout_s))
         return status
 
     async def status(self) -> FleetStatus:
         """See FleetCore."""
-        status: FleetStatus = await _alive(self._actor.status.remote())
+        status: FleetStatus = await alive(self._actor.status.remote())
         return status
-
-
-async def _alive(reference: Awaitable[Any]) -> Any:
-    """Await an actor call; WorkerLost where the actor is gone."""
-    try:
-        return await reference
-    except RayTaskError:
-        raise
-    except RayError as error:
-        raise WorkerLost(_first_line(error)) from None
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -7,9 +7,10 @@ import contextlib
 import importlib
 import logging
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -18,8 +19,13 @@ from deploy.fleet_types import WorkerReport
 from deploy.log import log_to_file
 from engine_core.config import EngineConfig
 from engine_core.messages import Load, PeerAddress, WorkerInfo
+from kv_transfer.host_links import HostLinks
 
 logger = logging.getLogger(__name__)
+
+CONNECT_S = 120.0  # for the other hosts of a worker to start their processes
+JOIN_S = 300.0  # and to open their devices
+EXIT_HOST_LOST = 70
 
 
 class Worker(Protocol):
@@ -45,6 +51,8 @@ class WorkerPlan(msgspec.Struct, frozen=True):
 
     Attributes:
         worker_class: `module:class`, imported in the worker's process only.
+        follower_class: the same for hosts of a worker that are not its first.
+        num_hosts: that the worker spans.
         place: number of this worker in the fleet, from 0.
         num_places: workers among which the cores are shared; 0 leaves the process unpinned.
     """
@@ -59,6 +67,16 @@ class WorkerPlan(msgspec.Struct, frozen=True):
     secret: bytes | None
     place: int
     num_places: int
+    follower_class: str = ""
+    num_hosts: int = 1
+
+
+class HostsAddress(msgspec.Struct, frozen=True):
+    """Where the first host of a worker waits for the others: with commands, and as JAX's coordinator."""
+
+    host: str
+    port: int
+    coordinator_port: int
 
 
 class WorkerActor:
@@ -70,16 +88,35 @@ class WorkerActor:
         self._progress = "starting"
         self._worker: Worker | None = None
         self._ready = False
+        self._hosts: HostLinks | None = None
+        self._address: HostsAddress | None = None
         if plan.num_places:
             pin_process(share_of_cores(sorted(os.sched_getaffinity(0)), plan.place, plan.num_places))
 
     async def start(self) -> WorkerInfo:
         """Build the worker and let it listen. Whatever its constructor raises reaches the fleet."""
-        self._worker = await asyncio.to_thread(build_worker, self._plan, self._note)
+        build = build_worker if self._hosts is None else self._build_spanning
+        self._worker = await asyncio.to_thread(build, self._plan, self._note)
         info = await self._worker.start()
         self._ready = True
         logger.info("ready: %s", info)
         return info
+
+    async def listen(self) -> HostsAddress:
+        """Before `start` of a worker over several hosts: wait for the others there."""
+        plan = self._plan
+        host = own_address(plan.host)
+        self._hosts = HostLinks(plan.worker_id, plan.incarnation, plan.num_hosts, plan.secret, end_process)
+        port = await asyncio.to_thread(self._hosts.listen, host, 0)
+        self._address = HostsAddress(host, port, free_port(host))
+        return self._address
+
+    def _build_spanning(self, plan: WorkerPlan, progress: Callable[[str], None]) -> Worker:
+        assert self._hosts is not None and self._address is not None
+        progress("waiting for the other hosts")
+        self._hosts.wait_connected(CONNECT_S)
+        join_hosts(plan, self._address, 0, progress)
+        return build_worker(plan, progress, hosts=self._hosts)
 
     async def report(self) -> WorkerReport:
         """Answer the health check."""
@@ -98,28 +135,70 @@ class WorkerActor:
         logger.info("%s", progress)
 
 
-def build_worker(plan: WorkerPlan, progress: Callable[[str], None]) -> Worker:
-    """Import jax and the role, load weights, compile buckets: slow."""
+def build_worker(plan: WorkerPlan, progress: Callable[[str], None], **hosts: HostLinks) -> Worker:
+    """Import jax and the role, load weights, compile buckets: slow. With `hosts`, jax has its devices already."""
     progress("importing jax")
-    devices = plan.engine.degrees.num_devices
-    if devices > 1:  # where the devices are CPUs there is only one unless asked for before jax starts
-        importlib.import_module("jax").config.update("jax_num_cpu_devices", devices)
-    module, _, name = plan.worker_class.partition(":")
-    worker_class = getattr(importlib.import_module(module), name)
-    host = plan.host
-    if host == NODE:
-        host = str(importlib.import_module("ray.util").get_node_ip_address())
-    model = plan.engine.model
-    worker: Worker = worker_class(
+    if not hosts:
+        prepare_devices(plan)
+    worker: Worker = imported(plan.worker_class)(
         plan.engine,
-        importlib.import_module("deploy.checkpoint").on_node(plan.model_dir, model.path, model.revision, progress),
+        model_on_node(plan, progress),
         plan.worker_id,
         plan.incarnation,
-        PeerAddress(host, 0, 0),
+        PeerAddress(own_address(plan.host), 0, 0),
         secret=plan.secret,
         progress=progress,
+        **hosts,
     )
     return worker
+
+
+def prepare_devices(plan: WorkerPlan) -> None:
+    """Where the devices are CPUs there is only one unless asked for before jax starts."""
+    devices = plan.engine.degrees.num_devices // plan.num_hosts
+    if devices > 1:
+        importlib.import_module("jax").config.update("jax_num_cpu_devices", devices)
+
+
+def join_hosts(plan: WorkerPlan, address: HostsAddress, number: int, progress: Callable[[str], None]) -> None:
+    """Become one of the processes of a JAX program."""
+    progress("joining the other hosts")
+    prepare_devices(plan)
+    distributed = importlib.import_module("engine_core.distributed")
+    distributed.join(f"{address.host}:{address.coordinator_port}", plan.num_hosts, number, JOIN_S)
+
+
+def imported(name: str) -> Any:
+    """The class that `module:class` names."""
+    module, _, of_class = name.partition(":")
+    return getattr(importlib.import_module(module), of_class)
+
+
+def model_on_node(plan: WorkerPlan, progress: Callable[[str], None]) -> Path:
+    """The checkpoint's directory on this machine."""
+    model = plan.engine.model
+    directory: Path = importlib.import_module("deploy.checkpoint").on_node(
+        plan.model_dir, model.path, model.revision, progress
+    )
+    return directory
+
+
+def own_address(host: str) -> str:
+    """Where to listen."""
+    return str(importlib.import_module("ray.util").get_node_ip_address()) if host == NODE else host
+
+
+def free_port(host: str) -> int:
+    """One that JAX's coordinator can have; it takes none by itself."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def end_process(reason: str) -> None:
+    """A host of the worker is gone, and with it this life: device calls that wait for it never return."""
+    logger.critical("this process ends: %s", reason)
+    os._exit(EXIT_HOST_LOST)
 
 
 def share_of_cores(cores: list[int], place: int, num_places: int) -> set[int]:

@@ -9,6 +9,7 @@ Three shapes of batch, each padded to a bucket:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -71,10 +72,14 @@ class BatchBuilder:
 
     Args:
         tables: the slot rows of each row shard.
+        place: where sampling rows are kept while the batch does not change.
     """
 
-    def __init__(self, tables: Seq[SlotTable]) -> None:
+    def __init__(
+        self, tables: Seq[SlotTable], place: Callable[[SamplingInputs], SamplingInputs] = jax.device_put
+    ) -> None:
         self._tables = tuple(tables)
+        self._place = place
         self._sampling_key: tuple[tuple[int, ...], bytes] | None = None
         self._sampling: SamplingInputs | None = None
 
@@ -142,12 +147,12 @@ class BatchBuilder:
         )
 
     def _sampling_rows(self, table_rows: list[HostArray]) -> SamplingInputs:
-        """Sampling rows of these slots, kept on the device until the batch changes: most steps reuse the last ones."""
+        """Sampling rows of these slots, kept in place until the batch changes: most steps reuse the last ones."""
         key = tuple(table.version for table in self._tables), b"".join(rows.tobytes() for rows in table_rows)
         if self._sampling is None or key != self._sampling_key:
             parts = [_gather_sampling(table, rows) for table, rows in zip(self._tables, table_rows, strict=True)]
             joined: SamplingInputs = jax.tree.map(lambda *leaves: _joined(leaves), *parts)
-            self._sampling = jax.device_put(joined)
+            self._sampling = self._place(joined)
             self._sampling_key = key
         return self._sampling
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from engine_core.errors import ConfigError
@@ -83,6 +84,11 @@ class CacheLayout:
         """One block of all layers on the wire: unpadded."""
         values = self.num_layers * self.page_size * 2 * self.num_kv_heads * self.head_dim
         return values * _ITEM_BYTES[self.dtype]
+
+    def empty_pages(self, count: int) -> list[np.ndarray]:
+        """Zeros as `gather_pages` would give them: per layer `[count, page_size, 2K, H]`."""
+        shape = (count, self.page_size, 2 * self.num_kv_heads, self.head_dim)
+        return [np.zeros(shape, jnp.dtype(self.dtype))] * self.num_layers
 
     @property
     def kv_copies(self) -> int:

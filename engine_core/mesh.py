@@ -47,6 +47,22 @@ def make_mesh(degrees: Degrees, devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def replica_devices(degrees: Degrees) -> list[jax.Device]:
+    """The devices of a replica: of this process, or of all processes of a worker over several hosts, host by host.
+
+    Raises:
+        ConfigError: several hosts, and their devices are not as many as the degrees need.
+    """
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    hosts = jax.process_count()
+    if hosts > 1 and (len(devices) != degrees.num_devices or len(jax.local_devices()) * hosts != len(devices)):
+        raise ConfigError(
+            f"{degrees} needs {degrees.num_devices} devices, equally many on each of {hosts} hosts; there are "
+            f"{len(devices)}, of which {len(jax.local_devices())} are of this host"
+        )
+    return devices[: degrees.num_devices]
+
+
 def kv_copies(num_kv_heads: int, tp: int) -> int:
     """Devices on the tensor axis that hold the same KV head: more than one where there are more devices than heads."""
     return max(1, tp // num_kv_heads)
@@ -86,6 +102,11 @@ def sharding(mesh: Mesh, axes: Sequence[str | tuple[str, ...] | None]) -> NamedS
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, P())
+
+
+def spans_processes(mesh: Mesh) -> bool:
+    """Whether its devices belong to several processes."""
+    return len({device.process_index for device in mesh.devices.flat}) > 1
 
 
 def by_rows(mesh: Mesh) -> NamedSharding:

@@ -17,12 +17,26 @@ class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Base: on the wire an array whose first item is the class name."""
 
 
+class KvShard(msgspec.Struct, frozen=True, array_like=True):
+    """Where a host of a worker hands over KV heads [first_head, first_head + num_heads)."""
+
+    host: str
+    kv_port: int
+    first_head: int
+    num_heads: int
+
+
 class PeerAddress(msgspec.Struct, frozen=True, array_like=True):
-    """Where a worker listens: `port` for gateways (control), `kv_port` for decode workers that fetch KV."""
+    """Where a worker listens: `port` for gateways (control), `kv_port` for decode workers that fetch KV.
+
+    Attributes:
+        kv_shards: where several hosts hand KV over, each its heads, all of them; the first is host and kv_port again.
+    """
 
     host: str
     port: int
     kv_port: int
+    kv_shards: tuple[KvShard, ...] = ()
 
 
 class WorkerInfo(msgspec.Struct, frozen=True):

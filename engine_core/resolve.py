@@ -73,7 +73,7 @@ def resolve(config: EngineConfig, spec: ModelSpec, identity: str, devices: list[
         config: what the user asked for.
         spec: of the checkpoint.
         identity: names the checkpoint's weights.
-        devices: visible to this process.
+        devices: visible to this process, or to all processes of a worker over several hosts.
 
     Raises:
         ConfigError: the configuration contradicts the checkpoint.
@@ -242,7 +242,10 @@ def _memory_budget(config: EngineConfig, devices: list[jax.Device], weights: int
 def _total_memory(devices: list[jax.Device]) -> int:
     if devices[0].platform == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return sum(int((d.memory_stats() or {}).get("bytes_limit", 0)) for d in devices)
+    own = devices
+    if jax.process_count() > 1:  # other hosts have as much, which cannot be seen from here
+        own = [d for d in devices if d in jax.local_devices()]
+    return sum(int((d.memory_stats() or {}).get("bytes_limit", 0)) for d in own) * len(devices) // max(1, len(own))
 
 
 def weight_bytes(spec: ModelSpec, dtype: str, degrees: Degrees = WHOLE) -> int:

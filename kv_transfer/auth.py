@@ -21,6 +21,8 @@ class Side(enum.StrEnum):
 
     CONTROL_LISTENER = "baton control listener"
     CONTROL_CALLER = "baton control caller"
+    HOST_LISTENER = "baton host listener"
+    HOST_CALLER = "baton host caller"
     KV_LISTENER = "baton kv listener"
     KV_CALLER = "baton kv caller"
 

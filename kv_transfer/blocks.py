@@ -170,7 +170,7 @@ def block_header(
         tuple(index for index, _ in blocks),
         tuple(generation for _, generation in blocks),
         (0, layout.num_layers),
-        (0, layout.num_kv_heads),
+        layout.heads,
         layout.dtype,
         sums,
         len(blocks) * layout.block_bytes,

@@ -9,7 +9,7 @@ import asyncio
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 from engine_core.errors import BatonError
@@ -36,6 +36,10 @@ class KvIdentity:
     incarnation: int
     fingerprint: str
     layout: BlockLayout
+
+    def part(self, first_kv_head: int, num_kv_heads: int) -> KvIdentity:
+        """The same worker, for some of its KV heads."""
+        return replace(self, layout=self.layout.part(first_kv_head, num_kv_heads))
 
     @classmethod
     def of(cls, worker_id: str, incarnation: int, spec: ModelSpec, weights: str, cache: CacheShape) -> KvIdentity:
@@ -240,7 +244,8 @@ class ReceiverEndpoint(ABC):
 
     def deliver(self, header: KvBlocks, landed: LandedBlocks) -> None:
         """Give verified blocks to the worker."""
-        layers = as_layers(landed.rows, self.identity.layout)
+        first, end = header.heads  # checked against what was asked of the peer
+        layers = as_layers(landed.rows, self.identity.layout.part(first, end - first))
         self._events.on_blocks(header.request_id, header.epoch, header.blocks, layers, header.generations)
 
     def stop(self) -> None:

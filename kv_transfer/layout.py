@@ -51,7 +51,11 @@ class CacheShape(Protocol):
 class BlockLayout:
     """Logical heads, unpadded: per layer `[page_size, 2K, H]`, heads in the order K0, V0, K1, V1, ...
 
-    Whole rows travel even where the last block of a prompt is partial: the receiver knows the prompt's length.
+    Whole rows travel even where the last block of a prompt is partial: the receiver knows the prompt's length. Where
+    several hosts hand one block over, each has a layout of its own heads (`part`).
+
+    Attributes:
+        first_kv_head: number of the first of the `num_kv_heads`.
     """
 
     num_layers: int
@@ -59,6 +63,7 @@ class BlockLayout:
     num_kv_heads: int
     head_dim: int
     dtype: str  # float32 | bfloat16 | float8_e4m3fn
+    first_kv_head: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what has no wire form."""
@@ -91,8 +96,17 @@ class BlockLayout:
 
     @property
     def wire_fields(self) -> tuple[int, int, int, int, str]:
-        """As `KvHello` carries it."""
+        """As `KvHello` carries it; which heads they are is in each `KvBlocks`."""
         return (self.num_layers, self.page_size, self.num_kv_heads, self.head_dim, self.dtype)
+
+    def part(self, first_kv_head: int, num_kv_heads: int) -> BlockLayout:
+        """The layout of some of the heads."""
+        return dataclasses.replace(self, first_kv_head=first_kv_head, num_kv_heads=num_kv_heads)
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Range of KV heads, as `KvBlocks` carries it."""
+        return (self.first_kv_head, self.first_kv_head + self.num_kv_heads)
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:

@@ -33,6 +33,7 @@ from kv_transfer.channel import Channel
 from kv_transfer.commands import Commands
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
+from kv_transfer.layout import BlockLayout
 from kv_transfer.plane_wire import (
     PlaneAbort,
     PlaneBlocks,
@@ -80,7 +81,7 @@ def open_sender(
 def open_receiver(
     identity: KvIdentity, secret: bytes | None, events: ReceiverEvents, options: TransferOptions
 ) -> PlaneKvReceiver | NetKvReceiver:
-    """A decode worker's receiver, likewise."""
+    """What talks to the hosts of prefill workers for a decode worker's `JoinedReceiver`, likewise."""
     if sys.platform == "linux":
         return PlaneKvReceiver(identity, secret, events, options)
     return NetKvReceiver(identity, secret, events, options)
@@ -425,7 +426,7 @@ class PlaneKvReceiver:
         self._segments: dict[int, Segment] = {}
         self._returns = Returns(lambda loans: self._plane.send(PlaneReturn(loans)))
         self._lock = threading.Lock()  # over the following, with `healthy`
-        self._open: set[Key] = set()
+        self._open: dict[Key, BlockLayout] = {}  # of the heads that the hand-off brings
 
     async def start(self) -> None:
         """Start the plane."""
@@ -446,9 +447,12 @@ class PlaneKvReceiver:
 
     def request(self, address: PeerAddress, ticket: Ticket) -> None:
         """See KvReceiver."""
+        layout = self._identity.layout
+        for shard in address.kv_shards:
+            layout = layout.part(shard.first_head, shard.num_heads)
         with self._lock:
             if self.healthy:
-                self._open.add(ticket.key)
+                self._open[ticket.key] = layout
                 self._plane.send(PlaneTicket(ticket, address))
                 return
         with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is stopping
@@ -456,7 +460,7 @@ class PlaneKvReceiver:
 
     def cancel(self, request_id: str, epoch: int) -> None:
         """See KvReceiver."""
-        self._open.discard((request_id, epoch))
+        self._open.pop((request_id, epoch), None)
         self._plane.send(PlaneCancel(request_id, epoch))
 
     async def close(self) -> None:
@@ -488,7 +492,7 @@ class PlaneKvReceiver:
         """Nothing can be received any more."""
         with self._lock:
             self.healthy = False
-            lost, self._open = self._open, set()
+            lost, self._open = self._open, {}
         for key in lost:
             self._fail(key)
 
@@ -496,17 +500,15 @@ class PlaneKvReceiver:
         self._events.on_failed(*key, TransferError("the data plane of the decode worker is gone"))
 
     def _end(self, key: Key) -> bool:
-        if key not in self._open:
-            return False
-        self._open.remove(key)
-        return True
+        return self._open.pop(key, None) is not None
 
     def _on_blocks(self, message: PlaneBlocks) -> None:
         key = (message.request_id, message.epoch)
-        if key not in self._open:
+        layout = self._open.get(key)
+        if layout is None:
             self._returns.add(message.loan)
             return
-        layout, place, n = self._identity.layout, message.place, len(message.indices)
+        place, n = message.place, len(message.indices)
         memory = self._segments[place.segment].lend(
             place.offset, strided_bytes(n, place.layer_stride, layout), lambda: self._returns.add(message.loan)
         )

@@ -94,7 +94,9 @@ class NetKvReceiver(ReceiverEndpoint):
         """See ReceiverEndpoint."""
         spot = (address.host, address.kv_port)
         if spot not in self._links:
-            self._links[spot] = _ToPrefill(self, spot)
+            heads = [(shard.first_head, shard.num_heads) for shard in address.kv_shards]
+            assert len(heads) <= 1, "one hand-off for each host: see joined_receiver"
+            self._links[spot] = _ToPrefill(self, spot, self.identity.part(*heads[0]) if heads else self.identity)
         return self._links[spot]
 
     def send(self, peer: _ToPrefill, message: Any) -> None:
@@ -124,8 +126,9 @@ class NetKvReceiver(ReceiverEndpoint):
 class _ToPrefill:
     """One session; messages wait until the handshake is over."""
 
-    def __init__(self, owner: NetKvReceiver, spot: Spot) -> None:
+    def __init__(self, owner: NetKvReceiver, spot: Spot, identity: KvIdentity) -> None:
         self.spot = spot
+        self.identity = identity  # ours, for the heads that it hands over
         self.main: KvConnection | None = None  # once welcome
         self.transport: Transport | None = None
         self._owner = owner
@@ -171,9 +174,9 @@ class _ToPrefill:
             connected.close()
             return
         owner = self._owner
-        window = max(owner.options.arena_bytes, owner.identity.layout.block_bytes)
+        window = max(owner.options.arena_bytes, self.identity.layout.block_bytes)
         offer = Offer(owner.transports(self.spot), owner.probe.ref, owner.options.encrypts, window, self._session)
-        handshake = CallerHandshake(connected, owner.identity, owner.secret, offer, self._on_welcome, self._fail)
+        handshake = CallerHandshake(connected, self.identity, owner.secret, offer, self._on_welcome, self._fail)
         self._connections.append(handshake.connection)
 
     def _on_welcome(self, connection: KvConnection, welcome: KvWelcome) -> None:
@@ -237,7 +240,7 @@ class _ToPrefill:
 
     def on_header(self, connection: KvConnection, header: KvBlocks) -> np.ndarray | None:
         """Room for blocks that are wanted."""
-        check_header(header, self._owner.identity.layout)
+        check_header(header, self.identity.layout)
         if self.transport is not Transport.TCP:
             raise ProtocolError("payload on a connection of shared memory")
         if not self._owner.core.wants(header):
@@ -250,7 +253,7 @@ class _ToPrefill:
     def on_payload(self, connection: KvConnection, header: KvBlocks, payload: np.ndarray) -> None:
         """Blocks have arrived by socket."""
         segment, offset = self._landing.pop(connection)
-        self._on_landed(header, payload, segment, offset, len(header.blocks) * self._owner.identity.layout.layer_bytes)
+        self._on_landed(header, payload, segment, offset, len(header.blocks) * self.identity.layout.layer_bytes)
 
     def on_room(self, connection: KvConnection) -> None:
         """Nothing waits."""
@@ -263,7 +266,7 @@ class _ToPrefill:
 
     def _on_landed(self, header: KvBlocks, memory: np.ndarray, segment: Segment, offset: int, stride: int) -> None:
         owner = self._owner
-        rows = strided_rows(memory, len(header.blocks), stride, owner.identity.layout)
+        rows = strided_rows(memory, len(header.blocks), stride, self.identity.layout)
         intact = owner.core.wants(header) and is_intact(header, rows)
         effects = owner.core.on_blocks(owner.loop.time(), header, intact)
         owner.apply(effects, LandedBlocks(rows, segment, offset, stride))
@@ -320,7 +323,7 @@ class _ToPrefill:
 
     def _on_shared(self, header: KvBlocks) -> None:
         """Blocks lie in shared memory."""
-        layout, place = self._owner.identity.layout, header.place
+        layout, place = self.identity.layout, header.place
         check_header(header, layout)
         segment = self._segments.get(place.segment) if place else None
         if place is None or segment is None:

@@ -226,7 +226,8 @@ class _ToDecode:
 
     def __init__(self, owner: NetKvSender, main: KvConnection, hello: KvHello, transport: Transport) -> None:
         self.worker_id = hello.worker_id
-        self.layout = BlockLayout.from_wire(hello.layout)
+        own = owner.identity.layout
+        self.layout = BlockLayout.from_wire(hello.layout).part(own.first_kv_head, own.num_kv_heads)
         self.transport = transport
         self.session = secrets.token_bytes(SESSION_BYTES)
         self.main = main

@@ -5,6 +5,11 @@ from __future__ import annotations
 import msgspec
 
 
+def part_id(request_id: str, first_head: int) -> str:
+    """The request id under which a host of a prefill worker hands KV heads from `first_head` on over."""
+    return f"{request_id}#{first_head}" if first_head else request_id
+
+
 class Landing(msgspec.Struct, frozen=True, array_like=True):
     """One reserved page.
 

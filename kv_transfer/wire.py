@@ -139,7 +139,7 @@ class KvBlocks(KvMessage, frozen=True):
 
     Attributes:
         frame: number of this frame in its session, to be released.
-        layers: range of layers, heads: range of KV heads; a sender always sends all of both.
+        layers: range of layers, heads: range of KV heads; a sender always sends all layers, and all heads of its host.
         checksums: one per block, see `kv_transfer.blocks`.
         pull: number under which arrays of the layout's shape and dtype are registered; 0: none.
     """
@@ -206,8 +206,8 @@ def check_header(header: KvBlocks, layout: BlockLayout) -> None:
     n = len(header.blocks)
     if not n or len(header.generations) != n or len(header.checksums) != n or len(set(header.blocks)) != n:
         raise ProtocolError(f"KvBlocks of {n} blocks, {len(header.generations)} generations, {len(header.checksums)}")
-    if header.layers != (0, layout.num_layers) or header.heads != (0, layout.num_kv_heads):
-        raise ProtocolError(f"KvBlocks of layers {header.layers} and heads {header.heads} is not all of them")
+    if header.layers != (0, layout.num_layers) or header.heads != layout.heads:
+        raise ProtocolError(f"KvBlocks of layers {header.layers} and heads {header.heads}, expected {layout.heads}")
     if header.dtype != layout.dtype or header.num_bytes != n * layout.block_bytes:
         raise ProtocolError(f"KvBlocks of {header.num_bytes} bytes {header.dtype}, expected {n * layout.block_bytes}")
     if header.place is not None and header.place.layer_stride < n * layout.layer_bytes:

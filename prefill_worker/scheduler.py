@@ -20,6 +20,7 @@ import numpy as np
 from engine_core.batch import Chunk
 from engine_core.chunking import ChunkQueue
 from engine_core.engine import PendingPages, PendingStep
+from engine_core.host_commands import Export
 from engine_core.messages import StepSums, TokenChunk
 from engine_core.replica import Replica
 from engine_core.sequence import Sequence as Seq
@@ -183,7 +184,8 @@ class PrefillScheduler:
             done = sequence.num_dispatched
             ready = [i for i in task.wanted if min((i + 1) * page_size, total) <= done]
             if ready:
-                task.gathers.append((ready, self._replica.engine.gather([sequence.pages[i] for i in ready])))
+                export = Export(*sequence.key, tuple(ready))
+                task.gathers.append((ready, self._replica.engine.gather([sequence.pages[i] for i in ready], export)))
                 task.wanted = task.wanted[len(ready) :]
 
     def _hand_over(self, *, wait: bool) -> bool:

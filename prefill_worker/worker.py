@@ -12,11 +12,14 @@ import numpy as np
 
 from engine_core.config import EngineConfig
 from engine_core.errors import BatonError, ProtocolError, RequestCancelled
-from engine_core.messages import Decode, Load, PeerAddress, Prefill, TokenChunk, WorkerInfo
+from engine_core.host_commands import ExportAbort, ExportCommand, ExportFinish, ExportOffer
+from engine_core.messages import Decode, KvShard, Load, PeerAddress, Prefill, TokenChunk, WorkerInfo
 from engine_core.replica_loader import open_replica
 from engine_core.types import Role
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
+from kv_transfer.host_links import HostLinks
+from kv_transfer.host_loop import BEAT_S
 from kv_transfer.plane import PlaneKvSender, open_sender
 from kv_transfer.sender import NetKvSender
 from kv_transfer.ticket import Ticket
@@ -39,9 +42,12 @@ class PrefillWorker:
         listen: host, port for gateways and for decode workers; a port of 0 takes any free one.
         secret: shared by gateways and workers; None binds to loopback only.
         progress: told short sentences while weights load and buckets compile.
+        hosts: connections to the worker's other hosts, where this is the first of several: each hands over the KV heads
+            that its devices hold.
 
     Raises:
         ConfigError, CheckpointError: this model cannot be served so.
+        WorkerDied: another host of it is gone.
     """
 
     def __init__(
@@ -54,10 +60,15 @@ class PrefillWorker:
         *,
         secret: bytes | None = None,
         progress: Callable[[str], None] = lambda _: None,
+        hosts: HostLinks | None = None,
     ) -> None:
-        self._replica = open_replica(config, model_dir, progress, decodes=False)
+        self._hosts = hosts
+        self._replica = open_replica(config, model_dir, progress, decodes=False, followers=hosts)
         resolved = self._replica.resolved
         self._identity = KvIdentity.of(worker_id, incarnation, resolved.spec, self._replica.identity, resolved.layout)
+        shards = self._replica.engine.shards
+        if shards is not None:
+            self._identity = self._identity.part(shards.exported[0].first, shards.exported[0].count)
         self._secret = secret
         self._options = TransferOptions.of(config.transfer)
         self._options.check_secret(secret)
@@ -83,6 +94,10 @@ class PrefillWorker:
         self._sender.on_refused = lambda code: self._replica.stats.refused.update([code])
         kv_port = await self._sender.start(address.host, address.kv_port)
         address = msgspec.structs.replace(address, kv_port=kv_port)
+        if self._hosts is not None:
+            layout = self._identity.layout
+            own = KvShard(address.host, kv_port, layout.first_kv_head, layout.num_kv_heads)
+            address = msgspec.structs.replace(address, kv_shards=(own, *self._hosts.kv_shards))
         self._info = await self._host.start(address.host, msgspec.structs.replace(self._info, address=address))
         return self._info
 
@@ -90,7 +105,9 @@ class PrefillWorker:
         """Take no new prompts; finish those at hand, and wait until decode workers have collected their blocks."""
         until = self._loop.time() + timeout_s
         await self._host.drain(timeout_s)
-        while self._sender.inflight_bytes and self._loop.time() < until:  # noqa: ASYNC110
+        if self._hosts is not None:
+            await asyncio.sleep(2 * BEAT_S)  # so old is what is known of the other hosts
+        while self._inflight_bytes and self._loop.time() < until:  # noqa: ASYNC110
             await asyncio.sleep(POLL_S)
         await asyncio.sleep(LAST_WORD_S)
 
@@ -102,6 +119,8 @@ class PrefillWorker:
                 await self._waker
         await self._host.stop()
         await self._sender.close()
+        if self._hosts is not None:
+            self._hosts.close()
 
     def info(self) -> WorkerInfo:
         """Who this is."""
@@ -136,6 +155,7 @@ class PrefillWorker:
 
     def finished(self, key: Key, first_token: TokenChunk) -> None:
         """The last blocks are on their way."""
+        self._tell_hosts(ExportFinish(*key, first_token))
         self._sender.finish(*key, first_token)
         self._host.end(key)
 
@@ -149,7 +169,7 @@ class PrefillWorker:
     def on_cancel(self, request_id: str, epoch: int, error: BatonError) -> None:
         """Decode gave up, is gone, or never asked."""
         key = (request_id, epoch)
-        self._host.post(lambda: self._scheduler.cancel(key))
+        self._host.post(lambda: self._give_up(key, error))
         self._host.end(key)
 
     def _accept(self, message: Prefill | Decode) -> None:
@@ -159,10 +179,30 @@ class PrefillWorker:
             return
         request = message.request
         self._scheduler.add(request)
+        self._tell_hosts(ExportOffer(request.request_id, request.epoch, TICKET_LEASE_S))
         self._sender.offer(request.request_id, request.epoch, TICKET_LEASE_S)
 
     def _on_cancel(self, key: Key) -> None:
-        self._sender.abort(*key, RequestCancelled("the gateway cancelled the request"))
+        error = RequestCancelled("the gateway cancelled the request")
+        self._abort_on_hosts(key, error)
+        self._sender.abort(*key, error)
+
+    def _give_up(self, key: Key, error: BatonError) -> None:
+        """On the engine thread."""
+        self._scheduler.cancel(key)
+        self._abort_on_hosts(key, error)
+
+    def _abort_on_hosts(self, key: Key, error: BatonError) -> None:
+        self._tell_hosts(ExportAbort(*key, error.code, str(error), error.retryable))
+
+    def _tell_hosts(self, command: ExportCommand) -> None:
+        """On the engine thread, as all that the other hosts are told."""
+        if self._hosts is not None:
+            self._hosts.send(command)
+
+    @property
+    def _inflight_bytes(self) -> int:
+        return self._sender.inflight_bytes + (self._hosts.inflight_bytes if self._hosts else 0)
 
     def _wake_when_writable(self) -> None:
         if self._waker is None or self._waker.done():

@@ -116,7 +116,7 @@ class FakeEngine:
     def init_slot(self, slot, prompt_ids, output_ids) -> None:
         pass
 
-    def gather(self, pages) -> FakePages:
+    def gather(self, pages, export=None) -> FakePages:
         return FakePages([self.cache[list(pages)][:, :, None, None].astype(np.float32)])
 
     def scatter(self, pages, layers) -> None:

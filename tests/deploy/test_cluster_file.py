@@ -106,7 +106,22 @@ def test_a_slice_that_declares_other_chips(home: Path) -> None:
 def test_a_slice_of_several_hosts(home: Path) -> None:
     path = changed(home, "v6e-1p1d", ("acceleratorType: v6e-8", "acceleratorType: v6e-16"))
     found = problems(path)
-    assert len(found) == 2 and all("spans several hosts" in text for text in found)
+    assert sum("v6e with 16 chips is 4 hosts, a worker spans 1 (fleet.hosts_per_worker)" in text for text in found) == 2
+    assert sum("this slice has 16 chips on 4 hosts, resources.TPU says 8" in text for text in found) == 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("acceleratorType: v6e-16", "acceleratorType: v6e-32", "v6e with 32 chips is 8 hosts, a worker spans 4"),
+        ("acceleratorType: v6e-16", "acceleratorType: v6e-8", "v6e with 8 chips is 1 hosts, a worker spans 4"),
+        ('"TPU": 4', '"TPU": 8', "this slice has 16 chips on 4 hosts, resources.TPU says 8"),
+        ('"TPU": 4', '"TPU": 2', "decode has 2 TPU chips, a worker needs more (engine.tp 16, fleet.tpus_per_worker 16"),
+    ],
+)
+def test_a_slice_that_is_not_the_workers(home: Path, old: str, new: str, message: str) -> None:
+    found = problems(changed(home, "v6e-multihost", (old, new)))
+    assert any(message in text for text in found), found
 
 
 def test_a_model_that_does_not_fit(home: Path) -> None:

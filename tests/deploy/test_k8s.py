@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from deploy import cli
-from deploy.config import AutoscaleMode
+from deploy.config import DEVICES_PER_CHIP, AutoscaleMode
 from deploy.ray_app import AppArgs
 from deploy.wait_idle import wait_idle
 from engine_core.types import Role
@@ -29,7 +29,8 @@ ROOT = Path(__file__).parents[2]
 K8S = ROOT / "deploy/k8s"
 SHARED = next((path for path in (ROOT / "shared", ROOT.parent / "shared") if path.is_dir()), ROOT / "shared")
 CRDS = SHARED / "data/kuberay_crds"
-OVERLAYS = ["base", "overlays/kind-cpu", "overlays/v6e", "overlays/v6e-spot", "overlays/v6e-autoscale"]
+NAMES = ("kind-cpu", "v6e", "v6e-spot", "v6e-autoscale", "v6e-multihost", "tpu7x-multihost")
+OVERLAYS = ["base", *(f"overlays/{name}" for name in NAMES)]
 VERSION = "1.34"
 CUSTOM = {"RayService", "PodMonitor"}  # no schema in Kubernetes itself
 
@@ -158,11 +159,16 @@ def test_pools_are_what_the_configuration_wants(cluster: dict[str, Any], config:
         if name == "gateway":
             assert not chips
             continue
-        assert chips == config.fleet.tpus_per_worker and config.engine.tp == max(chips, 1)
+        shape = config.shape(Role(name))
+        per_chip = DEVICES_PER_CHIP.get(shape.accelerator, 1)
+        assert group["numOfHosts"] == shape.hosts and chips * shape.hosts == shape.tpus
+        assert shape.engine.tp == max(chips * shape.hosts * per_chip, 1)
         if chips:
             selector = group["template"]["spec"]["nodeSelector"]
             topology = selector["cloud.google.com/gke-tpu-topology"]
             assert math.prod(map(int, topology.split("x"))) == chips * group["numOfHosts"]
+            assert shape.hosts == 1 or topology == shape.topology
+            assert shape.accelerator.removeprefix("tpu") in selector["cloud.google.com/gke-tpu-accelerator"]
 
 
 def test_draining_fits_into_the_grace(cluster: dict[str, Any], config: Any) -> None:

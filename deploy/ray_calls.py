@@ -1,0 +1,37 @@
+"""Calls of Ray actors, and what their errors mean."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Any
+
+from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group_table
+
+from deploy.fleet_types import WorkerLost
+
+PLACE_POLL_S = 0.25
+
+
+async def alive(reference: Awaitable[Any]) -> Any:
+    """Await an actor call; WorkerLost where the actor is gone."""
+    try:
+        return await reference
+    except RayTaskError:
+        raise
+    except RayError as error:
+        raise WorkerLost(first_line(error)) from None
+
+
+def first_line(error: Exception) -> str:
+    """Of its text; its type's name where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def is_placed(group: PlacementGroup) -> bool:
+    """Whether Ray has found nodes for all of it."""
+    try:
+        return bool(placement_group_table(group)["state"] == "CREATED")
+    except RayError:  # the head is away for a moment
+        return False
