@@ -60,8 +60,8 @@ def kv_payload(body: bytes) -> int:
         fields: Any = msgspec.msgpack.decode(body)
     except MALFORMED:
         return 0
-    is_blocks = isinstance(fields, list) and fields[:1] == ["KvBlocks"] and fields[-1] is None
-    return int(fields[-2]) if is_blocks else 0
+    is_blocks = isinstance(fields, list) and fields[:1] == ["KvBlocks"] and fields[-2:] == [None, 0]
+    return int(fields[-3]) if is_blocks else 0
 
 
 def control_frames() -> Cutter:
