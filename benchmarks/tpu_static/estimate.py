@@ -59,7 +59,7 @@ def estimate(case: Case, schedules: Sequence[Schedule], generation: Generation) 
     """Add up the passes that the case counts.
 
     Raises:
-        ScheduleError: there is no kernel, or the case does not know its loops.
+        ScheduleError: there is no kernel, or the case does not know its loops or how often they run.
     """
     if not schedules:
         raise ScheduleError("the compiler wrote no schedule of a kernel")
@@ -75,6 +75,11 @@ def estimate(case: Case, schedules: Sequence[Schedule], generation: Generation) 
     compute = cycles / generation.clock_hz
     hbm = case.hbm_bytes / generation.hbm_bytes_per_s * generation.tensor_cores
     peak = generation.peak_flops(case.dtype) / generation.tensor_cores
+    if compute < case.flops / peak:
+        raise ScheduleError(
+            f"the case counts cycles for {compute * 1e6:.0f} us, but its products alone take "
+            f"{case.flops / peak * 1e6:.0f} us at the peak: a loop runs more often than it says"
+        )
     main = max(zip(schedules, kernels, strict=True), key=lambda pair: float(pair[1]["total_cycles"]))[0]
     runs = list(case.runs(main))
     index = max(range(len(runs)), key=lambda i: runs[i].passes * runs[i].cycles, default=None)

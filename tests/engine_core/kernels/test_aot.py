@@ -1,0 +1,58 @@
+"""Both attention kernels compiled for every TPU generation, none of which is here: each feature, cache in place."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine_core.aot.environment import compiler_environment
+from tests.aot import compiles
+
+ROOT = Path(__file__).parents[3]
+SLICES = ("v5e-1", "v5p-2", "v6e-1", "tpu7x-2")
+IN_MAKE_TEST = {"tpu7x-2"}
+FEW = ["window+soft_cap+sinks+int8"]
+ALL = [
+    *("plain", "window", "soft_cap", "sinks", "tree", "float32", "wide_q", "int8", "e4m3", "e5m2"),
+    *("head64", "head256", "mqa", "mha", "page16", "page32", "page64", "page256"),
+    *("tree+head64", "tree+int8+sinks", "e4m3+page32+window", "float32+head256+soft_cap", "int8+head64"),
+]
+
+pytestmark = compiles
+
+
+def compile_steps(topology: str, names: list[str]) -> list[dict]:
+    """One subprocess: libtpu reads its environment once."""
+    command = [sys.executable, "-m", "tests.engine_core.kernels.aot_worker", topology, *names]
+    environment = compiler_environment(os.environ, [])
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def check(result: dict) -> None:
+    tree = "tree" in result["names"]
+    assert result["kernels"] == (["prefill"] if tree else ["decode", "prefill"]), result
+    assert result["alias_bytes"] >= result["cache_bytes"], "the cache is updated in place"
+    assert result["temp_bytes"] < result["cache_bytes"] / 20, "nor is it copied"
+
+
+@pytest.mark.parametrize(
+    "topology", [name if name in IN_MAKE_TEST else pytest.param(name, marks=pytest.mark.aot_matrix) for name in SLICES]
+)
+def test_a_mixed_step(topology: str) -> None:
+    for result in compile_steps(topology, FEW):
+        check(result)
+
+
+@pytest.mark.aot_matrix
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("topology", SLICES)
+def test_every_feature(topology: str) -> None:
+    results = compile_steps(topology, ALL)
+    assert [result["names"] for result in results] == ALL
+    for result in results:
+        check(result)
