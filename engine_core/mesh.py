@@ -104,11 +104,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def spans_processes(mesh: Mesh) -> bool:
-    """Whether its devices belong to several processes."""
-    return len({device.process_index for device in mesh.devices.flat}) > 1
-
-
 def by_rows(mesh: Mesh) -> NamedSharding:
     """Split over the row shards: slots and outputs."""
     return NamedSharding(mesh, P(ROWS))

@@ -48,7 +48,7 @@ def build_step(model: Decoder, mesh: Mesh) -> Step:
     Donates: cache, slots.
 
     Shardings: params as `load_params` places them; of the cache, pages over the row shards and KV heads over tensor;
-    slots, outputs and inputs over the row shards; where the mesh spans processes, each has the outputs whole. Results
+    slots, outputs and inputs over the row shards; where several processes run it, each has the outputs whole. Results
     keep the shardings of their arguments, so that feeding them back never compiles again.
 
     With several row shards, T, B and S are those of all together, and every array of `StepInputs` is the
@@ -69,7 +69,7 @@ def build_step(model: Decoder, mesh: Mesh) -> Step:
         check_vma=False,  # all_gather leaves equal values on every device, which the type system cannot see
     )
     by_rows = meshes.by_rows(mesh)
-    outputs = meshes.replicated(mesh) if meshes.spans_processes(mesh) else by_rows
+    outputs = meshes.replicated(mesh) if jax.process_count() > 1 else by_rows
     return jax.jit(
         run,
         donate_argnums=(1, 2),

@@ -190,7 +190,7 @@ async def test_a_prefill_worker_that_leaves_is_there_until_its_blocks_are_collec
 
 
 @pytest.mark.asyncio(loop_scope="module")
-@pytest.mark.parametrize("damaged", [0, 2])
+@pytest.mark.parametrize("damaged", [0, 12])
 async def test_blocks_that_cannot_be_had_are_computed_by_decode(cluster, monkeypatch, caplog, damaged):
     """A bit flips in memory behind the copy, so that the frame is wrong however often it is sent."""
     sender, frames = cluster.workers[0]._sender, []
@@ -198,8 +198,8 @@ async def test_blocks_that_cannot_be_had_are_computed_by_decode(cluster, monkeyp
 
     def stage_and_damage(blocks):
         push = stage(blocks)
-        frames.append(push)
-        if len(frames) == damaged + 1:
+        if damaged in push.indices and not frames:
+            frames.append(push)
             memory, _ = sender._loans[push.loan]
             memory[len(memory) // 2] ^= 1
         return push
@@ -212,7 +212,7 @@ async def test_blocks_that_cannot_be_had_are_computed_by_decode(cluster, monkeyp
     compiles = cluster.num_compiles
     apart = await cluster.client.run(request, cluster.decode, cluster.prefill)
     together = await cluster.client.run(rename(request), cluster.colocated, None)
-    assert len(frames) > damaged and "are computed here" in caplog.text
+    assert frames and "are computed here" in caplog.text
     assert apart.failure is None and len(apart.token_ids) == 12
     if cluster.workers[0].info().numerics is Numerics.STRICT:
         assert (apart.token_ids, apart.logprobs) == (together.token_ids, together.logprobs)
