@@ -14,7 +14,7 @@ from engine_core.messages import Challenge, KvShard, Message, Refused
 from kv_transfer.auth import Side, check_bind, make_proof, new_nonce, proves
 from kv_transfer.channel import MAX_FRAME_BYTES, Channel
 from kv_transfer.handoff import error_named
-from kv_transfer.host_loop import BEAT_S, SILENT_BEATS, HostLoop, Silence
+from kv_transfer.host_loop import BEAT_S, SILENT_BEATS, HostLoop, Silence, how_it_ended
 from kv_transfer.host_wire import (
     HOST_PROTOCOL,
     HostBeat,
@@ -222,7 +222,7 @@ class HostLinks:
     def _on_closed(self, channel: Channel, error: Exception | None) -> None:
         for host in self._hosts.values():
             if host.channel is channel:
-                self._lose(host, WorkerDied(str(error or "it hung up")))
+                self._lose(host, WorkerDied(how_it_ended(error)))
                 return
 
     def _lose(self, host: _Host, error: BatonError) -> None:

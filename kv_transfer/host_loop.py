@@ -54,6 +54,11 @@ class HostLoop:
         self.loop.close()
 
 
+def how_it_ended(error: Exception | None) -> str:
+    """Of a connection, in words. The kernel closes that of a killed process, or resets it where it left bytes unread."""
+    return "it hung up" if error is None or isinstance(error, ConnectionError) else str(error)
+
+
 class Silence:
     """Counts our beats since a peer's last message: time in which this process itself was held up counts little."""
 

@@ -15,7 +15,7 @@ from engine_core.host_commands import Begin
 from engine_core.messages import Challenge, KvShard, Message, Refused
 from kv_transfer.auth import Side, make_proof, new_nonce, proves
 from kv_transfer.channel import MAX_FRAME_BYTES, Channel
-from kv_transfer.host_loop import BEAT_S, SILENT_BEATS, HostLoop, Silence
+from kv_transfer.host_loop import BEAT_S, SILENT_BEATS, HostLoop, Silence, how_it_ended
 from kv_transfer.host_wire import (
     HOST_PROTOCOL,
     HostBeat,
@@ -193,7 +193,7 @@ class LeaderLink:
     def _on_closed(self, channel: Channel, error: Exception | None) -> None:
         if isinstance(error, BatonError) and not self._welcome.is_set():
             self._problem = error
-        self._lose(f"the leader is lost: {error or 'it hung up'}")
+        self._lose(f"the leader is lost: {how_it_ended(error)}")
 
     def _lose(self, reason: str) -> None:
         if self._is_over:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 import time
 from queue import SimpleQueue
@@ -150,10 +151,15 @@ def test_a_follower_that_hangs_up_ends_the_leader(hosts):
     assert pair.lost.get(timeout=WAIT_S).startswith("host 1 of w is lost")
 
 
-def test_a_leader_that_hangs_up_ends_the_follower(hosts):
+@pytest.mark.parametrize("resets", [False, True])
+def test_a_leader_that_hangs_up_ends_the_follower(hosts, resets):
+    """The kernel resets a connection whose end has bytes to read that its process did not read."""
     pair = hosts()
     link = pair.connect(1)
     pair.make_ready()
+    if resets:
+        connected = pair.leader._hosts[1].channel._transport.get_extra_info("socket")
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     pair.leader.close()
     assert pair.lost.get(timeout=WAIT_S) == "the leader is lost: it hung up"
     assert not link.healthy
