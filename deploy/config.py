@@ -215,8 +215,8 @@ def _check_hosts(config: ServeConfig, role: Role) -> None:
     """Refuse a worker over several machines that cannot be."""
     shape = config.shape(role)
     fleet = config.fleet
-    prefix = "fleet.prefill_" if role is Role.PREFILL and fleet.prefill_hosts else "fleet."
-    field_name = f"{prefix}hosts" if prefix != "fleet." else "fleet.hosts_per_worker"
+    own = role is Role.PREFILL and fleet.prefill_hosts
+    field_name = "fleet.prefill_hosts" if own else "fleet.hosts_per_worker"
     if shape.hosts == 1:
         return
     if shape.engine.degrees.num_devices % shape.hosts:

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deploy.autoscale import Autoscaler
 from deploy.config import AutoscaleMode, ServeConfig, WorkerShape
 from deploy.fleet_core import FleetCore
-from deploy.fleet_types import FleetStatus, Membership, StartFailed, WorkerHandle, WorkerLost, WorkerReport, WorkerSpec
+from deploy.fleet_types import FleetStatus, Membership, WorkerHandle, WorkerReport, WorkerSpec
 from deploy.log import log_to_file
-from deploy.ray_calls import PLACE_POLL_S, alive, first_line, is_placed
+from deploy.ray_calls import PLACE_POLL_S, alive, is_placed, started
 from deploy.spanning_worker import SpanningWorkerHandle
 from deploy.worker_actor import WorkerActor, WorkerPlan
 from engine_core.errors import ConfigError
 from engine_core.messages import WorkerInfo
 from engine_core.types import Role
 from router.load_meter import LoadTotals
-
-logger = logging.getLogger(__name__)
 
 FLEET = "baton-fleet"
 NAMESPACE = "baton"
@@ -78,17 +75,7 @@ class RayWorkerHandle:
 
     async def start(self) -> WorkerInfo:
         """Load and compile. Raises ConfigError or StartFailed with the reason in one line."""
-        try:
-            info: WorkerInfo = await self._actor.start.remote()
-        except RayTaskError as error:
-            cause = error.cause
-            logger.error("%s failed to start: %s", self._worker_id, error)
-            if isinstance(cause, ConfigError):
-                raise ConfigError(str(cause)) from None
-            raise StartFailed(f"{self._worker_id} failed to start: {type(cause).__name__}: {cause}") from None
-        except RayActorError as error:
-            raise WorkerLost(first_line(error)) from None
-        return info
+        return await started(self._actor.start.remote(), self._worker_id)
 
     async def report(self) -> WorkerReport:
         """Answer the health check."""

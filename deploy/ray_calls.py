@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable
 from typing import Any
 
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
-from deploy.fleet_types import WorkerLost
+from deploy.fleet_types import StartFailed, WorkerLost
+from engine_core.errors import ConfigError
+from engine_core.messages import WorkerInfo
+
+logger = logging.getLogger(__name__)
 
 PLACE_POLL_S = 0.25
 
@@ -20,6 +25,28 @@ async def alive(reference: Awaitable[Any]) -> Any:
     except RayTaskError:
         raise
     except RayError as error:
+        raise WorkerLost(first_line(error)) from None
+
+
+async def started(starting: Awaitable[WorkerInfo], name: str) -> WorkerInfo:
+    """Await a worker's start.
+
+    Args:
+        name: of the worker, for people.
+
+    Raises:
+        ConfigError, StartFailed: it cannot start, with the reason in one line.
+        WorkerLost: its process is gone.
+    """
+    try:
+        return await starting
+    except RayTaskError as error:
+        cause = error.cause
+        logger.error("%s failed to start: %s", name, error)
+        if isinstance(cause, ConfigError):
+            raise ConfigError(str(cause)) from None
+        raise StartFailed(f"{name} failed to start: {type(cause).__name__}: {cause}") from None
+    except RayActorError as error:
         raise WorkerLost(first_line(error)) from None
 
 

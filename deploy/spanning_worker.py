@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -18,9 +18,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ray.util.tpu import SlicePlacementGroup
 
 from deploy.config import WorkerShape
-from deploy.fleet_types import StartFailed, WorkerLost, WorkerReport
+from deploy.fleet_types import WorkerLost, WorkerReport
 from deploy.follower_actor import FollowerActor
-from deploy.ray_calls import PLACE_POLL_S, alive, first_line, is_placed
+from deploy.ray_calls import PLACE_POLL_S, alive, first_line, is_placed, started
 from deploy.worker_actor import WorkerActor, WorkerPlan
 from engine_core.errors import ConfigError
 from engine_core.messages import WorkerInfo
@@ -84,19 +84,13 @@ class SpanningWorkerHandle:
             self._actor(FollowerActor, bundle).remote(self._plan, number)
             for number, bundle in enumerate(bundles[1:], start=1)
         ]
-        try:
-            address = await self._leader.listen.remote()
-            # What a follower raises here its leader hears from it, and raises too.
-            self._following = [follower.follow.remote(address) for follower in self._followers]
-            info: WorkerInfo = await self._leader.start.remote()
-        except RayTaskError as error:
-            cause = error.cause
-            logger.error("%s failed to start: %s", self._name, error)
-            if isinstance(cause, ConfigError):
-                raise ConfigError(str(cause)) from None
-            raise StartFailed(f"{self._name} failed to start: {type(cause).__name__}: {cause}") from None
-        except RayActorError as error:
-            raise WorkerLost(first_line(error)) from None
+        return await started(self._start_together(), self._name)
+
+    async def _start_together(self) -> WorkerInfo:
+        address = await self._leader.listen.remote()
+        # What a follower raises here its leader hears from it, and raises too.
+        self._following = [follower.follow.remote(address) for follower in self._followers]
+        info: WorkerInfo = await self._leader.start.remote()
         return info
 
     async def report(self) -> WorkerReport:

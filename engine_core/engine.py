@@ -207,11 +207,8 @@ class Engine:
             self.dispatch(bucket).tokens()
         nowhere = self.resolved.layout.num_pages
         for size in TRANSFER_LADDER:
-            blocks = self.gather([nowhere] * size).wait()
-            if self.shards is None:
-                self.scatter([nowhere] * size, blocks)
-            else:
-                self.scatter_nothing([nowhere] * size)
+            self.gather([nowhere] * size).wait()
+            self.scatter_nothing([nowhere] * size)
         self.init_slot(0, (), ())
         jax.block_until_ready(self._cache)
         self._compiles.start()

@@ -41,6 +41,14 @@ class KvIdentity:
         """The same worker, for some of its KV heads."""
         return replace(self, layout=self.layout.part(first_kv_head, num_kv_heads))
 
+    def facing(self, address: PeerAddress) -> KvIdentity:
+        """The same worker, for the KV heads that the host there hands over: all, where it names none."""
+        assert len(address.kv_shards) <= 1, "one hand-off for each host: see joined_receiver"
+        identity = self
+        for shard in address.kv_shards:
+            identity = self.part(shard.first_head, shard.num_heads)
+        return identity
+
     @classmethod
     def of(cls, worker_id: str, incarnation: int, spec: ModelSpec, weights: str, cache: CacheShape) -> KvIdentity:
         """The identity of a worker.

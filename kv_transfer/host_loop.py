@@ -55,7 +55,7 @@ class HostLoop:
 
 
 def how_it_ended(error: Exception | None) -> str:
-    """Of a connection, in words. The kernel closes that of a killed process, or resets it where it left bytes unread."""
+    """Of a connection, in words. A killed process leaves it closed, or reset where bytes lay unread."""
     return "it hung up" if error is None or isinstance(error, ConnectionError) else str(error)
 
 

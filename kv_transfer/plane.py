@@ -447,12 +447,9 @@ class PlaneKvReceiver:
 
     def request(self, address: PeerAddress, ticket: Ticket) -> None:
         """See KvReceiver."""
-        layout = self._identity.layout
-        for shard in address.kv_shards:
-            layout = layout.part(shard.first_head, shard.num_heads)
         with self._lock:
             if self.healthy:
-                self._open[ticket.key] = layout
+                self._open[ticket.key] = self._identity.facing(address).layout
                 self._plane.send(PlaneTicket(ticket, address))
                 return
         with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is stopping

@@ -94,9 +94,7 @@ class NetKvReceiver(ReceiverEndpoint):
         """See ReceiverEndpoint."""
         spot = (address.host, address.kv_port)
         if spot not in self._links:
-            heads = [(shard.first_head, shard.num_heads) for shard in address.kv_shards]
-            assert len(heads) <= 1, "one hand-off for each host: see joined_receiver"
-            self._links[spot] = _ToPrefill(self, spot, self.identity.part(*heads[0]) if heads else self.identity)
+            self._links[spot] = _ToPrefill(self, spot, self.identity.facing(address))
         return self._links[spot]
 
     def send(self, peer: _ToPrefill, message: Any) -> None:

@@ -50,6 +50,16 @@ def run(scheduler: DecodeScheduler, limit: int = 1000) -> None:
     raise AssertionError("the scheduler does not come to rest")
 
 
+def waiting_for_blocks(prompt: list[int], max_tokens: int, **options):
+    """A request whose prompt a prefill worker reads: its key, and the blocks that it wants."""
+    replica, events = fake_replica(**options), Events()
+    scheduler = DecodeScheduler(replica, events)
+    scheduler.add(request("a", prompt, max_tokens), PREFILL)
+    run(scheduler)
+    ((key, _, wanted),) = events.tickets
+    return replica, events, scheduler, key, wanted
+
+
 def check_integrity(replica) -> None:
     for shard in replica.memory.shards:
         shard.cache.check_integrity()
@@ -132,12 +142,10 @@ def test_only_blocks_that_are_lacking_are_asked_for():
 
 
 def test_late_blocks_of_a_cancelled_landing_write_nothing():
-    replica, events = fake_replica(num_pages=16, max_model_len=32, prefix_cache=False), Events()
-    scheduler = DecodeScheduler(replica, events)
     prompt = list(range(10, 22))
-    scheduler.add(request("a", prompt, 4), PREFILL)
-    run(scheduler)
-    ((key, _, wanted),) = events.tickets
+    replica, events, scheduler, key, wanted = waiting_for_blocks(
+        prompt, 4, num_pages=16, max_model_len=32, prefix_cache=False
+    )
     scheduler.cancel(key)
     before = replica.engine.cache.copy()
     land(replica, scheduler, key, wanted, prompt)
@@ -149,12 +157,8 @@ def test_late_blocks_of_a_cancelled_landing_write_nothing():
 
 
 def test_wrong_generation_is_dropped():
-    replica, events = fake_replica(), Events()
-    scheduler = DecodeScheduler(replica, events)
     prompt = list(range(10, 14))
-    scheduler.add(request("a", prompt, 4), PREFILL)
-    run(scheduler)
-    ((key, _, wanted),) = events.tickets
+    replica, _, scheduler, key, wanted = waiting_for_blocks(prompt, 4)
     before = replica.engine.cache.copy()
     land(replica, scheduler, key, [(i, g - 1) for i, g in wanted], prompt)
     run(scheduler)
@@ -162,12 +166,8 @@ def test_wrong_generation_is_dropped():
 
 
 def test_first_token_that_ends_the_answer_frees_the_landing():
-    replica, events = fake_replica(), Events()
-    scheduler = DecodeScheduler(replica, events)
     prompt = list(range(10, 21))
-    scheduler.add(request("a", prompt, 6), PREFILL)
-    run(scheduler)
-    ((key, _, wanted),) = events.tickets
+    replica, events, scheduler, key, wanted = waiting_for_blocks(prompt, 6)
     land(replica, scheduler, key, wanted, prompt)
     scheduler.landed(key, first_token("a", prompt, FinishReason.STOP))
     run(scheduler)
@@ -358,12 +358,8 @@ def test_a_stream_that_goes_on_elsewhere_does_not_score_its_prompt_again():
 @pytest.mark.parametrize("landed", [0, 1, 2, 3])
 def test_what_has_landed_is_not_fetched_again(landed, ending):
     """The hand-over breaks off behind some blocks: the next attempt asks for the others only."""
-    replica, events = fake_replica(), Events()
-    scheduler = DecodeScheduler(replica, events)
     prompt = list(range(10, 24))
-    scheduler.add(request("a", prompt, 6), PREFILL)
-    run(scheduler)
-    ((key, _, wanted),) = events.tickets
+    replica, events, scheduler, key, wanted = waiting_for_blocks(prompt, 6)
     land(replica, scheduler, key, wanted[:landed], prompt)
     if landed % 2:
         run(scheduler)  # written; else it breaks off before
@@ -385,12 +381,8 @@ def test_what_has_landed_is_not_fetched_again(landed, ending):
 
 
 def test_only_leading_blocks_are_kept():
-    replica, events = fake_replica(), Events()
-    scheduler = DecodeScheduler(replica, events)
     prompt = list(range(10, 24))
-    scheduler.add(request("a", prompt, 6), PREFILL)
-    run(scheduler)
-    ((key, _, wanted),) = events.tickets
+    replica, events, scheduler, key, wanted = waiting_for_blocks(prompt, 6)
     land(replica, scheduler, key, [wanted[0], wanted[2]], prompt)
     run(scheduler)
     scheduler.cancel(key)
@@ -404,12 +396,8 @@ def test_only_leading_blocks_are_kept():
 @pytest.mark.parametrize("prefix_cache", [True, False])
 @pytest.mark.parametrize("lost", [[0], [1], [3], [1, 2], [0, 1, 2, 3]])
 def test_lost_blocks_are_computed_here(lost, prefix_cache):
-    replica, events = fake_replica(prefix_cache=prefix_cache), Events()
-    scheduler = DecodeScheduler(replica, events)
     prompt = list(range(10, 24))
-    scheduler.add(request("a", prompt, 6), PREFILL)
-    run(scheduler)
-    ((key, _, wanted),) = events.tickets
+    replica, events, scheduler, key, wanted = waiting_for_blocks(prompt, 6, prefix_cache=prefix_cache)
     land(replica, scheduler, key, [each for each in wanted if each[0] not in lost], prompt)
     scheduler.landed(key, first_token("a", prompt), lost)
     run(scheduler)
@@ -420,12 +408,8 @@ def test_lost_blocks_are_computed_here(lost, prefix_cache):
 
 
 def test_only_what_lies_behind_the_first_lost_block_is_computed_again():
-    replica, events = fake_replica(), Events()
-    scheduler = DecodeScheduler(replica, events)
     prompt = list(range(10, 24))
-    scheduler.add(request("a", prompt, 6), PREFILL)
-    run(scheduler)
-    ((key, _, wanted),) = events.tickets
+    replica, events, scheduler, key, wanted = waiting_for_blocks(prompt, 6)
     land(replica, scheduler, key, [wanted[0], wanted[1], wanted[3]], prompt)
     scheduler.landed(key, first_token("a", prompt), [2])
     scheduler.tick()
@@ -438,12 +422,8 @@ def test_only_what_lies_behind_the_first_lost_block_is_computed_again():
 
 @pytest.mark.parametrize("ending", ["cancel", "stop"])
 def test_a_sequence_with_lost_blocks_may_end_before_they_are_computed(ending):
-    replica, events = fake_replica(), Events()
-    scheduler = DecodeScheduler(replica, events)
     prompt = list(range(10, 24))
-    scheduler.add(request("a", prompt, 6), PREFILL)
-    run(scheduler)
-    ((key, _, wanted),) = events.tickets
+    replica, events, scheduler, key, wanted = waiting_for_blocks(prompt, 6)
     land(replica, scheduler, key, wanted[:2], prompt)
     reason = FinishReason.STOP if ending == "stop" else None
     scheduler.landed(key, first_token("a", prompt, reason), [2, 3])

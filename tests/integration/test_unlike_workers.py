@@ -8,9 +8,23 @@ import random
 import pytest
 
 from engine_core.types import Numerics, Request, SamplingParams
-from tests.mini_cluster import MiniCluster, tiny_config
+from tests.mini_cluster import Answer, MiniCluster, tiny_config
 
 FLOAT8 = "float8_e4m3fn"
+
+
+async def answers(cluster: MiniCluster, seed: int, num_requests: int, max_tokens: int) -> list[tuple[Answer, Answer]]:
+    """Of greedy requests: of the two unlike workers together, and of the colocated one."""
+    rng = random.Random(seed)
+    found = []
+    for number in range(num_requests):
+        prompt = [rng.randrange(149) for _ in range(rng.randrange(1, 60))]
+        sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        apart = Request(f"{number:032x}", prompt, len(prompt), sampling)
+        together = Request(f"{number + 100:032x}", prompt, len(prompt), sampling)
+        one = await cluster.client.run(apart, cluster.decode, cluster.prefill)
+        found.append((one, await cluster.client.run(together, cluster.colocated, None)))
+    return found
 
 
 @pytest.mark.parametrize(
@@ -28,15 +42,8 @@ async def test_float8_caches(prefill_cache, decode_cache, numerics):
     try:
         stored = [worker._replica.resolved.layout.dtype for worker in cluster.workers[:2]]
         assert stored == [name.replace("auto", "float32") for name in (prefill_cache, decode_cache)]
-        rng = random.Random(2)
         same = total = 0
-        for number in range(8):
-            prompt = [rng.randrange(149) for _ in range(rng.randrange(1, 60))]
-            sampling = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
-            apart = Request(f"{number:032x}", prompt, len(prompt), sampling)
-            together = Request(f"{number + 100:032x}", prompt, len(prompt), sampling)
-            one = await cluster.client.run(apart, cluster.decode, cluster.prefill)
-            other = await cluster.client.run(together, cluster.colocated, None)
+        for one, other in await answers(cluster, 2, 8, 8):
             assert one.failure is None and len(one.token_ids) == len(other.token_ids) == 8
             same += sum(map(int.__eq__, one.token_ids, other.token_ids))
             total += 8
@@ -55,15 +62,8 @@ async def test_answers_are_those_of_a_colocated_worker(prefill_page, decode_page
     cluster = await MiniCluster.start(config, prefill)
     try:
         assert cluster.prefill.info.fingerprint == cluster.decode.info.fingerprint
-        rng = random.Random(1)
         same = total = 0
-        for number in range(10):
-            prompt = [rng.randrange(149) for _ in range(rng.randrange(1, 60))]
-            sampling = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-            apart = Request(f"{number:032x}", prompt, len(prompt), sampling)
-            together = Request(f"{number + 100:032x}", prompt, len(prompt), sampling)
-            one = await cluster.client.run(apart, cluster.decode, cluster.prefill)
-            other = await cluster.client.run(together, cluster.colocated, None)
+        for one, other in await answers(cluster, 1, 10, 12):
             assert one.failure is None and other.failure is None
             same += sum(map(int.__eq__, one.token_ids, other.token_ids))
             total += len(other.token_ids)
