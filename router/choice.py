@@ -32,6 +32,11 @@ class Choice:
         self._detokenizer = detokenizer
         self._matcher = StopMatcher(stops) if stops else None
 
+    @property
+    def has_stops(self) -> bool:
+        """Whether its text may end it."""
+        return self._matcher is not None
+
     def feed(self, chunk: TokenChunk) -> str:
         """The text that a chunk adds."""
         text = self._detokenizer.feed(chunk.token_ids)

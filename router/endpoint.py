@@ -29,6 +29,8 @@ from router.wishes import Wishes, read_wishes
 
 logger = logging.getLogger(__name__)
 
+WATCH_AFTER_S = 0.1
+
 
 class GenerateEndpoint:
     """POST of one dialect."""
@@ -72,22 +74,31 @@ class GenerateEndpoint:
 class DisconnectWatch:
     """Cancels the current task when the client goes away, wherever it waits.
 
+    It begins to look after `WATCH_AFTER_S`: most of what is answered sooner needs no watch, which is a task.
+
     Attributes:
         gone: whether that happened.
     """
 
-    __slots__ = ("_owner", "_task", "gone")
+    __slots__ = ("_owner", "_receive", "_task", "_timer", "gone")
 
     def __init__(self, receive: Receive) -> None:
         self.gone = False
+        self._receive = receive
         self._owner = asyncio.current_task()
-        self._task = asyncio.get_running_loop().create_task(_until_disconnect(receive))
-        self._task.add_done_callback(self._on_done)
+        self._task: asyncio.Task[None] | None = None
+        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._begin)
 
     def close(self) -> None:
         """The response is complete."""
         self._owner = None
-        self._task.cancel()
+        self._timer.cancel()
+        if self._task is not None:
+            self._task.cancel()
+
+    def _begin(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(_until_disconnect(self._receive))
+        self._task.add_done_callback(self._on_done)
 
     def _on_done(self, task: asyncio.Task[None]) -> None:
         if self._owner is not None and not task.cancelled():
@@ -143,8 +154,9 @@ class Exchange:
 
     async def _whole(self, job: Job, generation: Generation) -> None:
         remaining = len(job.choices)
+        until_end = not any(choice.has_stops for choice in job.choices)
         while remaining:
-            for index, chunk in await generation.take():
+            for index, chunk in await generation.take(until_end):
                 choice = job.choices[index]
                 if choice.finish_reason is None:
                     job.writer.write(index, chunk)

@@ -13,17 +13,22 @@ Item = tuple[int, TokenChunk]
 class Mailbox:
     """A queue with one reader, who takes all there is at once: many chunks cost one task switch."""
 
-    __slots__ = ("_error", "_items", "_waiter")
+    __slots__ = ("_error", "_has_end", "_items", "_until_end", "_waiter")
 
     def __init__(self) -> None:
         self._items: list[Item] = []
+        self._has_end = False  # among the items
+        self._until_end = False  # what the reader waits for
         self._error: BatonError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, index: int, chunk: TokenChunk) -> None:
         """Leave a chunk of choice `index`."""
         self._items.append((index, chunk))
-        self._wake()
+        if chunk.finish_reason is not None:
+            self._has_end = True
+        if self._has_end or not self._until_end:
+            self._wake()
 
     def fail(self, error: BatonError) -> None:
         """Raise `error` in the reader once it has taken what came before."""
@@ -35,9 +40,14 @@ class Mailbox:
         if waiter is not None and not waiter.done():  # done: the reader was cancelled, and has not run since
             waiter.set_result(None)
 
-    async def take(self) -> list[Item]:
-        """Wait for chunks; take them all, in the order of arrival."""
-        while not self._items:
+    async def take(self, until_end: bool = False) -> list[Item]:
+        """Wait for chunks; take them all, in the order of arrival.
+
+        Args:
+            until_end: wait for one that ends a choice. Who needs nothing sooner is not woken for every token.
+        """
+        self._until_end = until_end
+        while not self._items or (until_end and not self._has_end):
             if self._error is not None:
                 raise self._error
             self._waiter = asyncio.get_running_loop().create_future()
@@ -46,4 +56,5 @@ class Mailbox:
             finally:
                 self._waiter = None
         items, self._items = self._items, []
+        self._has_end = False
         return items

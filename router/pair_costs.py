@@ -76,11 +76,12 @@ class Writer(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A pair; `reader` is None where the decode worker reads the prompt itself."""
+    """A pair; `reader` is None where the decode worker reads the prompt itself. `transfer_s` is not weighted yet."""
 
     key: tuple[float, int]
     reader: Reader | None
     writer: Writer
+    transfer_s: float
 
 
 class Asked(NamedTuple):
@@ -146,13 +147,12 @@ class PairCosts:
 
     def option(self, choice: Choice) -> Option:
         """For people."""
-        config, (_, reader, writer) = self._config, choice
+        _, reader, writer, transfer_s = choice
         reading = reader or writer.local
-        transfer_s = 0.0 if reader is None else config.transfer * self._transfer_s(reader, writer)
         terms = Terms(
             queue_s=reading.queue_s,
             prefill_s=reading.prefill_s,
-            transfer_s=transfer_s,
+            transfer_s=self._config.transfer * transfer_s,
             itl_s=writer.itl_s + (writer.stall_s if reader is None else 0.0),
             crowding_s=reading.crowding_s,
             followers_s=reading.followers_s,
@@ -210,12 +210,13 @@ class PairCosts:
         """None where the two must not exchange KV."""
         if reader.worker.info.fingerprint != writer.worker.info.fingerprint:
             return None
-        total_s = reader.total_s + writer.total_s + self._config.transfer * self._transfer_s(reader, writer)
-        return Choice((total_s, reader.worker.turn + writer.worker.turn), reader, writer)
+        transfer_s = self._transfer_s(reader, writer)
+        total_s = reader.total_s + writer.total_s + self._config.transfer * transfer_s
+        return Choice((total_s, reader.worker.turn + writer.worker.turn), reader, writer, transfer_s)
 
     def _local(self, writer: Writer) -> Choice:
         total_s = writer.local.total_s + writer.total_s + writer.stall_s
-        return Choice((total_s, 2 * writer.worker.turn), None, writer)
+        return Choice((total_s, 2 * writer.worker.turn), None, writer, 0.0)
 
     def _transfer_s(self, reader: Reader, writer: Writer) -> float:
         """What of a hand-over is left when prefill ends: its last chunk, or all that prefill was too short to hide."""

@@ -142,9 +142,15 @@ class JointPlacement:
     def has_room(self, prefill: Sequence[Candidate], decode: Sequence[Candidate], now: float) -> bool:
         """Whether a request placed now would begin soon; else it had better wait where order can still be changed."""
         share, backlog_s = 1 + self._config.overcommit, self._config.max_backlog_s
-        return any(
-            worker.usable and worker.num_rows() < share * max(worker.info.num_slots, 1) for worker in decode
-        ) and any(worker.queue_s(now) <= backlog_s for worker in self._readers(prefill, decode))
+        for worker in decode:
+            if worker.usable and worker.num_rows() < share * max(worker.info.num_slots, 1):
+                break
+        else:
+            return False
+        for worker in self._readers(prefill, decode):  # noqa: SIM110  # twice as fast as any()
+            if worker.queue_s(now) <= backlog_s:
+                return True
+        return False
 
     def least_queue_s(self, prefill: Sequence[Candidate], decode: Sequence[Candidate], now: float) -> float:
         """Seconds of prompts before a new one, at the worker with the fewest."""
@@ -152,10 +158,15 @@ class JointPlacement:
 
     def _readers(self, prefill: Sequence[Candidate], decode: Sequence[Candidate]) -> Iterator[Candidate]:
         """Where a prompt could be read."""
-        sources = [worker for worker in prefill if worker.usable]
-        yield from sources
-        if not sources or self._config.local_prefill_tokens:
-            yield from (worker for worker in decode if worker.usable)
+        none_yet = True
+        for worker in prefill:
+            if worker.usable:
+                none_yet = False
+                yield worker
+        if none_yet or self._config.local_prefill_tokens:
+            for worker in decode:
+                if worker.usable:
+                    yield worker
 
     def handed_over(self, placement: Placement, seconds: float) -> None:
         """The decode worker's first token came so long after the prefill worker's."""
@@ -245,7 +256,7 @@ class JointPlacement:
 
     def _reserve(self, request: Request, choice: Choice, decision: Decision, now: float) -> Placement:
         number = next(self._numbers)
-        _, reader, writer = choice
+        _, reader, writer, _ = choice
         target, num_tokens = writer.worker, len(request.token_ids)
         if reader is None:
             reading = _reading(writer.local)

@@ -15,7 +15,7 @@ COMPLETION_MAX_TOKENS = 16
 SEED_MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # spreads the seeds of the choices of one request
 
-_random = random.SystemRandom().getrandbits
+_random = random.Random().getrandbits  # seeds shall differ between requests and gateways; they are no secret
 
 
 def completion_sampling(body: CompletionBody, prompt_len: int, max_len: int, vocab_size: int) -> SamplingParams:

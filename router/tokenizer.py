@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from engine_core.errors import CheckpointError, RequestError
 from router.chat_template import ChatTemplate, load_chat_template
 from router.detokenizer import ByteTable, Detokenizer, TableDetokenizer, WindowDetokenizer, byte_table
+from router.segments import Segments
 
 CONTEXT_TOKENS = 8  # of the prompt, for decoders that look back
 MARK = "\ue000"
@@ -56,6 +57,7 @@ class TextCodec:
         self._special = {token_id: token.content for token_id, token in added.items() if token.special}
         ordered = sorted(self._special.values(), key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+        self._segments = Segments(added)
         self._inline_chars = inline_chars
         self._executor = executor
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -78,7 +80,7 @@ class TextCodec:
     async def encode_prompt(self, text: str, parse_special: bool) -> list[int]:
         """Ids of a whole prompt, with the tokens the checkpoint puts around one (such as a leading BOS)."""
         tokenizer = self._tokenizer if parse_special else self._plain
-        return await self._encode(tokenizer, text, True)
+        return (await self._encode(tokenizer, [text], True))[0]
 
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[int]:
         """Ids of a chat up to where the answer begins."""
@@ -88,7 +90,7 @@ class TextCodec:
         if options and search(json.dumps(options, ensure_ascii=False)):
             raise RequestError("special tokens are not allowed here", "chat_template_kwargs")
         if not any(search(value) for message in messages for value in message.values() if type(value) is str):
-            return await self._encode(self._tokenizer, self._template.render(messages, options), False)
+            return await self._encode_segments(self._template.render(messages, options))
         return await self._encode_marked(messages, options)
 
     def detokenizer(self, prompt: Sequence[int], is_chat: bool) -> Detokenizer:
@@ -111,14 +113,13 @@ class TextCodec:
         text: str = self._tokenizer.decode(token_ids)
         return text
 
-    async def _encode(self, tokenizer: Tokenizer, text: str, add_special: bool) -> list[int]:
-        if len(text) <= self._inline_chars or self._executor is None:
-            ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special).ids
-            return ids
-        loop = asyncio.get_running_loop()
-        encoding = await loop.run_in_executor(self._executor, tokenizer.encode, text, None, False, add_special)
-        ids = encoding.ids
-        return ids
+    async def _encode(self, tokenizer: Tokenizer, texts: Sequence[str], add_special: bool) -> list[list[int]]:
+        def encode() -> list[list[int]]:
+            return [tokenizer.encode(text, add_special_tokens=add_special).ids for text in texts]
+
+        if sum(map(len, texts)) <= self._inline_chars or self._executor is None:
+            return encode()
+        return await asyncio.get_running_loop().run_in_executor(self._executor, encode)
 
     async def _encode_marked(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[int]:
         """As `encode_chat`, where some message contains the string of a special token.
@@ -141,7 +142,17 @@ class TextCodec:
         ids: list[int] = []
         for index, piece in enumerate(re.split(f"{MARK}{nonce}([0-9]+){MARK}", rendered)):
             if index % 2:
-                ids += await self._encode(self._plain, literals[int(piece)], False)
+                ids += (await self._encode(self._plain, [literals[int(piece)]], False))[0]
             elif piece:
-                ids += await self._encode(self._tokenizer, piece, False)
+                ids += await self._encode_segments(piece)
         return ids
+
+    async def _encode_segments(self, text: str) -> list[int]:
+        """Ids of text in which special tokens count, without any around it."""
+        pieces = self._segments.cut(text)
+        ids_of = self._segments.find(pieces)
+        new = [piece for piece in dict.fromkeys(pieces) if piece not in ids_of]
+        encoded = dict(zip(new, await self._encode(self._tokenizer, new, False), strict=True))
+        self._segments.remember(encoded)
+        ids_of |= encoded
+        return [token_id for piece in pieces for token_id in ids_of[piece]]

@@ -1,9 +1,11 @@
 import asyncio
 
+import msgspec
 import pytest
 
 from engine_core.errors import WorkerDied
 from engine_core.messages import TokenChunk
+from engine_core.types import FinishReason
 from router.mailbox import Mailbox
 
 CHUNK = TokenChunk("r", 0, 0, [1])
@@ -25,6 +27,24 @@ async def test_a_reader_that_waits_is_woken_and_hears_of_an_error_last() -> None
     assert len(await reader) == 1
     with pytest.raises(WorkerDied):
         await mailbox.take()
+
+
+async def test_a_reader_of_whole_answers_is_woken_when_a_choice_ends() -> None:
+    mailbox = Mailbox()
+    reader = asyncio.create_task(mailbox.take(until_end=True))
+    for _ in range(3):
+        await asyncio.sleep(0)
+        mailbox.put(0, CHUNK)
+    await asyncio.sleep(0)
+    assert not reader.done()
+    mailbox.put(1, msgspec.structs.replace(CHUNK, finish_reason=FinishReason.STOP))
+    mailbox.put(0, CHUNK)
+    assert [index for index, _ in await reader] == [0, 0, 0, 1, 0]
+    reader = asyncio.create_task(mailbox.take(until_end=True))
+    mailbox.put(0, CHUNK)
+    mailbox.fail(WorkerDied("gone"))
+    with pytest.raises(WorkerDied):
+        await reader
 
 
 @pytest.mark.parametrize("leave", [lambda box: box.put(0, CHUNK), lambda box: box.fail(WorkerDied("gone"))])

@@ -107,7 +107,7 @@ class Fleet:
 
 
 def names(choices: list[Choice]) -> list[tuple[str | None, str]]:
-    return [(reader.worker.name if reader else None, writer.worker.name) for _, reader, writer in choices]
+    return [(reader.worker.name if reader else None, writer.worker.name) for _, reader, writer, _ in choices]
 
 
 @pytest.mark.parametrize("seed", range(60))
