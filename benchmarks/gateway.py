@@ -2,20 +2,22 @@
 
 Both are one process on this machine, measured alternately in one run; medians are reported. Behind the gateway a
 process without a model plays a prefill and a decode worker, so the gateway does all of its real work: validation, chat
-template, tokenizing, placement, two messages out, frames in, journal, detokenizing, JSON, server-sent events.
+template, tokenizing, placement, two messages out, frames in, journal, detokenizing, JSON, server-sent events. Requests
+share a system prompt and differ in what the user says.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +36,7 @@ TEMPLATE = (
     "<|im_start|>assistant\n"
 )
 PATH = "/v1/chat/completions"
+NUMBER = "00000000"
 EXIT_S = 10
 
 
@@ -75,9 +78,9 @@ async def _measure(arguments: argparse.Namespace) -> dict[str, Samples]:
         answer = _write_model(directory)
         workers, _ = _start(stack, "worker", {"answer": answer})
         servers = {"gateway": _start(stack, "gateway", {"workers": workers, "model_dir": str(directory)})}
-        whole, stream = _request(arguments.short_tokens, False), _request(arguments.tokens, True)
-        whole_bytes = await _response(servers["gateway"][0], whole)
-        events = (await _response(servers["gateway"][0], stream)).split("\n\n")[:-1]
+        whole, stream = _requests(arguments.short_tokens, False), _requests(arguments.tokens, True)
+        whole_bytes = await _response(servers["gateway"][0], whole())
+        events = (await _response(servers["gateway"][0], stream())).split("\n\n")[:-1]
         for name, framework in (("FastAPI", True), ("plain ASGI", False)):
             bare = {"whole": whole_bytes, "events": [f"{event}\n\n" for event in events], "framework": framework}
             servers[name] = _start(stack, "bare", bare)
@@ -89,7 +92,11 @@ async def _measure(arguments: argparse.Namespace) -> dict[str, Samples]:
 
 
 async def _measure_once(
-    server: tuple[int, int], whole: bytes, stream: bytes, arguments: argparse.Namespace, samples: Samples
+    server: tuple[int, int],
+    whole: Callable[[], bytes],
+    stream: Callable[[], bytes],
+    arguments: argparse.Namespace,
+    samples: Samples,
 ) -> None:
     port, pid = server
     cpu_s = _cpu_s(pid)
@@ -131,18 +138,21 @@ def _report(samples: dict[str, Samples], arguments: argparse.Namespace) -> None:
         print(json.dumps(ratios))
 
 
-def _request(tokens: int, stream: bool) -> bytes:
+def _requests(tokens: int, stream: bool) -> Callable[[], bytes]:
+    """Makes one after the other, all of one length and no two the same."""
     body = {
         "model": "bench",
         "messages": [
             {"role": "system", "content": "You are a helpful assistant."},
-            {"role": "user", "content": "What does prefill do, and where does decode carry on?"},
+            {"role": "user", "content": f"What does prefill do, and where does decode carry on? {NUMBER}"},
         ],
         "max_tokens": tokens,
         "temperature": 0,
         "stream": stream,
     }
-    return post(PATH, json.dumps(body).encode())
+    before, _, after = post(PATH, json.dumps(body).encode()).partition(NUMBER.encode())
+    numbers = itertools.count()
+    return lambda: b"%s%0*d%s" % (before, len(NUMBER), next(numbers), after)
 
 
 async def _response(port: int, request: bytes) -> str:

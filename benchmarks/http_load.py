@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -33,13 +34,13 @@ def post(path: str, body: bytes) -> bytes:
     return head.encode() + body
 
 
-async def run_load(port: int, request: bytes, connections: int, seconds: float) -> LoadResult:
+async def run_load(port: int, next_request: Callable[[], bytes], connections: int, seconds: float) -> LoadResult:
     """Keep `connections` requests in flight for `seconds`, then let them finish."""
     result = LoadResult()
     loop = asyncio.get_running_loop()
     clients = []
     for _ in range(connections):
-        _, client = await loop.create_connection(lambda: _Client(request, result), "127.0.0.1", port)
+        _, client = await loop.create_connection(lambda: _Client(next_request, result), "127.0.0.1", port)
         clients.append(client)
     started = time.perf_counter()
     stop_at = started + seconds
@@ -56,8 +57,8 @@ async def run_load(port: int, request: bytes, connections: int, seconds: float) 
 class _Client(asyncio.Protocol):
     """One connection: the next request when the last response is complete."""
 
-    def __init__(self, request: bytes, result: LoadResult) -> None:
-        self._request = request
+    def __init__(self, next_request: Callable[[], bytes], result: LoadResult) -> None:
+        self._next_request = next_request
         self._result = result
         self._tail = b""
         self._remaining = -1  # body bytes to come; -1: the headers are not complete, -2: chunked
@@ -77,8 +78,9 @@ class _Client(asyncio.Protocol):
     def _send(self) -> None:
         self._remaining = -1
         self._tail = b""
+        request = self._next_request()
         self._sent_at = time.perf_counter()
-        self.transport.write(self._request)
+        self.transport.write(request)
 
     def data_received(self, data: bytes) -> None:
         if self._remaining == -1:

@@ -89,7 +89,7 @@ async def run_cluster(
 async def cluster(model_dir: Path, answer_ids: list[int]) -> AsyncIterator[Cluster]:
     async with run_cluster(model_dir, answer_ids) as running:
         yield running
-        assert not running.service._streams, "a stream was left behind"
+        await running.until(lambda: not running.service._streams)
         for worker in running.service.registry.workers.values():
             reserved = worker.candidate.reserved_requests, worker.candidate.reserved_tokens
             assert (*reserved, len(worker.streams)) == (0, 0, 0)

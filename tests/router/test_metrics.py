@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -11,6 +12,7 @@ from engine_core.messages import Distribution, LinkStats, WorkerStats
 from engine_core.types import Role
 from engine_core.worker_stats import STAGE_BOUNDS
 from router.metric_catalogue import AGGREGATES, SPECS, Kind
+from router.metrics import Histogram
 from tests.fakes import FakeWorker, fleet_view
 from tests.router.conftest import Cluster, run_cluster
 
@@ -152,6 +154,15 @@ async def test_how_choices_end(cluster: Cluster, answer_ids: list[int]) -> None:
     families = await exposed(cluster)
     ends = {s.labels["finish_reason"]: s.value for s in families["baton_choices"].samples if s.name.endswith("_total")}
     assert ends == {"stop": 1, "length": 1, "cancelled": 1, "error": 1}
+
+
+def test_many_values_count_as_one_by_one() -> None:
+    one_by_one, at_once = Histogram("baton_placement_term_seconds"), Histogram("baton_placement_term_seconds")
+    values = [0.0, *one_by_one.bounds, 1e-5, 0.3, 1e9]
+    for value in values:
+        one_by_one.observe(value)
+    at_once.observe_all(np.array(values))
+    assert (at_once.counts, at_once.sum) == (one_by_one.counts, pytest.approx(one_by_one.sum))
 
 
 async def test_the_terms_of_chosen_pairs_are_counted(cluster: Cluster) -> None:
