@@ -1,13 +1,15 @@
 """Checks of a cluster file for `ray up`, before any machine is bought: what is wrong, and in which line.
 
 First Ray's own validation, then what Baton needs: files that are mounted exist, every Ray process authenticates, the
-node types offer what the configuration's workers take, and the model fits into a worker's chips.
+node types offer what the configuration's workers take, head and workers are of one version, and the model fits into a
+worker's chips.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +30,7 @@ REQUIRED_SETTINGS = (
     "RAY_gcs_rpc_server_reconnect_timeout_s=",
 )
 HEAD_SETTINGS = ("RAY_gcs_storage=rocksdb", "RAY_gcs_storage_path=")
+SETUPS = ("setup_commands", "head_setup_commands", "worker_setup_commands")
 MOUNTED = {"config": "~/baton/baton.toml", "secret": "~/baton/secret", "keys": "~/baton/api-keys"}
 CHIP_GIB = {"v5litepod": 15.75, "v5p": 95.73, "v6e": 31.24, "tpu7x": 189.48}  # what a program may use, per chip
 CORES_PER_CHIP = {"v5p": 2, "tpu7x": 2}  # what the number in these slices' names counts
@@ -81,7 +84,7 @@ class ClusterFile:
         problem = self._check_schema()
         if problem is not None:
             return [problem]
-        found = [*self._check_mounts(), *self._check_settings()]
+        found = [*self._check_mounts(), *self._check_settings(), *self._check_versions()]
         config = self._config(found)
         if config is not None:
             found += [*self._check_pools(config), *self._check_memory(config)]
@@ -128,6 +131,25 @@ class ClusterFile:
                 for setting in wanted:
                     if setting not in command:
                         yield self._problem((name, index), f"`ray start` of {name} lacks {setting}")
+
+    def _check_versions(self) -> Iterator[Problem]:
+        """Head and workers are of one version: what is installed on both is pinned, and alike."""
+        pinned: dict[str, str] = {}
+        for name in SETUPS:
+            for index, command in enumerate(self.content.get(name) or []):
+                for package, version in _packages(str(command)):
+                    known = pinned.setdefault(package, version)
+                    if not version:
+                        text = f"{name} does not say which {package}, so that nodes may differ: {package}==VERSION"
+                        yield self._problem((name, index), text)
+                    elif known and version != known:
+                        text = f"{name} installs {package} {version}, other nodes {known}"
+                        yield self._problem((name, index), text)
+        docker = self.content.get("docker") or {}
+        head, worker = (docker.get(f"{kind}_image") or docker.get("image") or "" for kind in ("head", "worker"))
+        if release(head) != release(worker):
+            place = "worker_image" if "worker_image" in docker else "head_image"
+            yield self._problem(("docker", place), f"the head runs {head}, workers {worker}: not of one version")
 
     def _config(self, found: list[Problem]) -> ServeConfig | None:
         local = (self.content.get("file_mounts") or {}).get(MOUNTED["config"])
@@ -201,6 +223,19 @@ class ClusterFile:
 def describe(file: ClusterFile, problems: list[Problem]) -> str:
     """`file:line: text`, one per line."""
     return "\n".join(f"{file.path}:{problem.line}: {problem.text}" for problem in problems)
+
+
+def release(image: str) -> str:
+    """What an image's tag says of the version: of REGISTRY/baton:0.2-tpu and REGISTRY/baton:0.2-cpu the same."""
+    tag = image.rpartition("/")[2].partition(":")[2]
+    return "-".join(part for part in tag.split("-") if part not in ("cpu", "tpu"))
+
+
+def _packages(command: str) -> Iterator[tuple[str, str]]:
+    """(ray or baton, version) of what a command installs by name; an empty version: it does not say."""
+    for word in shlex.split(command) if "pip install" in command else ():
+        if match := re.fullmatch(r"(ray|baton)(?:\[[\w,]*\])?(?:==([\w.]+)|)", word):
+            yield match[1], match[2] or ""
 
 
 def _child(node: Any, step: str | int) -> tuple[Any, int] | None:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray._private.accelerators.tpu import TPUAcceleratorManager
 
 from deploy import cli
 from deploy.cluster_file import ClusterFile, describe
 from deploy.launch import read_config
 from deploy.secret_files import write_secret
+from engine_core.types import Role
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "deploy/ray").glob("*.yaml"))
@@ -56,7 +58,11 @@ def line(path: Path, text: str) -> int:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_committed_file_is_fine(home: Path, file: Path) -> None:
     assert problems(home / "deploy/ray" / file.name) == []
-    assert read_config((), ROOT / "deploy/ray" / f"{file.stem.removesuffix('-spot')}.toml")
+    config = read_config((), ROOT / "deploy/ray" / f"{file.stem.removesuffix('-spot')}.toml")
+    for shape in map(config.shape, Role):
+        assert shape.hosts == 1 or TPUAcceleratorManager.is_valid_tpu_accelerator_topology(
+            shape.accelerator, shape.topology
+        ), "Ray knows the slice"
 
 
 def test_missing_secrets_are_named_with_their_lines(home: Path) -> None:
@@ -113,6 +119,20 @@ def test_a_slice_of_several_hosts(home: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        ("tpu7x-32", "tpu7x-64", "tpu7x with 32 chips is 8 hosts, a worker spans 4"),
+        ("tpu7x-16", "tpu7x-8", "tpu7x with 4 chips is 1 hosts, a worker spans 2"),
+        ('4, "baton-decode"', '8, "baton-decode"', "this slice has 16 chips on 4 hosts, resources.TPU says 8"),
+        ('4, "baton-prefill"', '2, "baton-prefill"', "prefill has 2 TPU chips, a worker needs more (engine.tp 16"),
+    ],
+)
+def test_a_slice_that_is_not_the_workers_on_tpu7x(home: Path, old: str, new: str, message: str) -> None:
+    found = problems(changed(home, "tpu7x-multihost", (old, new)))
+    assert any(message in text for text in found), found
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
         ("acceleratorType: v6e-16", "acceleratorType: v6e-32", "v6e with 32 chips is 8 hosts, a worker spans 4"),
         ("acceleratorType: v6e-16", "acceleratorType: v6e-8", "v6e with 8 chips is 1 hosts, a worker spans 4"),
         ('"TPU": 4', '"TPU": 8', "this slice has 16 chips on 4 hosts, resources.TPU says 8"),
@@ -136,6 +156,29 @@ def test_a_model_that_does_not_fit(home: Path) -> None:
     toml.write_text(toml.read_text().replace("Qwen/Qwen3-8B", str(model)))
     found = problems(home / "deploy/ray/v5e-1p1d.yaml")
     assert len(found) == 2 and all("GiB of weights; 8 chips of v5litepod may use 107.1 GiB" in text for text in found)
+
+
+def test_head_and_workers_of_different_versions(home: Path) -> None:
+    pin = '"ray[default,serve]==2.60.0" "jax'
+    path = changed(home, "v6e-1p1d", (pin, pin.replace("2.60.0", "2.59.1")))
+    assert problems(path) == [f"{line(path, '2.59.1')}: worker_setup_commands installs ray 2.59.1, other nodes 2.60.0"]
+    path = changed(home, "v6e-2p2d", (pin, pin.replace("==2.60.0", "")))
+    place = line(path, "jax[tpu]")
+    assert problems(path) == [
+        f"{place}: worker_setup_commands does not say which ray, so that nodes may differ: ray==VERSION"
+    ]
+
+
+def test_images_of_different_versions(home: Path) -> None:
+    images = "docker:\n  container_name: baton\n  head_image: r/baton:0.2-cpu\n  worker_image: r/baton:0.{}-tpu\n"
+    path = home / "deploy/ray/v6e-1p1d.yaml"
+    text = path.read_text()
+    path.write_text(text + images.format(2))
+    assert problems(path) == []
+    path.write_text(text + images.format(1))
+    assert problems(path) == [
+        f"{line(path, 'worker_image')}: the head runs r/baton:0.2-cpu, workers r/baton:0.1-tpu: not of one version"
+    ]
 
 
 def test_a_wrong_configuration(home: Path) -> None:
