@@ -80,9 +80,8 @@ def add_commands(command: Command) -> None:
 
 def remote_status(cluster: Path, as_json: bool) -> int:
     """`baton status` on the head of a cluster."""
-    command = ["~/baton/env/bin/baton", "status", *(["--json"] if as_json else [])]
-    settings = "RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/baton/ray-token"
-    return _ray("exec", str(cluster), f"{settings} {' '.join(command)}")
+    settings = "RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/baton/ray-token PATH=$HOME/baton/env/bin:$PATH"
+    return _ray("exec", str(cluster), f"{settings} baton status{' --json' if as_json else ''}")
 
 
 def _up(known: argparse.Namespace, unknown: list[str]) -> int:
