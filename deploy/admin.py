@@ -1,4 +1,4 @@
-"""`baton status` and `baton scale`: talk to the fleet of a Baton that runs, over its Ray cluster."""
+"""`baton status`, `scale` and `drain`: talk to the fleet of a Baton that runs, over its Ray cluster."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import io
 import logging
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
 import ray
 
 from deploy.fleet import NAMESPACE, FleetClient
-from deploy.fleet_types import FleetStatus, MemberState, MemberStatus, WorkerLost
+from deploy.fleet_types import FleetStatus, MemberState, MemberStatus, Successor, WorkerLost
 from deploy.progress import Progress
+from deploy.ray_calls import first_line
 from deploy.run_file import RunFile
 from engine_core.errors import ConfigError
 from engine_core.types import Role
@@ -41,15 +43,36 @@ def scale(run: RunFile, wanted: dict[Role, int], wait: bool, timeout_s: float) -
 
     async def work(fleet: FleetClient) -> FleetStatus:
         answer = await fleet.scale(wanted)
-        if wait:
-            async with asyncio.timeout(timeout_s):
-                answer = await _settled(fleet, answer)
-        return answer
+        return await _settled(fleet, answer) if wait else answer
+
+    return _ordered(run, work, timeout_s)
+
+
+def drain(run: RunFile, worker_id: str, successor: Successor, wait: bool, timeout_s: float) -> int:
+    """Let a worker leave and, if told so, wait until it is gone and its successor serves; exit status 0 then."""
+
+    async def work(fleet: FleetClient) -> FleetStatus:
+        answer = await fleet.drain(worker_id, successor)
+        if not wait:
+            return answer
+        life = next((member.incarnation for member in answer.members if member.worker_id == worker_id), 0)
+        answer = await _watched(fleet, answer, lambda status: _is_gone(status, worker_id, life))
+        return answer if successor is Successor.NONE else await _settled(fleet, answer)
+
+    return _ordered(run, work, timeout_s)
+
+
+def _ordered(run: RunFile, work: Callable[[FleetClient], Awaitable[FleetStatus]], timeout_s: float) -> int:
+    """Give an order, wait for what it wants to wait for, and print what the fleet is then."""
+
+    async def within(fleet: FleetClient) -> FleetStatus:
+        async with asyncio.timeout(timeout_s):
+            return await work(fleet)
 
     try:
-        answer: FleetStatus = _on_cluster(run, work)
+        answer: FleetStatus = _on_cluster(run, within)
     except TimeoutError:
-        sys.stderr.write(f"Not ready after {timeout_s:g} s; `baton status` tells more.\n")
+        sys.stderr.write(f"Not done after {timeout_s:g} s; `baton status` tells more.\n")
         return 1
     sys.stdout.write(describe(run, answer))
     return 0
@@ -57,12 +80,26 @@ def scale(run: RunFile, wanted: dict[Role, int], wait: bool, timeout_s: float) -
 
 async def _settled(fleet: FleetClient, answer: FleetStatus) -> FleetStatus:
     """Wait until every wanted worker serves and every surplus one is gone."""
+    return await _watched(fleet, answer, lambda status: status.ready and len(status.members) == _num_wanted(status))
+
+
+async def _watched(fleet: FleetClient, answer: FleetStatus, is_done: Callable[[FleetStatus], bool]) -> FleetStatus:
+    """Show progress until it is done."""
     progress = Progress()
     progress.starting(answer)
-    while not answer.ready or len(answer.members) != sum(answer.wanted.values()):
+    while not is_done(answer):
         answer = await fleet.watch(answer.version, WATCH_S)
         progress.starting(answer)
     return answer
+
+
+def _num_wanted(status: FleetStatus) -> int:
+    return sum(status.wanted.values())
+
+
+def _is_gone(status: FleetStatus, worker_id: str, incarnation: int) -> bool:
+    """Whether a life of a worker is over."""
+    return (worker_id, incarnation) not in {(member.worker_id, member.incarnation) for member in status.members}
 
 
 def _on_cluster(run: RunFile, work: Any) -> Any:
@@ -72,7 +109,7 @@ def _on_cluster(run: RunFile, work: Any) -> Any:
             ray.init(address=run.ray_address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
             return asyncio.run(work(FleetClient.find()))
     except (ConnectionError, ValueError, WorkerLost) as error:
-        raise ConfigError(f"the Baton at {run.url} does not answer: {error}") from None
+        raise ConfigError(f"the Baton at {run.url} does not answer: {first_line(error)}") from None
     finally:
         ray.shutdown()
 
@@ -80,7 +117,8 @@ def _on_cluster(run: RunFile, work: Any) -> Any:
 def describe(run: RunFile, answer: FleetStatus) -> str:
     """A table for people."""
     wanted = ", ".join(f"{count} {role}" for role, count in answer.wanted.items())
-    lines = [f"{run.url}  model {run.model}  {'ready' if answer.ready else 'not ready'}  (wanted: {wanted})"]
+    baton = f"{run.url}  model {run.model}" if run.model else run.url
+    lines = [f"{baton}  {'ready' if answer.ready else 'not ready'}  (wanted: {wanted})"]
     rows: list[tuple[str, ...]] = [("WORKER", "STATE", "LIFE", "PID", "RUNNING", "WAITING", "FREE PAGES", "ADDRESS")]
     rows += [_row(member) for member in answer.members]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -106,6 +144,8 @@ def _row(member: MemberStatus) -> tuple[str, ...]:
     state = member.state.value
     if member.progress and member.state is MemberState.STARTING:
         state += f" ({member.progress})"
+    if member.becomes is not None:
+        state += f" (then {member.becomes})"
     return (
         member.worker_id,
         state,

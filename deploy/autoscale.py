@@ -57,8 +57,8 @@ class Autoscaler:
         step = self._core.step(self._fleet.status(), time.monotonic(), time.time())
         if step is None:
             return
-        for source, target in step.flips:
-            await self._fleet.flip(source, target)
+        for source, _ in step.flips:
+            await self._fleet.flip(source)
         if step.wanted:
             await self._fleet.scale(step.wanted)
         if step.decision is not None:

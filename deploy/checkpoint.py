@@ -22,6 +22,10 @@ SECOND_COPIES = ("consolidated*", "original/*", "onnx/*")  # of the weights, in 
 MAX_HEADER_BYTES = 100 << 20
 
 
+class HubUnreachable(CheckpointError):
+    """The Hugging Face hub does not answer, or not now."""
+
+
 def resolve(name: str, revision: str, say: Callable[[str], None]) -> Path:
     """The directory of a model: the embedded one, a directory, or a download from the Hugging Face hub.
 
@@ -56,6 +60,21 @@ def _download(name: str, revision: str, say: Callable[[str], None]) -> Path:
         return Path(directory)
 
 
+def config_directory(name: str) -> Path | None:
+    """Where the config.json of a model is, which may be one of the hub; None where the hub cannot be asked.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    directory = DEMO_DIR if name == DEMO else Path(name).expanduser()
+    if directory.is_dir():
+        return directory
+    try:
+        return fetch_config(name).parent
+    except HubUnreachable:
+        return None
+
+
 def fetch_config(name: str) -> Path:
     """The config.json of a model of the hub, and nothing else of it.
 
@@ -82,7 +101,7 @@ def _hub_errors(name: str, revision: str) -> Iterator[None]:
         at = f" at revision {revision}" if revision else ""
         raise CheckpointError(f"the hub has no model {name}{at} (or it is private and you are not logged in)") from None
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
-        raise CheckpointError(f"cannot download {name}: {_first_line(error)}") from None
+        raise HubUnreachable(f"cannot download {name}: {_first_line(error)}") from None
 
 
 def validate(model_dir: Path) -> ModelSpec:

@@ -34,6 +34,7 @@ examples:
   baton chat                                    talk to it
   baton status                                  which workers live
   baton scale --prefill 3                       more prefill workers, while it runs
+  baton drain decode-1                          let this worker leave, while it runs
   baton replay --trace FILE                     what placement policies would make of your traffic
   baton plan --model Qwen/Qwen3-32B --topology v6e-8    does it fit there, and how fast is it; no TPU needed
   baton chaos --minutes 5                       kill, freeze, cut and drain under load; every stream must survive
@@ -95,9 +96,10 @@ def build_parser() -> argparse.ArgumentParser:
     bench = _command(commands, "bench", "measure Baton on this machine", BENCH_EPILOG, _bench_usage)
     bench.add_argument("name", choices=list(BENCHMARKS), metavar="NAME", help=", ".join(BENCHMARKS))
     _add_scale(_command(commands, "scale", "change the number of workers while Baton runs", SCALE_EPILOG, _scale))
+    _add_drain(_command(commands, "drain", "let one worker leave while Baton runs", DRAIN_EPILOG, _drain))
     status = _command(commands, "status", "show the workers of a running Baton", STATUS_EPILOG, _status)
     status.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    _add_port(status)
+    _add_which(status)
     commands.add_parser("chaos", help="disturb a real cluster under load, and prove that nothing came of it")
     commands.add_parser("replay", help="replay a trace against a simulated fleet, under several placement policies")
     _add_explain(_command(commands, "explain", "show why a request went where it did", EXPLAIN_EPILOG, _explain))
@@ -136,6 +138,18 @@ New workers load the model and join; surplus ones finish what they run and leave
 examples:
   baton scale --prefill 3
   baton scale --prefill 1 --decode 2 --no-wait"""
+
+DRAIN_EPILOG = """\
+The worker takes nothing new, its streams go on elsewhere, and it ends. Then its machine is free: the fleet wants one
+fewer of its role until `baton scale` (or the autoscaler, in the mode act) says otherwise. The last worker of a role
+that serves stays, unless another one takes its place.
+
+examples:
+  baton drain decode-1                before its machine is worked on
+  baton drain decode-1 --replace      a fresh process, where Ray finds room: on the same machine, if that is free
+  baton drain decode-1 --flip         a prefill worker in its place
+
+Exit status: 0 when it is gone and its successor serves, 1 when that takes longer, 2 when it cannot be."""
 
 EXPLAIN_EPILOG = """\
 The gateway remembers its last few thousand requests. A pair's cost is the sum of its terms, in milliseconds; the
@@ -222,11 +236,23 @@ def _add_scale(scale: argparse.ArgumentParser) -> None:
     scale.add_argument("--decode", type=int, metavar="N", help="decode workers, at least 1")
     scale.add_argument("--no-wait", action="store_true", help="return at once")
     scale.add_argument("--timeout", type=float, default=600.0, metavar="S", help="how long to wait (default 600)")
-    _add_port(scale)
+    _add_which(scale)
 
 
-def _add_port(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--port", type=int, metavar="N", help="of which Baton (needed only where several run)")
+def _add_drain(drain: argparse.ArgumentParser) -> None:
+    drain.add_argument("worker", metavar="WORKER", help="its name in `baton status`")
+    successor = drain.add_mutually_exclusive_group()
+    successor.add_argument("--replace", action="store_true", help="the next life of a worker of its role follows")
+    successor.add_argument("--flip", action="store_true", help="a worker of the other role follows")
+    drain.add_argument("--no-wait", action="store_true", help="return at once")
+    drain.add_argument("--timeout", type=float, default=600.0, metavar="S", help="how long to wait (default 600)")
+    _add_which(drain)
+
+
+def _add_which(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--port", type=int, metavar="N", help="of which Baton (needed only where several run)")
+    which.add_argument("--ray-address", metavar="ADDRESS", help="the Baton of this Ray cluster (in a pod: auto)")
 
 
 def _serve(known: argparse.Namespace, unknown: list[str]) -> int:
@@ -284,21 +310,30 @@ def _scale(known: argparse.Namespace, unknown: list[str]) -> int:
     wanted = {role: count for role, count in wanted.items() if count is not None}
     if not wanted:
         raise ConfigError("say how many: --prefill N, --decode N, or both")
-    admin, run = _connect(known.port)
+    admin, run = _connect(known)
     return int(admin.scale(run, wanted, not known.no_wait, known.timeout))
+
+
+def _drain(known: argparse.Namespace, unknown: list[str]) -> int:
+    successors = importlib.import_module("deploy.fleet_types").Successor
+    successor = successors.SAME if known.replace else successors.OTHER if known.flip else successors.NONE
+    admin, run = _connect(known)
+    return int(admin.drain(run, known.worker, successor, not known.no_wait, known.timeout))
 
 
 def _status(known: argparse.Namespace, unknown: list[str]) -> int:
     if known.cluster is not None:
         return cluster_commands.remote_status(known.cluster, known.json)
-    admin, run = _connect(known.port)
+    admin, run = _connect(known)
     return int(admin.status(run, known.json))
 
 
-def _connect(port: int | None) -> tuple[Any, Any]:
+def _connect(known: argparse.Namespace) -> tuple[Any, Any]:
     """The admin module, and which Baton it shall talk to."""
     run_file = importlib.import_module("deploy.run_file")
-    run = run_file.find(run_file.DIRECTORY.expanduser(), port)
+    if known.ray_address is not None:
+        return importlib.import_module("deploy.admin"), run_file.of_cluster(known.ray_address)
+    run = run_file.find(run_file.DIRECTORY.expanduser(), known.port)
     if run.token_path:
         importlib.import_module("deploy.ray_local").prepare(Path(run.token_path))
     return importlib.import_module("deploy.admin"), run

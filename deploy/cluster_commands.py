@@ -23,11 +23,13 @@ REMOTE_LOGS = "~/baton/logs"
 
 UP_EPILOG = """\
 The file is checked first, line by line: nothing is started, and nothing bought, while something in it is wrong.
-deploy/ray/ holds files for v5e and v6e slices and for one machine; docs/deploy.md explains them.
+deploy/ray/ holds files for v5e, v6e and tpu7x slices and for one machine. A manifest for Kubernetes (rendered: `kubectl
+kustomize deploy/k8s/overlays/v6e > v6e.yaml`) is checked in the same way, then applied. docs/deploy.md explains them.
 
 examples:
   baton up deploy/ray/v6e-2p2d.yaml --check     only check it
   baton up deploy/ray/v6e-2p2d.yaml
+  baton up v6e.yaml --check                     a manifest for Kubernetes
   baton status --cluster deploy/ray/v6e-2p2d.yaml
   baton down deploy/ray/v6e-2p2d.yaml"""
 
@@ -55,11 +57,11 @@ def add_commands(command: Command) -> None:
     Args:
         command: adds one, from its name, its purpose, its epilog and what runs it.
     """
-    up = command("up", "check a cluster file, then start its cluster and Baton on it", UP_EPILOG, _up)
-    up.add_argument("file", type=Path, help="cluster file for `ray up`")
+    up = command("up", "check a cluster file or manifest, then start its cluster and Baton on it", UP_EPILOG, _up)
+    up.add_argument("file", type=Path, help="cluster file for `ray up`, or manifest for Kubernetes")
     up.add_argument("--check", action="store_true", help="check the file and stop")
     down = command("down", "end a cluster that `baton up` started", "", _down)
-    down.add_argument("file", type=Path, help="the same cluster file")
+    down.add_argument("file", type=Path, help="the same file")
     logs = command("logs", "show what Baton's processes wrote", LOGS_EPILOG, _logs)
     logs.add_argument(
         "--worker", default="*", metavar="NAME", help="serve, fleet, gateway or a worker such as decode-0"
@@ -80,25 +82,39 @@ def add_commands(command: Command) -> None:
 
 def remote_status(cluster: Path, as_json: bool) -> int:
     """`baton status` on the head of a cluster."""
-    command = ["~/baton/env/bin/baton", "status", *(["--json"] if as_json else [])]
-    settings = "RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/baton/ray-token"
-    return _ray("exec", str(cluster), f"{settings} {' '.join(command)}")
+    settings = "RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/baton/ray-token PATH=$HOME/baton/env/bin:$PATH"
+    return _ray("exec", str(cluster), f"{settings} baton status{' --json' if as_json else ''}")
 
 
 def _up(known: argparse.Namespace, unknown: list[str]) -> int:
-    files = importlib.import_module("deploy.cluster_file")
-    file = files.ClusterFile(known.file)
+    file = _opened(known.file)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # Ray's own remarks
         problems = file.check()
     if problems:
-        raise ConfigError(f"nothing was started:\n{files.describe(file, problems)}")
-    sys.stdout.write(f"{known.file}: no problem found\n")
-    return 0 if known.check else _ray("up", "--yes", str(known.file))
+        text = importlib.import_module("deploy.yaml_file").describe(file.path, problems)
+        raise ConfigError(f"nothing was started:\n{text}")
+    sys.stdout.write("".join(f"{line}\n" for line in [*file.notes, f"{known.file}: no problem found"]))
+    if known.check:
+        return 0
+    return _kubectl("apply", known.file) if _is_manifest(known.file) else _ray("up", "--yes", str(known.file))
 
 
 def _down(known: argparse.Namespace, unknown: list[str]) -> int:
-    importlib.import_module("deploy.cluster_file").ClusterFile(known.file)  # a ConfigError where it cannot be read
-    return _ray("down", "--yes", str(known.file))
+    return _kubectl("delete", known.file) if _is_manifest(known.file) else _ray("down", "--yes", str(known.file))
+
+
+def _is_manifest(path: Path) -> bool:
+    """Whether the file is for Kubernetes, and not for `ray up`; a ConfigError where it cannot be read."""
+    return bool(importlib.import_module("deploy.manifest").is_manifest(path))
+
+
+def _opened(path: Path) -> Any:
+    """The file, to be checked."""
+    model_config = importlib.import_module("deploy.checkpoint").config_directory
+    if _is_manifest(path):
+        manifest = importlib.import_module("deploy.manifest")
+        return manifest.Manifest(path, model_config, manifest.has_secret)
+    return importlib.import_module("deploy.cluster_file").ClusterFile(path, model_config)
 
 
 def _logs(known: argparse.Namespace, unknown: list[str]) -> int:
@@ -160,6 +176,13 @@ def _ray(*arguments: str) -> int:
     if program is None:
         raise ConfigError("the command `ray` is not installed; pip install 'ray[default]'")
     return _run([program, *arguments])
+
+
+def _kubectl(verb: str, file: Path) -> int:
+    program = shutil.which("kubectl")
+    if program is None:
+        raise ConfigError(f"{file} is for Kubernetes, and kubectl is not installed")
+    return _run([program, verb, "--filename", str(file)])
 
 
 def _run(command: Sequence[str]) -> int:

@@ -1,25 +1,37 @@
 """Checks of a cluster file for `ray up`, before any machine is bought: what is wrong, and in which line.
 
 First Ray's own validation, then what Baton needs: files that are mounted exist, every Ray process authenticates, the
-node types offer what the configuration's workers take, and the model fits into a worker's chips.
+node types offer what the configuration's workers take, head and workers are of one version, and the model fits into a
+worker's chips.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
-import yaml
-
-from deploy.config import DEVICES_PER_CHIP, NODE, AutoscaleMode, ServeConfig, WorkerShape
+from deploy import yaml_file
+from deploy.config import NODE, AutoscaleMode, ServeConfig, WorkerShape
 from deploy.launch import read_config
 from deploy.secret_files import read_keys, read_secret
-from engine_core.errors import BatonError, ConfigError
+from deploy.slice_fit import (
+    CHIP_GIB,
+    CORES_PER_CHIP,
+    ModelConfig,
+    lacks_chips,
+    misfit,
+    noting,
+    num_hosts,
+    release,
+    too_large,
+)
+from deploy.yaml_file import Place, Problem
+from engine_core.errors import ConfigError
 from engine_core.types import Role
 
 REQUIRED_SETTINGS = (
@@ -28,64 +40,41 @@ REQUIRED_SETTINGS = (
     "RAY_gcs_rpc_server_reconnect_timeout_s=",
 )
 HEAD_SETTINGS = ("RAY_gcs_storage=rocksdb", "RAY_gcs_storage_path=")
+SETUPS = ("setup_commands", "head_setup_commands", "worker_setup_commands")
 MOUNTED = {"config": "~/baton/baton.toml", "secret": "~/baton/secret", "keys": "~/baton/api-keys"}
-CHIP_GIB = {"v5litepod": 15.75, "v5p": 95.73, "v6e": 31.24, "tpu7x": 189.48}  # what a program may use, per chip
-CORES_PER_CHIP = {"v5p": 2, "tpu7x": 2}  # what the number in these slices' names counts
-CHIPS_PER_HOST = {"v5litepod": 8, "v6e": 8}  # of a slice of one host, where it is not SPREAD_CHIPS
-SPREAD_CHIPS = 4  # of each host of a larger slice
-
-Place = tuple[str | int, ...]
-
-
-class Problem(msgspec.Struct, frozen=True):
-    """Something wrong. `line` counts from 1."""
-
-    line: int
-    text: str
 
 
 class ClusterFile:
     """A cluster file that YAML can read.
 
+    Attributes:
+        content: as plain lists and dicts.
+        notes: what `check` could not tell.
+
     Raises:
         ConfigError: it is not there, or not YAML.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, model_config: ModelConfig) -> None:
+        documents = yaml_file.read(path)
+        if len(documents) != 1:
+            raise ConfigError(f"{path}:1: not a cluster file: it has {len(documents)} documents")
         self.path = path
-        try:
-            text = path.read_text()
-            self._root = yaml.compose(text, yaml.SafeLoader)
-            content = yaml.safe_load(text)
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
-        except yaml.MarkedYAMLError as error:
-            line = error.problem_mark.line + 1 if error.problem_mark else 1
-            raise ConfigError(f"{path}:{line}: {error.problem}") from None
-        if not isinstance(content, dict):
-            raise ConfigError(f"{path}:1: not a cluster file: it must be a mapping")
-        self.content: dict[str, Any] = content
-
-    def line(self, place: Place) -> int:
-        """Where something stands; where that does not exist, the nearest thing above it."""
-        node, line = self._root, 1
-        for step in place:
-            found = _child(node, step)
-            if found is None:
-                return line
-            node, line = found
-        return line
+        self._document = documents[0]
+        self.notes: list[str] = []
+        self._model_config = noting(model_config, self.notes)
+        self.content = self._document.content
 
     def check(self) -> list[Problem]:
         """All problems, in the order of their lines."""
         problem = self._check_schema()
         if problem is not None:
             return [problem]
-        found = [*self._check_mounts(), *self._check_settings()]
+        found = [*self._check_mounts(), *self._check_settings(), *self._check_versions()]
         config = self._config(found)
         if config is not None:
             found += [*self._check_pools(config), *self._check_memory(config)]
-        return sorted(found, key=lambda one: one.line)
+        return sorted(found, key=lambda problem: problem.line)
 
     def _check_schema(self) -> Problem | None:
         """As `ray up` does."""
@@ -129,6 +118,25 @@ class ClusterFile:
                     if setting not in command:
                         yield self._problem((name, index), f"`ray start` of {name} lacks {setting}")
 
+    def _check_versions(self) -> Iterator[Problem]:
+        """Head and workers are of one version: what is installed on both is pinned, and alike."""
+        pinned: dict[str, str] = {}
+        for name in SETUPS:
+            for index, command in enumerate(self.content.get(name) or []):
+                for package, version in _packages(str(command)):
+                    known = pinned.setdefault(package, version)
+                    if not version:
+                        text = f"{name} does not say which {package}, so that nodes may differ: {package}==VERSION"
+                        yield self._problem((name, index), text)
+                    elif known and version != known:
+                        text = f"{name} installs {package} {version}, other nodes {known}"
+                        yield self._problem((name, index), text)
+        docker = self.content.get("docker") or {}
+        head, worker = (docker.get(f"{kind}_image") or docker.get("image") or "" for kind in ("head", "worker"))
+        if release(head) != release(worker):
+            place = "worker_image" if "worker_image" in docker else "head_image"
+            yield self._problem(("docker", place), f"the head runs {head}, workers {worker}: not of one version")
+
     def _config(self, found: list[Problem]) -> ServeConfig | None:
         local = (self.content.get("file_mounts") or {}).get(MOUNTED["config"])
         if local is None or not self.local(local).is_file():
@@ -161,13 +169,9 @@ class ClusterFile:
         for name, kind in types.items():
             chips = kind.get("resources", {}).get("TPU", 0)
             for shape in _shapes(kind, config) if chips else ():
-                degrees = shape.engine.degrees
-                if chips < shape.chips_per_host:
-                    split = f"engine.tp {degrees.tp}" if degrees.num_devices == degrees.tp else f"engine: {degrees}"
-                    need = f"{split}, fleet.tpus_per_worker {shape.tpus:g}"
-                    need += f", {shape.hosts} hosts" if shape.hosts > 1 else ""
-                    text = f"node type {name} has {chips} TPU chips, a worker needs more ({need})"
-                    yield self._problem(("available_node_types", name, "resources", "TPU"), text)
+                if text := lacks_chips(shape, chips):
+                    place = ("available_node_types", name, "resources", "TPU")
+                    yield self._problem(place, f"node type {name} {text}")
 
     def _check_memory(self, config: ServeConfig) -> Iterator[Problem]:
         types = self.content.get("available_node_types") or {}
@@ -177,13 +181,13 @@ class ClusterFile:
             if kind not in CHIP_GIB:
                 yield self._problem(place, f"{kind} is not a TPU generation known here: {', '.join(CHIP_GIB)}")
                 continue
-            hosts = 1 if chips <= CHIPS_PER_HOST.get(kind, SPREAD_CHIPS) else chips // SPREAD_CHIPS
+            hosts = num_hosts(kind, chips)
             declared = types[name].get("resources", {}).get("TPU")
             if declared != chips // hosts:
                 whole = f"this slice has {chips} chips" + (f" on {hosts} hosts" if hosts > 1 else "")
                 yield self._problem(place, f"{whole}, resources.TPU says {declared}")
             for shape in _shapes(types[name], config):
-                text = _misfit(kind, hosts, chips, shape) or _too_large(kind, shape)
+                text = misfit(kind, hosts, chips, shape) or too_large(kind, shape, self._model_config)
                 if text:
                     yield self._problem(place, text)
 
@@ -195,22 +199,14 @@ class ClusterFile:
         return Path(path).expanduser()
 
     def _problem(self, place: Place, text: str) -> Problem:
-        return Problem(self.line(place), text)
+        return self._document.problem(place, text)
 
 
-def describe(file: ClusterFile, problems: list[Problem]) -> str:
-    """`file:line: text`, one per line."""
-    return "\n".join(f"{file.path}:{problem.line}: {problem.text}" for problem in problems)
-
-
-def _child(node: Any, step: str | int) -> tuple[Any, int] | None:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            if key.value == str(step):
-                return value, key.start_mark.line + 1
-    elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
-        return node.value[step], node.value[step].start_mark.line + 1
-    return None
+def _packages(command: str) -> Iterator[tuple[str, str]]:
+    """(ray or baton, version) of what a command installs by name; an empty version: it does not say."""
+    for word in shlex.split(command) if "pip install" in command else ():
+        if match := re.fullmatch(r"(ray|baton)(?:\[[\w,]*\])?(?:==([\w.]+)|)", word):
+            yield match[1], match[2] or ""
 
 
 def _dotted(place: Place) -> str:
@@ -234,34 +230,3 @@ def _shapes(kind: dict[str, Any], config: ServeConfig) -> list[WorkerShape]:
         if shape not in found:
             found.append(shape)
     return found
-
-
-def _misfit(kind: str, hosts: int, chips: int, shape: WorkerShape) -> str:
-    """Why a worker is not one slice of so many hosts; empty where it is, or several fit into one host."""
-    if hosts != shape.hosts:
-        return f"{kind} with {chips} chips is {hosts} hosts, a worker spans {shape.hosts} (fleet.hosts_per_worker)"
-    if hosts > 1 and chips != shape.tpus:
-        return f"{kind} with {chips} chips on {hosts} hosts is not topology {shape.topology} of the configuration"
-    return ""
-
-
-def _too_large(kind: str, shape: WorkerShape) -> str:
-    """Why the model's weights do not fit; empty where they do, or its checkpoint is not on this machine."""
-    path = shape.engine.model.path
-    directory = Path(path).expanduser()
-    if not (directory / "config.json").is_file():
-        return ""
-    registry = importlib.import_module("engine_core.models.registry")
-    resolve = importlib.import_module("engine_core.resolve")
-    try:
-        need = float(resolve.weight_bytes(registry.load_spec(directory), "bfloat16", shape.engine.degrees)) / 2**30
-    except BatonError as error:
-        return f"{path}: {error}"
-    devices = shape.engine.degrees.num_devices
-    have = CHIP_GIB[kind] / DEVICES_PER_CHIP.get(kind, 1) * devices * shape.engine.cache.memory_fraction
-    if need <= have:
-        return ""
-    return (
-        f"{path} has {need:.1f} GiB of weights; {devices} chips of {kind} "
-        f"may use {have:.1f} GiB: a larger slice and engine.tp, or a smaller model"
-    )

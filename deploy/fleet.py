@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from deploy.autoscale import Autoscaler
 from deploy.config import AutoscaleMode, ServeConfig, WorkerShape
 from deploy.fleet_core import FleetCore
-from deploy.fleet_types import FleetStatus, Membership, WorkerHandle, WorkerReport, WorkerSpec
+from deploy.fleet_types import FleetStatus, Membership, Successor, WorkerHandle, WorkerReport, WorkerSpec
 from deploy.log import log_to_file
 from deploy.ray_calls import PLACE_POLL_S, alive, is_placed, started
 from deploy.spanning_worker import SpanningWorkerHandle
@@ -147,6 +147,10 @@ class FleetActor:
         """See FleetCore."""
         return await self._core.scale(wanted)
 
+    async def drain(self, worker_id: str, successor: Successor) -> FleetStatus:
+        """See FleetCore."""
+        return await self._core.drain(worker_id, successor)
+
     async def stop(self, drain_timeout_s: float) -> None:
         """See FleetCore."""
         if self._autoscaler is not None:
@@ -195,13 +199,11 @@ class FleetClient:
 
     async def scale(self, wanted: dict[Role, int]) -> FleetStatus:
         """See FleetCore."""
-        try:
-            status: FleetStatus = await alive(self._actor.scale.remote(wanted))
-        except RayTaskError as error:
-            if isinstance(error.cause, ConfigError):
-                raise ConfigError(str(error.cause)) from None
-            raise
-        return status
+        return await _accepted(self._actor.scale.remote(wanted))
+
+    async def drain(self, worker_id: str, successor: Successor) -> FleetStatus:
+        """See FleetCore."""
+        return await _accepted(self._actor.drain.remote(worker_id, successor))
 
     async def heard(self, gateway: str, totals: LoadTotals) -> None:
         """See FleetActor."""
@@ -225,3 +227,14 @@ class FleetClient:
         """See FleetCore."""
         status: FleetStatus = await alive(self._actor.status.remote())
         return status
+
+
+async def _accepted(call: Any) -> FleetStatus:
+    """The fleet's answer to an order. Raises ConfigError where it refuses."""
+    try:
+        status: FleetStatus = await alive(call)
+    except RayTaskError as error:
+        if isinstance(error.cause, ConfigError):
+            raise ConfigError(str(error.cause)) from None
+        raise
+    return status

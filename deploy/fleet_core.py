@@ -24,6 +24,7 @@ from deploy.fleet_types import (
     MemberState,
     MemberStatus,
     StartFailed,
+    Successor,
     WorkerHandle,
     WorkerLost,
     WorkerReport,
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 MAX_EVENTS = 50
 DRAIN_GRACE_S = 2.0  # for a worker to notice by itself that its time is up
+OTHER = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}
 
 
 class Member:
@@ -127,24 +129,64 @@ class FleetCore:
     async def scale(self, wanted: dict[Role, int]) -> FleetStatus:
         """Change how many workers there should be; new ones start and surplus ones drain in the background."""
         for role, count in wanted.items():
-            least = 0 if role is Role.PREFILL and self._config.count(role) == 0 else 1
-            if count < least:
-                raise ConfigError(f"{role} must be at least {least}, not {count}")
+            if count < self._least(role):
+                raise ConfigError(f"{role} must be at least {self._least(role)}, not {count}")
         self._wanted.update(wanted)
         self._reconcile()
         await self._notify()
         return self.status()
 
-    async def flip(self, source: Role, target: Role) -> None:
-        """Let a worker of one role leave, and one of the other take its place when it has drained."""
+    async def flip(self, source: Role) -> None:
+        """Let a worker of a role leave, and one of the other role take its place when it has drained."""
         staying = self._staying(source)
-        if len(staying) <= 1:
-            return
-        member = min(staying, key=Member.worth)
-        self._wanted[source] -= 1
-        member.becomes = target
+        if len(staying) > 1:
+            await self._retire(min(staying, key=Member.worth), Successor.OTHER)
+
+    async def drain(self, worker_id: str, successor: Successor) -> FleetStatus:
+        """Let this worker leave in the background: it takes nothing new, and its streams move.
+
+        Raises:
+            ConfigError: there is no such worker, it is leaving already, or the fleet cannot do without it.
+        """
+        member = self._members.get(worker_id)
+        if member is None:
+            raise ConfigError(f"there is no worker {worker_id!r}, but {', '.join(sorted(self._members))}")
+        if member.retire.is_set():
+            raise ConfigError(f"{worker_id} is leaving already")
+        if successor is Successor.OTHER:
+            self._check_flip()
+        if successor is not Successor.SAME:
+            self._check_spare(member)
+        await self._retire(member, successor)
+        return self.status()
+
+    def _check_flip(self) -> None:
+        if self._config.count(Role.PREFILL) == 0:
+            raise ConfigError("this fleet has no prefill workers: its decode workers read the prompts themselves")
+        if self._config.prefill_hosts not in (0, self._config.hosts_per_worker):
+            raise ConfigError("prefill and decode workers span unlike numbers of machines: none can change its role")
+
+    def _check_spare(self, member: Member) -> None:
+        """Whether the others of its role do without it."""
+        role = member.role
+        others = [other for other in self._staying(role) if other is not member]
+        serving = sum(other.state is MemberState.READY for other in others)
+        if len(others) < self._least(role) or (member.state is MemberState.READY and self._least(role) > serving):
+            only = f"{member.worker_id} is the only {role} worker that serves"
+            raise ConfigError(f"{only}: scale up before, or let another one replace it")
+
+    async def _retire(self, member: Member, successor: Successor) -> None:
+        if successor is not Successor.SAME:
+            self._wanted[member.role] -= 1
+        if successor is Successor.OTHER:
+            member.becomes = OTHER[member.role]
         member.retire.set()
-        await self._notify()
+        after = {
+            Successor.NONE: "",
+            Successor.SAME: "; its next life follows",
+            Successor.OTHER: f"; a {OTHER[member.role]} worker takes its place",
+        }
+        await self._log_event(f"{member.name} shall leave{after[successor]}")
 
     async def tell(self, text: str) -> None:
         """Enter something into the events."""
@@ -205,6 +247,10 @@ class FleetCore:
                 name = f"{role}-{number}"
                 if name not in self._members:  # one that still drains comes back when it is gone
                     self._add(name, role)
+
+    def _least(self, role: Role) -> int:
+        """Workers of a role without which nothing goes."""
+        return 0 if role is Role.PREFILL and self._config.count(role) == 0 else 1
 
     def _staying(self, role: Role) -> list[Member]:
         """Those of a role that were not told to leave."""

@@ -31,6 +31,14 @@ class MemberState(StrEnum):
     WAITING = "waiting"  # dead; the next life starts after a pause
 
 
+class Successor(StrEnum):
+    """Who takes the place of a worker that is told to leave."""
+
+    NONE = "none"  # the fleet has one fewer
+    SAME = "same"  # the next life of a worker of its role
+    OTHER = "other"  # a worker of the other role
+
+
 class WorkerSpec(msgspec.Struct, frozen=True):
     """Which life of which worker to start. `place` numbers the fleet's workers from 0 (for core pinning)."""
 

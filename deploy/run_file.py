@@ -1,4 +1,4 @@
-"""How `baton status` and `baton scale` find a Baton that runs on this machine: one small file per port."""
+"""How `baton status`, `scale` and `drain` find a Baton that runs on this machine: one small file per port."""
 
 from __future__ import annotations
 
@@ -41,6 +41,11 @@ def write(directory: Path, port: int, run: RunFile) -> Path:
     partial.write_bytes(msgspec.json.encode(run))
     partial.rename(announced)
     return announced
+
+
+def of_cluster(ray_address: str) -> RunFile:
+    """The Baton of a Ray cluster, which may have announced itself on no machine: that of a RayService, say."""
+    return RunFile(Process(0, 0), f"Ray cluster {ray_address}", "", ray_address, "", "")
 
 
 def find(directory: Path, port: int | None) -> RunFile:

@@ -58,6 +58,7 @@ class BlockFeed:
         self.sequence = 0
         self._waiting: dict[int, BlockEvents] = {}
         self._parts: set[int] = set()
+        self._behind_since: float | None = None  # since when events are missing; None: none is
         self._due = 0.0  # when to ask: HEALING again, LIVE because of a gap (0: there is none)
         index.join(worker)
 
@@ -67,8 +68,18 @@ class BlockFeed:
 
     def connected(self, now: float) -> SnapshotRequest:
         """A connection was made: whatever was said meanwhile is lost."""
+        self.lost(now)
         self._waiting.clear()
         return self._ask(now)
+
+    def lost(self, now: float) -> None:
+        """The connection ended: what the worker says from now on is missing."""
+        if self._behind_since is None:
+            self._behind_since = now
+
+    def stale_s(self, now: float) -> float:
+        """For how long the index has lacked something that the worker said; 0 while it has all."""
+        return 0.0 if self._behind_since is None else max(0.0, now - self._behind_since)
 
     def on_events(self, message: BlockEvents, now: float) -> None:
         """Raises ProtocolError for what no worker says."""
@@ -128,8 +139,11 @@ class BlockFeed:
                 self._index.clear(self.worker)
             self._index.change(self.worker, message.tier, _keys(message.removed), _keys(message.stored))
             self._due = 0.0
-        if self._waiting and not self._due:
+        if not self._waiting:
+            self._behind_since = None
+        elif not self._due:
             self._due = now + GAP_S
+            self.lost(now)
 
 
 def _keys(blocks: bytes) -> Keys:

@@ -172,6 +172,12 @@ SPECS: tuple[MetricSpec, ...] = (
     ),
     _gateway(Kind.GAUGE, "baton_index_blocks", "Blocks in the global index"),
     _gateway(Kind.GAUGE, "baton_index_bytes", "Memory of the global index"),
+    _gateway(
+        Kind.GAUGE,
+        "baton_index_staleness_seconds",
+        "For how long the global index has lacked block events of a worker; 0 while it has all",
+        *_WORKER,
+    ),
     _gateway(Kind.GAUGE, "baton_block_feed_live", "1 while a worker's block events are complete", *_WORKER),
     _gateway(Kind.COUNTER, "baton_block_feed_gaps", "Times that block events of a worker were missing", *_WORKER),
     _gateway(Kind.COUNTER, "baton_block_feed_fenced", "Messages of another life of a worker, dropped", *_WORKER),

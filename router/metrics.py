@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -255,6 +256,7 @@ class Metrics(Collector):
     def _routing_gauges(self) -> Iterator[Metric]:
         live, gaps = simple_family("baton_block_feed_live"), simple_family("baton_block_feed_gaps")
         fenced, closed = simple_family("baton_block_feed_fenced"), simple_family("baton_breaker_closed")
+        stale = simple_family("baton_index_staleness_seconds")
         for worker in latest_lives(self.workers):
             labels = [worker.info.worker_id, worker.info.role]
             closed.add_metric(labels, float(worker.candidate.breaker.state is BreakerState.CLOSED))
@@ -262,7 +264,8 @@ class Metrics(Collector):
                 live.add_metric(labels, float(worker.feed.state is FeedState.LIVE))
                 gaps.add_metric(labels, worker.feed.num_gaps)
                 fenced.add_metric(labels, worker.feed.num_fenced)
-        yield from (live, gaps, fenced, closed)
+                stale.add_metric(labels, worker.feed.stale_s(time.monotonic()))  # the event loop's clock
+        yield from (live, gaps, fenced, stale, closed)
 
 
 def _retryable_codes(kind: type[BatonError]) -> set[str]:

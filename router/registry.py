@@ -162,6 +162,8 @@ class WorkerState:
             logger.warning("worker %s lost with %d requests: %s", self.name, len(self.streams), error)
         self.connected = False
         self.candidate.lost()
+        if self.feed is not None:
+            self.feed.lost(asyncio.get_running_loop().time())
         self._registry.changed()
         self._listener.on_lost(self, error)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -42,11 +43,13 @@ SETTINGS = {
 
 
 class Clients:
-    """Asks at a rate that can be changed; remembers how every request went."""
+    """Asks for streams at a rate that can be changed; remembers how every request went."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, rate: float, max_tokens: int) -> None:
         self._url = f"http://127.0.0.1:{port}/v1/completions"
-        self.rate = 1.0
+        asked = {"prompt": [5, 6, 7, 8] * 5, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+        self._body = {"model": "paced", "stream": True, **asked}
+        self.rate = rate
         self.answers: list[tuple[float, int, float]] = []  # when it was sent, status, seconds
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -61,12 +64,18 @@ class Clients:
 
     def _ask(self) -> None:
         at = time.monotonic()
-        body = {"model": "paced", "prompt": [5, 6, 7, 8] * 5, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
         try:
-            status = httpx.post(self._url, json=body, timeout=60).status_code
+            with httpx.stream("POST", self._url, json=self._body, timeout=60) as reply:
+                events = [line for line in reply.iter_lines() if line]
+            whole = events[-1] == "data: [DONE]" and len(events) > 2 and not any('"error"' in event for event in events)
+            status = reply.status_code if whole or reply.status_code != 200 else 0
         except httpx.TransportError:
             status = 0
         self.answers.append((at, status, time.monotonic() - at))
+
+    def all_whole(self) -> bool:
+        """Whether every stream came to its end, of those that were asked for before `stop`."""
+        return {status for _, status, _ in self.answers} == {200}
 
     def in_time(self, since: float) -> float:
         """Share of those sent since then that were answered in time; their decoding takes next to nothing."""
@@ -93,13 +102,11 @@ def test_pools_follow_the_load_onto_new_nodes_and_back(
         monkeypatch.setenv(name, value)
     model = make_model_dir(tmp_path / "paced")
     port = free_port()
-    flags = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
-    flags += ["--gateway.model_name", "paced"]
-    baton = Baton(tmp_path, port, "-m", "tests.deploy.paced", str(port), str(model), head.address, *flags)
+    baton = paced(tmp_path, port, model, head, SETTINGS)
     clients = None
     try:
         assert baton.wait_ready(), baton.log.read_text()
-        clients = Clients(port)
+        clients = Clients(port, 1.0, 4)
         time.sleep(3)
         assert pools(baton) == {"prefill": 1, "decode": 1} and len(head.processes("raylet")) == 2
 
@@ -116,7 +123,7 @@ def test_pools_follow_the_load_onto_new_nodes_and_back(
         until(lambda: pools(baton) == {"prefill": 1, "decode": 1} and not others(baton), 90)
         until(lambda: len(head.processes("raylet")) == 2, 30)
         clients.stop()
-        assert len(clients.answers) > 60 and {status for _, status, _ in clients.answers} == {200}
+        assert len(clients.answers) > 60 and clients.all_whole()
 
         text = baton.cli("status").stdout
         assert "autoscale: act, wants 1 prefill, 1 decode" in text and "one less" in text
@@ -130,6 +137,46 @@ def test_pools_follow_the_load_onto_new_nodes_and_back(
         if clients is not None:
             clients.stop()
         baton.close()
+
+
+def test_a_worker_changes_its_role_when_the_budget_is_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three slices, of which the prompts need two: a decode worker drains under load, and its slice reads prompts."""
+    head = Head(tmp_path, {"baton-gateway": 1, "baton-prefill": 3, "baton-decode": 3, "TPU": 3})
+    for name, value in head.settings.items():
+        monkeypatch.setenv(name, value)
+    model = make_model_dir(tmp_path / "paced")
+    (model / FULL).touch()  # decode would rather have a third
+    port = free_port()
+    more = {"fleet.tpus_per_worker": 1, "fleet.decode": 2, "autoscale.budget": 3, "autoscale.flip_s": 1}
+    baton = paced(tmp_path, port, model, head, SETTINGS | more)
+    clients = None
+    try:
+        assert baton.wait_ready(), baton.log.read_text()
+        clients = Clients(port, 6.0, 60)
+        metrics = f"http://127.0.0.1:{port}/metrics"
+        read = r'baton_placements_total{decode="decode-[01]",prefill="prefill-1"} \d'
+        until(lambda: re.search(read, httpx.get(metrics).text), 60)
+        clients.stop()
+        assert len(clients.answers) > 10 and clients.all_whole()
+        flip = 'baton_autoscale_changes_total{cause="forecast",direction="flip",role="prefill"}'
+        assert flip in httpx.get(metrics).text
+        told = "\n".join(baton.status()["events"])
+        assert "autoscale: 1P2D -> 2P1D: make a decode slice a prefill slice" in told
+        order = ("; a prefill worker takes its place", "is draining", "prefill-1 (incarnation 1) is starting")
+        places = [told.index(event) for event in order]
+        assert places == sorted(places)
+    finally:
+        if clients is not None:
+            clients.stop()
+        baton.close()
+        head.stop()
+
+
+def paced(home: Path, port: int, model: Path, head: Head, settings: dict[str, object]) -> Baton:
+    """`baton serve` on that cluster with workers that take the time they are told to."""
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    flags += ["--gateway.model_name", "paced"]
+    return Baton(home, port, "-m", "tests.deploy.paced", str(port), str(model), head.address, *flags)
 
 
 def recovered(clients: Clients) -> None:

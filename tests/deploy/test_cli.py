@@ -17,7 +17,9 @@ def baton(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("command", ["", "serve", "chat", "bench", "scale", "status", "explain", "chaos", "version"])
+@pytest.mark.parametrize(
+    "command", ["", "serve", "chat", "bench", "scale", "drain", "status", "explain", "chaos", "version"]
+)
 def test_help_explains_with_examples(command: str) -> None:
     shown = baton(*command.split(), "--help")
     assert shown.returncode == 0
@@ -75,6 +77,7 @@ def test_every_field_is_listed_with_its_meaning() -> None:
         (["serve", "--cache.nonsense", "1"], "nonsense"),
         (["serve", "--config", "/nowhere.toml"], "/nowhere.toml"),
         (["scale"], "say how many"),
+        (["drain", "decode-0", "--port", "1"], "No Baton runs on port 1"),
         (["status", "--port", "1"], "No Baton runs on port 1"),
     ],
 )

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray._private.accelerators.tpu import TPUAcceleratorManager
 
 from deploy import cli
-from deploy.cluster_file import ClusterFile, describe
+from deploy.cluster_file import ClusterFile
 from deploy.launch import read_config
 from deploy.secret_files import write_secret
+from engine_core.errors import CheckpointError
+from engine_core.types import Role
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "deploy/ray").glob("*.yaml"))
@@ -34,9 +37,23 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def local(model: str) -> Path | None:
+    """The hub does not answer."""
+    return Path(model) if Path(model).is_dir() else None
+
+
 def problems(path: Path) -> list[str]:
-    file = ClusterFile(path)
+    file = ClusterFile(path, local)
     return [f"{problem.line}: {problem.text}" for problem in file.check()]
+
+
+def dense_model(directory: Path, **sizes: int) -> Path:
+    """A config.json of that shape."""
+    directory.mkdir()
+    golden = json.loads((ROOT / "tests/golden/qwen3/config.json").read_text())
+    config = {key: value for key, value in golden.items() if key != "layer_types"} | sizes | {"head_dim": 128}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
 
 
 def changed(home: Path, name: str, *changes: tuple[str, str]) -> Path:
@@ -56,7 +73,11 @@ def line(path: Path, text: str) -> int:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_committed_file_is_fine(home: Path, file: Path) -> None:
     assert problems(home / "deploy/ray" / file.name) == []
-    assert read_config((), ROOT / "deploy/ray" / f"{file.stem.removesuffix('-spot')}.toml")
+    config = read_config((), ROOT / "deploy/ray" / f"{file.stem.removesuffix('-spot')}.toml")
+    for shape in map(config.shape, Role):
+        assert shape.hosts == 1 or TPUAcceleratorManager.is_valid_tpu_accelerator_topology(
+            shape.accelerator, shape.topology
+        ), "Ray knows the slice"
 
 
 def test_missing_secrets_are_named_with_their_lines(home: Path) -> None:
@@ -113,6 +134,20 @@ def test_a_slice_of_several_hosts(home: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        ("tpu7x-32", "tpu7x-64", "tpu7x with 32 chips is 8 hosts, a worker spans 4"),
+        ("tpu7x-16", "tpu7x-8", "tpu7x with 4 chips is 1 hosts, a worker spans 2"),
+        ('4, "baton-decode"', '8, "baton-decode"', "this slice has 16 chips on 4 hosts, resources.TPU says 8"),
+        ('4, "baton-prefill"', '2, "baton-prefill"', "prefill has 2 TPU chips, a worker needs more (engine.tp 16"),
+    ],
+)
+def test_a_slice_that_is_not_the_workers_on_tpu7x(home: Path, old: str, new: str, message: str) -> None:
+    found = problems(changed(home, "tpu7x-multihost", (old, new)))
+    assert any(message in text for text in found), found
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
         ("acceleratorType: v6e-16", "acceleratorType: v6e-32", "v6e with 32 chips is 8 hosts, a worker spans 4"),
         ("acceleratorType: v6e-16", "acceleratorType: v6e-8", "v6e with 8 chips is 1 hosts, a worker spans 4"),
         ('"TPU": 4', '"TPU": 8', "this slice has 16 chips on 4 hosts, resources.TPU says 8"),
@@ -126,16 +161,35 @@ def test_a_slice_that_is_not_the_workers(home: Path, old: str, new: str, message
 
 def test_a_model_that_does_not_fit(home: Path) -> None:
     """A dense model of 70 B parameters: 8 chips of v5e have 126 GiB in all."""
-    model = home / "big"
-    model.mkdir()
-    golden = json.loads((ROOT / "tests/golden/qwen3/config.json").read_text())
     sizes = {"hidden_size": 8192, "num_hidden_layers": 80, "intermediate_size": 28672, "num_attention_heads": 64}
-    config = {key: value for key, value in golden.items() if key != "layer_types"} | sizes | {"head_dim": 128}
-    (model / "config.json").write_text(json.dumps(config))
+    model = dense_model(home / "big", **sizes)
     toml = home / "deploy/ray/v5e-1p1d.toml"
     toml.write_text(toml.read_text().replace("Qwen/Qwen3-8B", str(model)))
     found = problems(home / "deploy/ray/v5e-1p1d.yaml")
     assert len(found) == 2 and all("GiB of weights; 8 chips of v5litepod may use 107.1 GiB" in text for text in found)
+
+
+def test_head_and_workers_of_different_versions(home: Path) -> None:
+    pin = '"ray[default,serve]==2.60.0" "jax'
+    path = changed(home, "v6e-1p1d", (pin, pin.replace("2.60.0", "2.59.1")))
+    assert problems(path) == [f"{line(path, '2.59.1')}: worker_setup_commands installs ray 2.59.1, other nodes 2.60.0"]
+    path = changed(home, "v6e-2p2d", (pin, pin.replace("==2.60.0", "")))
+    place = line(path, "jax[tpu]")
+    assert problems(path) == [
+        f"{place}: worker_setup_commands does not say which ray, so that nodes may differ: ray==VERSION"
+    ]
+
+
+def test_images_of_different_versions(home: Path) -> None:
+    images = "docker:\n  container_name: baton\n  head_image: r/baton:0.2-cpu\n  worker_image: r/baton:0.{}-tpu\n"
+    path = home / "deploy/ray/v6e-1p1d.yaml"
+    text = path.read_text()
+    path.write_text(text + images.format(2))
+    assert problems(path) == []
+    path.write_text(text + images.format(1))
+    assert problems(path) == [
+        f"{line(path, 'worker_image')}: the head runs r/baton:0.2-cpu, workers r/baton:0.1-tpu: not of one version"
+    ]
 
 
 def test_a_wrong_configuration(home: Path) -> None:
@@ -147,6 +201,8 @@ def test_a_wrong_configuration(home: Path) -> None:
 
 
 def test_up_refuses_before_anything_starts(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    toml = home / "deploy/ray/v6e-1p1d.toml"
+    toml.write_text(toml.read_text().replace("Qwen/Qwen3-32B", "demo"))
     (home / ".config/baton/v6e-1p1d/secret").unlink()
     path = home / "deploy/ray/v6e-1p1d.yaml"
     assert cli.main(["up", str(path)]) == 2
@@ -155,10 +211,25 @@ def test_up_refuses_before_anything_starts(home: Path, capfd: pytest.CaptureFixt
 
 
 def test_up_check(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    toml = home / "deploy/ray/v6e-1p1d.toml"
+    model = dense_model(home / "small", hidden_size=1024, num_attention_heads=8, num_key_value_heads=8)
+    toml.write_text(toml.read_text().replace("Qwen/Qwen3-32B", str(model)))
     assert cli.main(["up", str(home / "deploy/ray/v6e-1p1d.yaml"), "--check"]) == 0
     assert "no problem found" in capfd.readouterr().out
-    file = ClusterFile(home / "deploy/ray/v6e-1p1d.yaml")
-    assert describe(file, []) == ""
+
+
+def test_a_model_that_the_hub_does_not_tell_of_is_noted_and_one_that_it_does_not_have_refused(home: Path) -> None:
+    path = home / "deploy/ray/v6e-1p1d.yaml"
+    file = ClusterFile(path, local)
+    assert file.check() == []
+    assert file.notes == ["not known, as the hub does not answer: whether Qwen/Qwen3-32B fits"]
+
+    def refuse(name: str) -> Path | None:
+        raise CheckpointError(f"the hub has no model {name}")
+
+    found = ClusterFile(path, refuse).check()
+    assert len(found) == 2 and "the hub has no model Qwen/Qwen3-32B" in found[0].text
+    assert found[0].line == line(path, "acceleratorType")
 
 
 def test_every_option_in_the_files_exists() -> None:
@@ -166,7 +237,7 @@ def test_every_option_in_the_files_exists() -> None:
     serve = cli.build_parser()._subparsers._group_actions[0].choices["serve"]  # type: ignore[union-attr,index]
     known = {option for action in serve._actions for option in action.option_strings}
     for path in FILES:
-        commands = [c for c in ClusterFile(path).content["head_start_ray_commands"] if "baton serve" in c]
+        commands = [c for c in ClusterFile(path, local).content["head_start_ray_commands"] if "baton serve" in c]
         assert len(commands) == 1
         flags = [word for word in commands[0].split("baton serve")[1].split() if word.startswith("--")]
         assert flags and set(flags) <= known

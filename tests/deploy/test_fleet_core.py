@@ -1,11 +1,12 @@
 import asyncio
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 
 from deploy.config import FleetConfig
 from deploy.fleet_core import FleetCore
-from deploy.fleet_types import MemberState, WorkerSpec
+from deploy.fleet_types import MemberState, Successor, WorkerSpec
 from engine_core.errors import ConfigError
 from engine_core.messages import Load
 from engine_core.types import Role
@@ -251,7 +252,7 @@ async def test_a_flip_starts_the_other_role_only_when_its_worker_is_gone() -> No
     await lab.ready()
     leaving = lab.life("decode-1", 1)
     leaving.drain_gate.clear()
-    await lab.core.flip(Role.DECODE, Role.PREFILL)
+    await lab.core.flip(Role.DECODE)
     await lab.until(lambda: leaving.drained_with is not None)
     status = lab.core.status()
     assert status.wanted == {"prefill": 1, "decode": 1}
@@ -260,6 +261,86 @@ async def test_a_flip_starts_the_other_role_only_when_its_worker_is_gone() -> No
     leaving.drain_gate.set()
     await lab.until(lambda: lab.serving() == [("decode-0", 1), ("prefill-0", 1), ("prefill-1", 1)])
     assert lab.core.status().wanted == {"prefill": 2, "decode": 1}
-    await lab.core.flip(Role.DECODE, Role.PREFILL)
+    await lab.core.flip(Role.DECODE)
     assert lab.core.status().wanted == {"prefill": 2, "decode": 1}, "the last of a role stays"
+    await lab.core.stop(0.5)
+
+
+async def test_a_drained_worker_leaves_and_nobody_follows() -> None:
+    lab = Lab()
+    await lab.core.start()
+    await lab.core.scale({Role.DECODE: 3})
+    await lab.ready()
+    leaving = lab.life("decode-1", 1)
+    leaving.drain_gate.clear()
+    status = await lab.core.drain("decode-1", Successor.NONE)
+    assert status.wanted == {"prefill": 1, "decode": 2}
+    await lab.until(lambda: leaving.drained_with is not None)
+    assert "decode-1" not in [w.worker_id for w in (await lab.core.wait_for_change(0, 1)).workers]
+    with pytest.raises(ConfigError, match="decode-1 is leaving already"):
+        await lab.core.drain("decode-1", Successor.SAME)
+    leaving.drain_gate.set()
+    await lab.until(lambda: leaving.killed)
+    await lab.ready()
+    assert lab.serving() == [("decode-0", 1), ("decode-2", 1), ("prefill-0", 1)] and len(lab.lives) == 4
+    await lab.core.stop(0.5)
+
+
+async def test_a_drained_worker_may_be_replaced_even_if_it_is_the_only_one() -> None:
+    lab = Lab()
+    await lab.core.start()
+    await lab.ready()
+    await lab.core.drain("decode-0", Successor.SAME)
+    await lab.until(lambda: lab.serving() == [("decode-0", 2), ("prefill-0", 1)])
+    assert lab.life("decode-0", 1).drained_with is not None
+    assert any("decode-0 (incarnation 1) shall leave; its next life follows" in e for e in lab.core.status().events)
+    await lab.core.stop(0.5)
+
+
+async def test_a_drained_worker_may_become_one_of_the_other_role() -> None:
+    lab = Lab()
+    await lab.core.start()
+    await lab.core.scale({Role.PREFILL: 2})
+    await lab.ready()
+    status = await lab.core.drain("prefill-0", Successor.OTHER)
+    assert [m.becomes for m in status.members] == [Role.DECODE, None, None]
+    await lab.until(lambda: lab.serving() == [("decode-0", 1), ("decode-1", 1), ("prefill-1", 1)])
+    assert lab.core.status().wanted == {"prefill": 1, "decode": 2}
+    await lab.core.stop(0.5)
+
+
+@pytest.mark.parametrize(
+    ("config", "worker", "successor", "message"),
+    [
+        ({}, "decode-7", Successor.NONE, "there is no worker 'decode-7', but decode-0, prefill-0"),
+        ({}, "decode-0", Successor.NONE, "decode-0 is the only decode worker that serves: scale up before"),
+        ({}, "prefill-0", Successor.OTHER, "prefill-0 is the only prefill worker that serves"),
+        ({"colocated": True, "decode": 2}, "decode-0", Successor.OTHER, "this fleet has no prefill workers"),
+        ({"decode": 2, "prefill_hosts": 2}, "decode-0", Successor.OTHER, "span unlike numbers of machines"),
+    ],
+)
+async def test_a_drain_that_cannot_be_is_refused(
+    config: dict[str, int], worker: str, successor: Successor, message: str
+) -> None:
+    lab = Lab(dataclasses.replace(FAST, **config))
+    await lab.core.start()
+    await lab.ready()
+    with pytest.raises(ConfigError, match=message):
+        await lab.core.drain(worker, successor)
+    assert lab.core.status().ready and all(handle.drained_with is None for handle in lab.lives)
+    await lab.core.stop(0.5)
+
+
+async def test_the_last_worker_that_serves_stays_and_one_without_a_node_may_leave() -> None:
+    lab = Lab()
+    await lab.core.start()
+    await lab.ready()
+    lab.place_gate.clear()
+    await lab.core.scale({Role.DECODE: 2})
+    await lab.until(lambda: any(m.state is MemberState.PENDING for m in lab.core.status().members))
+    with pytest.raises(ConfigError, match="decode-0 is the only decode worker that serves"):
+        await lab.core.drain("decode-0", Successor.NONE)
+    await lab.core.drain("decode-1", Successor.NONE)
+    await lab.until(lambda: lab.life("decode-1", 1).killed)
+    await lab.ready()
     await lab.core.stop(0.5)

@@ -91,6 +91,10 @@ def test_the_serve_application(head: Head, tmp_path: Path) -> None:
         while workers(port) != [["decode-0", 1], ["prefill-0", 1]]:
             assert time.monotonic() < deadline, workers(port)
             time.sleep(0.2)
+        status = [sys.executable, "-m", "deploy.cli", "status", "--ray-address", head.address]
+        shown = subprocess.run(status, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        assert shown.returncode == 0, shown.stderr
+        assert shown.stdout.startswith(f"Ray cluster {head.address}  ready  (wanted: 1 prefill, 1 decode)\n")
         app.stdin.write("\n")
         app.stdin.flush()
         assert app.stdout.readline() == "deleted\n", (tmp_path / "log").read_text()

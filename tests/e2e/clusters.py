@@ -69,9 +69,16 @@ class Cluster(Baton):
 
     def num_placed(self, *, local: bool) -> float:
         """Attempts whose prompt the decode worker itself read (local), or a prefill worker."""
+        return sum(count for prefill, count in self._placements() if (prefill == "local") is local)
+
+    def num_placed_at(self, prefill_worker: str) -> float:
+        """Attempts whose prompt this prefill worker read."""
+        return sum(count for prefill, count in self._placements() if prefill == prefill_worker)
+
+    def _placements(self) -> list[tuple[str, float]]:
         pattern = r'^baton_placements_total{decode="[^"]*",prefill="([^"]*)"} (\S+)$'
         found = re.findall(pattern, self._metrics_text(), re.MULTILINE)
-        return sum(float(value) for prefill, value in found if (prefill == "local") is local)
+        return [(prefill, float(value)) for prefill, value in found]
 
     def transfer_bytes(self) -> float:
         """KV that decode workers received and verified, as they said last."""

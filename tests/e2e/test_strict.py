@@ -91,7 +91,7 @@ def test_a_dead_worker_changes_no_answer(clusters: Any, apart: dict[str, list[An
 
 
 def test_workers_that_leave_change_no_answer(clusters: Any, apart: dict[str, list[Answer | None]]) -> None:
-    """Under load one decode worker makes room for a prefill worker, and the other way round."""
+    """Under load a decode worker becomes a prefill worker, reads prompts, and leaves for a new decode worker."""
     cluster = clusters.get("strict")
     found: list[list[Answer | None]] = []
     done = threading.Event()
@@ -106,11 +106,16 @@ def test_workers_that_leave_change_no_answer(clusters: Any, apart: dict[str, lis
     try:
         for _ in range(TURNS):
             until(lambda: cluster.metrics()["decode-1"]["num_requests_running"] > 0, 30)
-            flipped = cluster.cli("scale", "--prefill", "2", "--decode", "1")
+            read = cluster.num_placed_at("prefill-1")
+            flipped = cluster.cli("drain", "decode-1", "--flip")
             assert flipped.returncode == 0, flipped.stderr
+            assert "wanted: 2 prefill, 1 decode" in flipped.stdout and "prefill-1  ready" in flipped.stdout
             moved = cluster.num_retries() > before  # none, where the worker's answers happened to be complete
-            until(lambda: cluster.metrics()["decode-0"]["num_requests_running"] > 0, 30)
-            assert cluster.cli("scale", "--prefill", "1", "--decode", "2").returncode == 0
+            until(lambda read=read: cluster.num_placed_at("prefill-1") > read, 30)
+            drained = cluster.cli("drain", "prefill-1")
+            assert drained.returncode == 0, drained.stderr
+            assert "wanted: 1 prefill, 1 decode" in drained.stdout and "prefill-1" not in drained.stdout
+            assert cluster.cli("scale", "--decode", "2").returncode == 0
             if moved:
                 break
         assert moved
@@ -118,7 +123,9 @@ def test_workers_that_leave_change_no_answer(clusters: Any, apart: dict[str, lis
         done.set()
         thread.join(200)
     assert found and all(answers == apart["alone"] for answers in found)
-    assert {member["worker_id"] for member in cluster.status()["members"]} == {"prefill-0", "decode-0", "decode-1"}
+    unknown = cluster.cli("drain", "decode-7")
+    assert unknown.returncode == 2
+    assert unknown.stderr == "baton: error: there is no worker 'decode-7', but decode-0, decode-1, prefill-0\n"
     cluster.until_at_rest(FEW_PAGES)
 
 

@@ -178,6 +178,23 @@ def test_a_gap_asks_once_and_old_knowledge_stands_until_the_answer() -> None:
     assert feed.num_gaps == 1
 
 
+def test_how_stale_the_index_is() -> None:
+    _, feed = live_feed(0, [])
+    assert feed.stale_s(50.0) == 0.0
+    feed.on_events(events(2, [2]), 60.0)
+    feed.on_events(events(3, [3]), 61.0)
+    assert feed.stale_s(61.5) == 1.5, "since the first event behind a gap"
+    question = feed.tick(62.0)
+    assert question is not None and feed.stale_s(62.0) == 2.0
+    feed.on_snapshot(BlockSnapshot("w", 1, question.number, 0, 1, 3, Tier.DEVICE, b""), 63.0)
+    assert feed.stale_s(64.0) == 0.0
+    feed.lost(70.0)
+    assert feed.stale_s(72.0) == 2.0
+    question = feed.connected(75.0)
+    feed.on_snapshot(BlockSnapshot("w", 1, question.number, 0, 1, 9, Tier.DEVICE, b""), 76.0)
+    assert feed.stale_s(77.0) == 0.0
+
+
 def test_nonsense_is_a_protocol_error() -> None:
     _, feed = live_feed(0, [])
     with pytest.raises(ProtocolError, match="multiple"):
