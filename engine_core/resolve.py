@@ -96,11 +96,16 @@ def resolve(config: EngineConfig, spec: ModelSpec, identity: str, devices: list[
     cache_dtype = dtype if config.cache.dtype == "auto" else config.cache.dtype
     layout = cache_layout(spec, cache_dtype, config.cache.page_size, platform, degrees.tp)
     pages_per_seq = -(-max_model_len // layout.page_size)
+    strict = config.numerics is Numerics.STRICT
     if platform == "tpu":
+        if strict:
+            raise ConfigError(
+                "numerics is strict, which is not supported on TPUs: a strict step holds several rows of one sequence, "
+                "and the TPU's decode kernel reads its pages before all of them are written; supported: fast"
+            )
         rows = max(config.batch.num_slots // degrees.row_shards, config.batch.prefill_seqs)
         check_attention(spec, layout, dtype, devices[0].device_kind, rows * pages_per_seq)
     num_pages = _num_pages(config, spec, layout, dtype, devices, pages_per_seq)
-    strict = config.numerics is Numerics.STRICT
     layout = replace(layout, num_pages=num_pages)
     return ResolvedEngine(
         spec=spec,

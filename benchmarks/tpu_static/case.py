@@ -38,6 +38,8 @@ class Case:
         hbm_bytes: that the operation must move at the least.
         dtype: of the products' operands; the peak that utilisation is measured against.
         pass_dma_bytes: that one pass of the hot body must copy, by its tiles' sizes; None where run-time sizes decide.
+        pass_copies: from HBM to VMEM that one pass of the hot body must start; None: not said.
+        copy_bytes: of each copy from HBM to VMEM in the main kernel's loops whose size is fixed; None: not said.
         runs: given one compiled kernel, a `Run` for each of its loops, in their order. Several kernels in one program
             are each asked for, and so are XLA's own fusions around them.
     """
@@ -50,6 +52,8 @@ class Case:
     dtype: str
     pass_dma_bytes: int | None
     runs: Runs
+    pass_copies: int | None = None
+    copy_bytes: int | None = None
 
 
 Builder = Callable[[Generation, str], Case]

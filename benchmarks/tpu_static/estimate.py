@@ -27,6 +27,10 @@ class Estimate:
         hot_use: by unit, share of its slots that is taken in that body.
         hot_dma_bytes: that one pass of that body starts to copy; None where a size is known only at run time.
         expected_dma_bytes: what the case says of them.
+        hot_copies: from HBM to VMEM that one pass of that body starts.
+        expected_copies: what the case says of them.
+        copy_bytes: the sizes of copies from HBM to VMEM in loops, where they are fixed.
+        expected_copy_bytes: what the case says of them.
         spills: vector registers that it stores for want of room.
         fills: and loads back.
         checks: bounds checks in it.
@@ -46,6 +50,10 @@ class Estimate:
     hot_use: dict[str, float]
     hot_dma_bytes: int | None
     expected_dma_bytes: int | None
+    hot_copies: int
+    expected_copies: int | None
+    copy_bytes: list[int]
+    expected_copy_bytes: int | None
     spills: int
     fills: int
     checks: int
@@ -95,6 +103,10 @@ def estimate(case: Case, schedules: Sequence[Schedule], generation: Generation) 
         hot_cycles=work.cycles if index is None else runs[index].cycles,
         hot_dma_bytes=_dma_bytes(work),
         expected_dma_bytes=case.pass_dma_bytes,
+        hot_copies=len(_copies(work)),
+        expected_copies=case.pass_copies,
+        copy_bytes=sorted({size for loop in main.loops for size in _copies(loop.own) if size is not None}),
+        expected_copy_bytes=case.copy_bytes,
         checks=work.checks,
         vmatmuls=work.vmatmuls,
         hot_use=main.occupancy(work),
@@ -138,6 +150,10 @@ def _work(schedule: Schedule, work: Work) -> dict[str, Any]:
         "waits": work.waits,
         "checks": work.checks,
     }
+
+
+def _copies(work: Work) -> list[int | None]:
+    return [dma.num_bytes for dma in work.dmas if dma.direction == "hbm_to_vmem"]
 
 
 def _dma_bytes(work: Work) -> int | None:

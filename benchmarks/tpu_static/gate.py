@@ -28,7 +28,11 @@ GATED = [
         for generation in ("v6e", "tpu7x")
         for shape in ("up-decode", "down-prefill")
     ),
-    *(("baton-attention", "v6e", shape) for shape in ("qwen3-8b-decode", "qwen3-8b-prefill")),
+    *(
+        ("baton-attention", generation, f"qwen3-8b-{phase}")
+        for generation in ("v6e", "tpu7x")
+        for phase in ("decode", "prefill")
+    ),
 ]
 _KEPT = ("hot_cycles", "spills", "checks", "vmatmuls", "hot_dma_bytes")
 _TIMEOUT_S = 600.0
@@ -61,6 +65,12 @@ def find_regressions(result: Mapping[str, Any], golden: Mapping[str, Any]) -> li
     expected = result["expected_dma_bytes"]
     if expected is not None and result["hot_dma_bytes"] != expected:
         worse.append(f"the hot body copies {result['hot_dma_bytes']} bytes, its tiles have {expected}")
+    expected = result["expected_copies"]
+    if expected is not None and result["hot_copies"] != expected:
+        worse.append(f"the hot body starts {result['hot_copies']} copies from HBM, its tiles have {expected} pages")
+    expected = result["expected_copy_bytes"]
+    if expected is not None and result["copy_bytes"] not in ([], [expected]):
+        worse.append(f"copies from HBM are of {result['copy_bytes']} bytes, a page has {expected}")
     return worse
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tpu_static.kernels import SHAPES, SUITES
 from benchmarks.tpu_static.plot import draw, split_cycles
 
 Result = Mapping[str, Any]
@@ -89,11 +90,25 @@ def write_page(results: Sequence[Result], date: str) -> str:
     made = ", ".join(f"libtpu {libtpu} and jax {jax}" for libtpu, jax in sorted(versions))
     lines = [_INTRODUCTION.format(date=date, made=made), "## Goals", "", *_rows(("goal", "figure", "met"))]
     lines += [_row((asked, figures, "yes" if met else "**no**")) for asked, figures, met in judge(results)]
-    for generation, members in groupby(results, key=lambda result: str(result["generation"])):
+    if gaps := find_gaps(results):
+        lines += ["", "Not measured, for want of time (the commands above add them):", ""]
+        lines += [f"- {kernel} on {generation}: {', '.join(shapes)}" for (kernel, generation), shapes in gaps.items()]
+    for generation, members in itertools.groupby(results, key=lambda result: str(result["generation"])):
         lines += ["", f"## {generation}"]
-        for shape, rows in groupby(members, key=lambda result: str(result["shape"])):
+        for shape, rows in itertools.groupby(members, key=lambda result: str(result["shape"])):
             lines += ["", f"### {shape} on {generation}", "", *_rows(_HEADER), *(_describe(row) for row in rows)]
     return "\n".join(lines) + "\n"
+
+
+def find_gaps(results: Sequence[Result]) -> dict[tuple[str, str], list[str]]:
+    """Shapes without a row, by kernel and generation; of the generations that have any."""
+    known = {(result["kernel"], result["shape"], result["generation"]) for result in results}
+    gaps: dict[tuple[str, str], list[str]] = {}
+    for generation, suite in itertools.product(dict.fromkeys(str(r["generation"]) for r in results), SUITES):
+        for kernel, shape in itertools.product(SUITES[suite], SHAPES[suite]):
+            if (kernel, shape, generation) not in known:
+                gaps.setdefault((kernel, generation), []).append(shape)
+    return gaps
 
 
 def shorten(result: Result) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -21,14 +22,14 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
     "XLA_FLAGS": "",
 }
+TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+NARROW = ("int8", "float8_e4m3fn", "float8_e5m2")
 WEIGHT_BYTES = 3 * 16 * 512 * 256 * 2
 
 
-@pytest.fixture(scope="module")
-def results() -> list[dict]:
-    """One subprocess for all: libtpu reads its environment once."""
+def run_worker(*arguments: str) -> list[dict]:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.engine_core.moe_aot_worker"],
+        [sys.executable, "-m", "tests.engine_core.moe_aot_worker", *arguments],
         cwd=ROOT,
         env={**os.environ, **ENVIRONMENT},
         capture_output=True,
@@ -38,6 +39,20 @@ def results() -> list[dict]:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict]:
+    """One subprocess for all: libtpu reads its environment once."""
+    return run_worker()
+
+
+@pytest.mark.aot_matrix
+def test_narrow_weights_compile_for_every_generation() -> None:
+    found = run_worker("narrow")
+    assert [(one["topology"], one["dtype"]) for one in found] == list(itertools.product(TOPOLOGIES, NARROW))
+    for one in found:
+        assert one["kernels"] == 1, one
 
 
 def test_every_generation_compiles(results: list[dict]) -> None:

@@ -10,6 +10,7 @@ from engine_core.config import BatchConfig, CacheConfig, EngineConfig
 from engine_core.errors import ConfigError
 from engine_core.models.registry import spec_from_config
 from engine_core.resolve import resolve
+from engine_core.types import Numerics
 
 MODEL = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -65,8 +66,14 @@ def test_a_model_on_a_tpu():
             {},
             "a page table of 262144 ids does not fit scalar memory",
         ),
+        (
+            "TPU7x",
+            replace(CONFIG, numerics=Numerics.STRICT),
+            {},
+            "strict, which is not supported on TPUs.*supported: fast",
+        ),
     ],
-    ids=["generation", "head_dim", "page_size", "page table"],
+    ids=["generation", "head_dim", "page_size", "page table", "strict numerics"],
 )
 def test_what_the_kernels_cannot_do_is_refused_before_anything_is_loaded(device, config, model, message):
     with pytest.raises(ConfigError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -62,11 +63,28 @@ def build(generation: Generation, shape: str) -> Case:
         hbm_bytes=sizes.hbm_bytes,
         dtype="bfloat16",
         pass_dma_bytes=None,
+        pass_copies=_pass_copies(as_kernels_see),
+        copy_bytes=2 * math.prod(layout.page_shape),
         runs=_runs(as_kernels_see),
     )
 
 
+def _pass_copies(sizes: AttentionShape) -> int:
+    """Decode: the pages of a group of items, of the tokens that they hold. Prefill copies outside of its hot body."""
+    if sizes.q_len > 1:
+        return 0
+    tiles = tuned.decode_tiles(*_tuned_for(sizes))
+    return tiles.group * tiles.tile_kv // sizes.page_size
+
+
 def _runs(sizes: AttentionShape) -> Runs:
+    if sizes.q_len == 1:
+        return by_name({"paged_attention": _decode_runs(sizes, tuned.decode_tiles(*_tuned_for(sizes)))})
+    return by_name({"paged_attention": _prefill_runs(sizes, tuned.prefill_tiles(*_tuned_for(sizes)))})
+
+
+def _tuned_for(sizes: AttentionShape) -> tuple[TuningKey, str]:
+    """What tiles are chosen by."""
     key = TuningKey(
         op="decode" if sizes.q_len == 1 else "prefill",
         num_heads=sizes.num_heads,
@@ -78,10 +96,7 @@ def _runs(sizes: AttentionShape) -> Runs:
     )
     device = jax.sharding.get_abstract_mesh().abstract_device  # that is traced for
     assert device is not None
-    kind = str(device.device_kind)
-    if sizes.q_len == 1:
-        return by_name({"paged_attention": _decode_runs(sizes, tuned.decode_tiles(key, kind))})
-    return by_name({"paged_attention": _prefill_runs(sizes, tuned.prefill_tiles(key, kind))})
+    return key, str(device.device_kind)
 
 
 def _decode_runs(sizes: AttentionShape, tiles: DecodeTiles) -> Runs:

@@ -38,7 +38,7 @@ def build(generation: Generation, shape: str) -> Case:
         flops=sizes.flops,
         hbm_bytes=sizes.hbm_bytes,
         dtype="bfloat16",
-        pass_dma_bytes=None,
+        pass_dma_bytes=0 if _tall_tiles(sizes, tiles) else 2 * products * sizes.depth * tiles.columns,
         runs=by_name({"grouped_matmul": _runs(sizes, tiles, width // tiles.columns)}),
     )
 
@@ -50,10 +50,8 @@ def _chip(generation: Generation) -> tuned.Chip:
 
 def _runs(sizes: GroupedShape, tiles: Tiles, columns: int) -> Runs:
     """The grid around a loop over groups, which holds a loop over the tallest row tiles and the code of lower ones."""
-    *lower, tallest = tiles.rows
-    rows = sizes.rows // sizes.num_experts
-    tall = (rows + tallest - 1 - (lower[-1] if lower else 0)) // tallest
-    has_low = rows > tall * tallest
+    tall = _tall_tiles(sizes, tiles)
+    has_low = sizes.rows // sizes.num_experts > tall * tiles.rows[-1]
     panels = -(-sizes.rows // tiles.panel)
     visits = sizes.num_experts + panels - 1  # a group that straddles panels takes part in both
 
@@ -72,6 +70,12 @@ def _runs(sizes: GroupedShape, tiles: Tiles, columns: int) -> Runs:
         return found
 
     return runs
+
+
+def _tall_tiles(sizes: GroupedShape, tiles: Tiles) -> int:
+    """Of an expert's rows. They have a loop of their own, the hot one, within that which reads matrices."""
+    *lower, tallest = tiles.rows
+    return (sizes.rows // sizes.num_experts + tallest - 1 - (lower[-1] if lower else 0)) // tallest
 
 
 def _own_regions(schedule: Schedule, loop: Loop) -> list[Region]:

@@ -58,7 +58,8 @@ class Scoring:
         soft_cap: scores become soft_cap * tanh(score / soft_cap); None: they stay.
         sinks: [N] f32, a score of each head that takes weight and has no value; None: none.
         custom_mask: [T, M] bool, for speculative trees: token row t sees its sequence's i-th new token only where
-            custom_mask[t, i]; no sequence has more than M new tokens. None: all up to its own.
+            custom_mask[t, i], which must hold for t itself; no sequence has more than M new tokens. A sequence with a
+            single new token needs no mask, so its row may be a decode row. None: all up to its own.
         k_scale: value of one unit of the cached keys, [] f32, for int8 and fp8 caches; None: 1.
         v_scale: the same for values.
     """

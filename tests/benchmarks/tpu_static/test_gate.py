@@ -12,7 +12,8 @@ from benchmarks.tpu_static.schedule import measure
 from tests.aot import compiles
 
 GOLDEN = {"hot_cycles": 1000, "spills": 10, "checks": 2, "vmatmuls": 64, "hot_dma_bytes": 4096}
-SAME = {**GOLDEN, "expected_dma_bytes": 4096}
+COPIES = {"hot_copies": 8, "expected_copies": 8, "copy_bytes": [512], "expected_copy_bytes": 512}
+SAME = {**GOLDEN, **COPIES, "expected_dma_bytes": 4096}
 IN_MAKE_TEST = {
     ("matmul", "v6e", "4096-bf16"),
     ("baton-grouped", "v6e", "qwen3-30b-a3b-down-prefill"),
@@ -21,7 +22,14 @@ IN_MAKE_TEST = {
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"hot_cycles": 1030}, {"hot_cycles": 900, "spills": 0, "checks": 0}, {"expected_dma_bytes": None}]
+    "change",
+    [
+        {},
+        {"hot_cycles": 1030},
+        {"hot_cycles": 900, "spills": 0, "checks": 0},
+        {"expected_dma_bytes": None, "expected_copies": None, "expected_copy_bytes": None},
+        {"copy_bytes": []},
+    ],
 )
 def test_no_worse_passes(change):
     assert find_regressions({**SAME, **change}, GOLDEN) == []
@@ -35,6 +43,8 @@ def test_no_worse_passes(change):
         ({"checks": 3}, "has 3 checks, golden 2"),
         ({"vmatmuls": 32}, "vmatmuls are 32, golden 64"),
         ({"hot_dma_bytes": 8192}, "copies 8192 bytes, its tiles have 4096"),
+        ({"hot_copies": 9}, "starts 9 copies from HBM, its tiles have 8 pages"),
+        ({"copy_bytes": [512, 1024]}, "copies from HBM are of [512, 1024] bytes, a page has 512"),
         ({"error": "Ran out of memory in memory space vmem"}, "does not compile: Ran out of memory"),
     ],
 )

@@ -69,6 +69,7 @@ def test_the_page():
     row = "| baton-attention | 60.0 | 100.0 | 0.60 | 40.0% | 100.0% | 200 | VALU 50%, MATMUL 25%,"
     assert row in page
     assert "| tokamax-rpa | out of VMEM |" in page
+    assert "- jax-rpa on v6e: qwen3-8b-prefill, qwen3-32b-tp4-decode," in page, "what has no row is said"
 
 
 def test_what_is_kept():

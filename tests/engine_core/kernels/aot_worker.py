@@ -42,7 +42,7 @@ def page_shape(case: Case) -> tuple[int, ...]:
 
 
 def compile_step(device: jax.Device, names: str) -> dict:
-    """A step of decode and of other rows; of a tree, whose rows are no decode rows, the latter alone."""
+    """A step of decode rows and others."""
     case = CASE
     for name in names.split("+"):
         case = replace(case, **CHANGES[name] if name != "plain" else {})
@@ -52,9 +52,8 @@ def compile_step(device: jax.Device, names: str) -> dict:
         "page_table": (SEQS, PAGES_PER_SEQ),
         "kv_lens": (SEQS,),
         "cu_q_lens": (SEQS + 1,),
+        "num_decode": (1,),
     }
-    if not case.tree:
-        ints["num_decode"] = (1,)
     scoring = {"sinks": jax.ShapeDtypeStruct((case.heads,), jnp.float32)} if case.sinks else {}
     if case.tree:
         scoring["custom_mask"] = jax.ShapeDtypeStruct((TOKENS, NEW), jnp.bool_)
@@ -65,8 +64,7 @@ def compile_step(device: jax.Device, names: str) -> dict:
 
     def attend(q, k, v, cache, layer, rows, scoring):
         fixed = {"scale": case.head_dim**-0.5, "window": case.window, "soft_cap": case.soft_cap}
-        rows = Rows(**{"num_decode": None, **rows})
-        return paged_attention(q, k, v, cache, layer, rows, Scoring(**fixed, **scoring), "tpu")
+        return paged_attention(q, k, v, cache, layer, Rows(**rows), Scoring(**fixed, **scoring), "tpu")
 
     rows = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in ints.items()}
     place = SingleDeviceSharding(device)

@@ -39,12 +39,15 @@ def run(case, implementation, seed=0):
 @pytest.mark.parametrize(
     "case",
     [
-        Case(q_lens=(1, 1, 1, 17, 3), kv_lens=(5, 130, 1, 17, 140), num_decode=3, sinks=True, window=100),
+        Case(q_lens=(1, 1, 1, 17, 3), kv_lens=(5, 130, 1, 17, 140), num_decode=3, sinks=True, window=100, tree=True),
         pytest.param(Case(q_lens=(1, 1), kv_lens=(5, 130), num_decode=2), marks=pytest.mark.slow),
-        pytest.param(Case(q_lens=(1, 1, 0), kv_lens=(129, 16, 0), padding=1, soft_cap=5.0), marks=pytest.mark.slow),
+        pytest.param(
+            Case(q_lens=(1, 1, 0), kv_lens=(129, 16, 0), padding=1, soft_cap=5.0, tree=True), marks=pytest.mark.slow
+        ),
     ],
     ids=["mixed", "only decode rows", "decode"],
 )
+@pytest.mark.usefixtures("small_tiles")
 def test_every_row_by_its_kernel(case):
     out, cache = run(case, "tpu_interpreted")
     expected, expected_cache = run(case, "reference")

@@ -13,6 +13,7 @@ from engine_core.kernels.paged_attention import paged_attention, side_by_side
 from engine_core.kv_cache import join_heads, joined_heads, split_rows
 from tests.engine_core.kernels.cases import FAST_COMPILE, FEATURES, Case, make_arrays
 
+pytestmark = pytest.mark.usefixtures("small_tiles")
 DECODE = {"q_lens": (1, 1, 1, 0), "kv_lens": (1, 17, 144, 0), "padding": 0}
 PREFILL = {"q_lens": (3, 0, 17), "kv_lens": (3, 0, 140)}
 HEADS = {
