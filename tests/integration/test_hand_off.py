@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from tests.golden.cases import LENGTH_A
 from tests.mini_cluster import GOLDEN, MiniCluster, tiny_config
 
 VOCAB = 149
+UNHEARD_S = 5.5  # workers free what a gateway asked for that has answered no beat for so long
 PREFIXES = [[(i * 31 + j * 17) % VOCAB for j in range(40)] for i in range(3)]
 
 
@@ -138,6 +141,33 @@ async def test_a_lost_gateway_frees_everything(cluster):
     other.start(Request("c" * 32, list(range(50)), 50, sampling), decode, prefill)
     await asyncio.sleep(0.02)
     await other.close()
+    await cluster.assert_at_rest()
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_what_a_frozen_gateway_asked_for_is_freed_and_it_comes_back(cluster, record_property):
+    if cluster.workers[0].info().numerics is Numerics.STRICT:
+        pytest.skip("the same in both modes")
+    prefill, decode = cluster.prefill.info.address, cluster.decode.info.address
+    command = ["-m", "tests.integration.bare_gateway", *map(str, (prefill.port, prefill.kv_port, decode.port))]
+    gateway = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=asyncio.subprocess.PIPE)
+    try:
+        async with asyncio.timeout(60):
+            assert await gateway.stdout.readline() == b"asked\n"
+            while not all(worker.load().running or worker.load().waiting for worker in cluster.workers[:2]):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            gateway.send_signal(signal.SIGSTOP)
+            frozen_at = asyncio.get_running_loop().time()
+            await asyncio.sleep(2.5)
+            assert all(worker.load().running or worker.load().waiting for worker in cluster.workers[:2]), "too early"
+            await cluster.assert_at_rest(UNHEARD_S - 2.5 + 1)
+            record_property("seconds", asyncio.get_running_loop().time() - frozen_at)
+            gateway.send_signal(signal.SIGCONT)
+            heard = {await gateway.stdout.readline() for _ in range(4)}
+        assert heard == {b"lost p\n", b"lost d\n", b"back p\n", b"back d\n"}
+    finally:
+        gateway.kill()
+        await gateway.wait()
     await cluster.assert_at_rest()
 
 
