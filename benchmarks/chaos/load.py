@@ -15,6 +15,7 @@ from benchmarks.chaos.fate import GatewayFate
 from benchmarks.mixed_load import mixed_requests
 
 TIMEOUT_S = 180.0
+EACH_ITS_OWN = httpx.Limits(max_keepalive_connections=0)  # connections, so that every gateway gets its share
 AGAIN_S = 0.05  # until a client whose gateway died asks again
 BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError)  # the connection, not the answer
 
@@ -85,13 +86,13 @@ class Load:
                 index = todo.pop()
                 found[index] = await self._ask(client, self._bodies[index])
 
-        async with httpx.AsyncClient(timeout=TIMEOUT_S) as client:
+        async with httpx.AsyncClient(timeout=TIMEOUT_S, limits=EACH_ITS_OWN) as client:
             await asyncio.gather(*(work(client) for _ in range(concurrency)))
         self._said = [found[index] for index in range(len(self._bodies))]
 
     async def until(self, over: asyncio.Event, concurrency: int) -> None:
         """Ask again and again until told; streams that run then may end."""
-        async with httpx.AsyncClient(timeout=TIMEOUT_S) as client:
+        async with httpx.AsyncClient(timeout=TIMEOUT_S, limits=EACH_ITS_OWN) as client:
             await asyncio.gather(*(self._work(client, over) for _ in range(concurrency)))
 
     async def _work(self, client: httpx.AsyncClient, over: asyncio.Event) -> None:

@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 
+import jax
 import numpy as np
 import pytest
 import pytest_asyncio
@@ -217,6 +218,38 @@ async def test_a_prefill_worker_that_leaves_is_there_until_its_blocks_are_collec
     finally:
         prefill._host.draining = False
     await cluster.assert_at_rest()
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize("sick", ["prefill", "decode"])
+async def test_logits_that_are_not_finite_are_never_served(cluster, sick):
+    """Weights of a worker are damaged, and then whole again: what it computed meanwhile is nowhere any more."""
+    rng = random.Random(sick)
+    prompt = [rng.randrange(VOCAB) for _ in range(61)]
+    sampling = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+
+    def attempt(epoch: int) -> Request:
+        return Request(f"{0xD000 + (sick == 'decode'):032x}", prompt, len(prompt), sampling, epoch=epoch)
+
+    expected = await cluster.client.run(attempt(0), cluster.colocated, None)
+    engine = cluster.workers[0 if sick == "prefill" else 1]._replica.engine
+    whole, compiles = engine._params, cluster.num_compiles
+    engine._params = jax.tree.map(lambda leaf: leaf * np.asarray(np.nan, leaf.dtype), whole)
+    failed = await cluster.client.run(attempt(1), cluster.decode, cluster.prefill)
+    assert (failed.failure.code, failed.failure.retryable) == ("logits_not_finite", True)
+    cluster.client.cancel(attempt(1), cluster.decode, cluster.prefill)
+    engine._params = whole
+    await cluster.assert_at_rest()
+    said = await cluster.client.run(attempt(2), cluster.decode, cluster.prefill)
+    if sick == "prefill":  # the decode worker has found the blocks damaged that it was given before
+        assert said.failure.code == "logits_not_finite"
+        cluster.client.cancel(attempt(2), cluster.decode, cluster.prefill)
+        said = await cluster.client.run(attempt(3), cluster.decode, cluster.prefill)
+    assert said.failure is None
+    if cluster.workers[0].info().numerics is Numerics.STRICT:
+        assert said.token_ids == expected.token_ids
+    await cluster.assert_at_rest()
+    assert cluster.num_compiles - compiles <= 1, "the multiplication above"
 
 
 @pytest.mark.asyncio(loop_scope="module")

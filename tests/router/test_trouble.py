@@ -156,6 +156,18 @@ async def test_gives_up_after_three_attempts(pair: Cluster) -> None:
     assert_idle(pair)
 
 
+async def test_logits_that_are_not_finite_everywhere_are_a_clear_error(pair: Cluster) -> None:
+    for worker in pair.decode:
+        worker.fail, worker.fail_code = 99, "logits_not_finite"
+    reply = await pair.http.post("/v1/completions", json=BODY)
+    assert reply.status_code == 500
+    assert (reply.json()["error"]["type"], reply.json()["error"]["code"]) == ("server_error", "logits_not_finite")
+    assert all(worker.requests() for worker in pair.decode), "another worker was tried"
+    breakers = [pair.service.registry.workers[worker.info.worker_id, 1].candidate.breaker for worker in pair.decode]
+    assert sum(breaker._failures for breaker in breakers) == 3, "and the workers are blamed"
+    assert_idle(pair)
+
+
 async def test_not_retryable_is_final(pair: Cluster) -> None:
     for worker in pair.prefill:
         worker.fail, worker.fail_code, worker.fail_retryable = 1, "layout_mismatch", False
