@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos.cluster import Cluster, linked_checkpoint, vocab_size
-from benchmarks.chaos.fate import GatewayFate
+from benchmarks.chaos.fate import Fate
 from benchmarks.chaos.faults import Faults
 from benchmarks.chaos.load import Load, chaos_requests
 from benchmarks.chaos.station import Station
@@ -42,7 +42,7 @@ class Report:
         retried: streams whose gateway was killed, asked again as a whole.
         leaked: pages, slots, tickets and sockets.
         changed: workers and gateways that nobody harmed and whose process is another one now.
-        longest_gap_s, longest_frozen_gap_s: see `load.Score`.
+        longest_gap_s, gaps_s: see `load.Score`.
     """
 
     seed: int
@@ -55,7 +55,7 @@ class Report:
     leaked: int = 0
     changed: int = 0
     longest_gap_s: float = 0.0
-    longest_frozen_gap_s: float = 0.0
+    gaps_s: dict[str, float] = field(default_factory=dict)
     settle_s: float = 0.0
     fault_kinds: dict[str, int] = field(default_factory=dict)
     leaks: dict[str, int] = field(default_factory=dict)
@@ -132,7 +132,7 @@ async def run(known: argparse.Namespace) -> Report:
 
 async def disturb(known: argparse.Namespace, cluster: Cluster, station: Station, vocab: int) -> Report:
     """Learn the truth, then harm and compare."""
-    fate = GatewayFate()
+    fate = Fate()
     load = Load(cluster.url, cluster.model, chaos_requests(known.requests, vocab, known.max_tokens, known.seed), fate)
     began_at = time.monotonic()
     await load.undisturbed(known.clients)
@@ -154,7 +154,8 @@ async def disturb(known: argparse.Namespace, cluster: Cluster, station: Station,
     score = load.score
     report.streams, report.mismatched, report.lost = score.streams, score.mismatched, score.lost
     report.retried, report.errors = score.retried, score.errors[:10]
-    report.longest_gap_s, report.longest_frozen_gap_s = score.longest_gap_s, score.longest_frozen_gap_s
+    report.longest_gap_s = score.longest_gap_s
+    report.gaps_s = {kind: round(seconds, 2) for kind, seconds in sorted(score.gaps_s.items()) if kind}
     report.faults, report.fault_kinds = faults.counts.total(), dict(faults.counts)
     gone = gateways - set(cluster.gateways()) - faults.killed_gateways
     report.leaked, report.changed = sum(report.leaks.values()), len(changed - faults.victims) + len(gone)
@@ -183,6 +184,7 @@ async def _lives(cluster: Cluster) -> dict[str, Any]:
 def describe(report: Report) -> str:
     """For people."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(report.fault_kinds.items()))
+    gaps = ", ".join(f"{kind} {seconds:.1f} s" for kind, seconds in report.gaps_s.items())
     leaks = ", ".join(f"{count} {name}" for name, count in report.leaks.items())
     lines = [
         f"seed {report.seed}: {report.streams} streams, {report.faults} faults in {report.seconds:.0f} s",
@@ -190,8 +192,8 @@ def describe(report: Report) -> str:
         f"  mismatched {report.mismatched}, lost {report.lost}, leaked {report.leaked} ({leaks})",
         f"  broken by the death of their gateway, and asked again: {report.retried}",
         f"  processes changed but the victims: {report.changed}",
-        f"  longest gap within a stream {report.longest_gap_s:.1f} s, while a gateway was frozen "
-        f"{report.longest_frozen_gap_s:.1f} s; all released within {report.settle_s:.1f} s",
+        f"  longest gap within a stream, by the latest fault: {gaps}",
+        f"  longest but for frozen gateways {report.longest_gap_s:.1f} s; all released within {report.settle_s:.1f} s",
         *(f"  {error}" for error in report.errors),
         "nothing came of it" if report.is_clean else "FAILED",
     ]

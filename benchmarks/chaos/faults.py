@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.chaos.cluster import Cluster
-from benchmarks.chaos.fate import GatewayFate
+from benchmarks.chaos.fate import Fate
 from benchmarks.chaos.proxy import FAIR, FaultProxy, Weather
 from benchmarks.chaos.station import Station
 from engine_core.types import Role
@@ -46,7 +46,7 @@ class Faults:
     """
 
     def __init__(
-        self, cluster: Cluster, station: Station, fate: GatewayFate, rng: random.Random, say: Callable[[str], None]
+        self, cluster: Cluster, station: Station, fate: Fate, rng: random.Random, say: Callable[[str], None]
     ) -> None:
         self.counts: Counter[str] = Counter()
         self.victims: set[str] = set()
@@ -70,6 +70,7 @@ class Faults:
             if kind in kinds:
                 kinds.remove(kind)
             self.counts[kind] += 1
+            self._fate.latest = kind
             await self._do(kind, status)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(over.wait(), self._rng.uniform(*PAUSE_S))
@@ -133,6 +134,7 @@ class Faults:
         post = self._rng.choice(sorted(self._station.posts.values(), key=lambda post: post.worker_id))
         name, proxy = self._rng.choice([("control", post.control), *([("kv", post.kv)] if post.kv else [])])
         self._say(f"{kind} on the {name} link of {post.worker_id}")
+        self._fate.latest = f"{kind} {name}"
         if kind == "cut":
             proxy.cut()
             return

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.chaos.fate import GatewayFate
+from benchmarks.chaos.fate import Fate
 from benchmarks.mixed_load import mixed_requests
 
 TIMEOUT_S = 180.0
@@ -45,8 +45,8 @@ class Score:
     Attributes:
         retried: asked again, as the gateway that served them was killed.
         errors: of those that were lost, some.
-        longest_gap_s: between two events of a stream.
-        longest_frozen_gap_s: likewise, while a gateway stood still.
+        gaps_s: the longest between two events of a stream, by the fault that had begun last when it ended.
+        longest_gap_s: of these all, but for those while a gateway stood still.
     """
 
     streams: int = 0
@@ -54,7 +54,7 @@ class Score:
     mismatched: int = 0
     lost: int = 0
     longest_gap_s: float = 0.0
-    longest_frozen_gap_s: float = 0.0
+    gaps_s: dict[str, float] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
 
 
@@ -67,7 +67,7 @@ class Load:
         fate: of the gateways.
     """
 
-    def __init__(self, url: str, model: str, bodies: Sequence[dict[str, Any]], fate: GatewayFate) -> None:
+    def __init__(self, url: str, model: str, bodies: Sequence[dict[str, Any]], fate: Fate) -> None:
         self._fate = fate
         self.score = Score()
         self._url = f"{url}/completions"
@@ -137,10 +137,9 @@ class Load:
 
     def _note_gap(self, seconds: float, num_frozen: int) -> None:
         """`num_frozen`: gateways that had been stopped, and went on, when it began."""
-        score = self.score
-        if self._fate.num_frozen > num_frozen:
-            score.longest_frozen_gap_s = max(score.longest_frozen_gap_s, seconds)
-        else:
+        score, latest = self.score, self._fate.latest
+        score.gaps_s[latest] = max(score.gaps_s.get(latest, 0.0), seconds)
+        if self._fate.num_frozen == num_frozen:
             score.longest_gap_s = max(score.longest_gap_s, seconds)
 
 

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from benchmarks.chaos.command import Report
-from benchmarks.chaos.fate import GatewayFate
+from benchmarks.chaos.fate import Fate
 from benchmarks.chaos.load import Load, chaos_requests
 
 BODY = {"prompt": [5], "max_tokens": 2, "temperature": 0}
@@ -67,7 +67,7 @@ async def answering(*answers: list[str] | None) -> AsyncIterator[str]:
 async def test_a_stream_that_differs_is_counted(case: str) -> None:
     events, expected = CASES[case]
     async with answering(GOOD, events) as url:
-        load = Load(url, "m", [BODY], GatewayFate())
+        load = Load(url, "m", [BODY], Fate())
         await disturbed(load)
     score = load.score
     assert score.streams > 0
@@ -78,7 +78,7 @@ async def test_a_stream_that_differs_is_counted(case: str) -> None:
 async def test_a_stream_that_is_lost_undisturbed_ends_the_run() -> None:
     async with answering(CASES["no end"][0]) as url:
         with pytest.raises(RuntimeError, match="ended early"):
-            await Load(url, "m", [BODY], GatewayFate()).undisturbed(1)
+            await Load(url, "m", [BODY], Fate()).undisturbed(1)
 
 
 async def disturbed(load: Load) -> None:
@@ -90,7 +90,7 @@ async def disturbed(load: Load) -> None:
 
 @pytest.mark.parametrize("fate", ["dying", "died before", "lives"])
 async def test_a_broken_stream_is_asked_again_only_where_its_gateway_was_killed(fate: str) -> None:
-    died = GatewayFate(num_killed=fate != "lives", num_gone=fate == "died before")
+    died = Fate(num_killed=fate != "lives", num_gone=fate == "died before")
     async with answering(GOOD, None, GOOD) as url:
         load = Load(url, "m", [BODY], died)
         await disturbed(load)
@@ -101,10 +101,13 @@ async def test_a_broken_stream_is_asked_again_only_where_its_gateway_was_killed(
 
 @pytest.mark.parametrize(("before", "frozen"), [(0, False), (1, False), (0, True), (1, True)])
 def test_a_gap_while_a_gateway_stood_still_is_counted_apart(before: int, frozen: bool) -> None:
-    fate = GatewayFate(num_frozen=before + frozen, is_frozen=frozen)
+    fate = Fate(num_frozen=before + frozen, is_frozen=frozen)
+    fate.latest = "freeze gateway"
     load = Load("", "m", [BODY], fate)
     load._note_gap(3.0, before)
-    assert (load.score.longest_gap_s, load.score.longest_frozen_gap_s) == ((0.0, 3.0) if frozen else (3.0, 0.0))
+    load._note_gap(2.0, before)
+    assert load.score.gaps_s == {"freeze gateway": 3.0}
+    assert load.score.longest_gap_s == (0.0 if frozen else 3.0)
 
 
 def test_requests_are_of_every_kind_and_the_same_for_each_seed() -> None:
