@@ -305,6 +305,38 @@ async def test_lost_connections_are_no_deaths(model_dir: Path, answer_ids: list[
         assert (await call)[0] == said(answer_ids, 3)
 
 
+async def test_a_link_that_is_lost_again_and_again_ends_no_stream(cluster: Cluster, answer_ids: list[int]) -> None:
+    """More often than `max_attempts`, before a token has come; and then it is whole again."""
+    for worker in cluster.prefill + cluster.decode:
+        worker.step_s = 0.3
+    call = asyncio.create_task(collect(cluster, max_tokens=3))
+    for _ in range(6):
+        await cluster.until(lambda: bool(cluster.decode[0].active))
+        for channel in list(cluster.decode[0]._server._channels):
+            channel.abort(ConnectionError("cut"))
+        await cluster.until(lambda: not cluster.decode[0].active)
+    assert (await call)[0] == said(answer_ids, 3)
+    assert_idle(cluster)
+
+
+async def test_a_link_that_stays_bad_ends_its_streams(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.failures.PATIENCE_S", 0.5)
+    cluster.decode[0].step_s = cluster.prefill[0].step_s = 30
+
+    async def keep_cutting() -> None:
+        while True:
+            await cluster.until(lambda: bool(cluster.decode[0].active))
+            for channel in list(cluster.decode[0]._server._channels):
+                channel.abort(ConnectionError("cut"))
+            await cluster.until(lambda: not cluster.decode[0].active)
+
+    cutting = asyncio.create_task(keep_cutting())
+    reply = await cluster.http.post("/v1/completions", json=BODY)
+    cutting.cancel()
+    assert (reply.status_code, reply.json()["error"]["code"]) == (502, "worker_died")
+    assert_idle(cluster)
+
+
 async def test_attempts_that_bring_tokens_are_not_counted(pair: Cluster, answer_ids: list[int]) -> None:
     """More failures than `max_attempts`, each behind the last one's token."""
     for worker in pair.decode:
