@@ -27,7 +27,7 @@ import numpy as np
 from engine_core.batch import Chunk
 from engine_core.chunking import ChunkQueue
 from engine_core.engine import PendingStep
-from engine_core.errors import BatonError, NoFreePages
+from engine_core.errors import BatonError, NoFreePages, NotFinite
 from engine_core.messages import PeerAddress, StepSums, TokenChunk
 from engine_core.replica import Replica
 from engine_core.sequence import Sequence as Seq
@@ -362,6 +362,11 @@ class DecodeScheduler:
 
     def _read(self, flight: _Flight, chunks: list[TokenChunk]) -> None:
         for sequence, scored in flight.scores:
+            if sequence.finished:
+                continue
+            if any(flight.step.tokens()[row] < 0 for row in scored):
+                self._discard(sequence)
+                continue
             num_alternatives = sequence.request.sampling.logprobs or 0
             sequence.prompt_logprobs += [flight.step.logprobs(row, num_alternatives) for row in scored]
         if not flight.rows:
@@ -371,6 +376,9 @@ class DecodeScheduler:
         self._meter.read()
         for sequence, row in flight.rows:
             if sequence.finished:
+                continue
+            if tokens[row] < 0:
+                self._discard(sequence)
                 continue
             num_top = sequence.request.sampling.logprobs
             logprobs = flight.step.logprobs(row, num_top) if num_top is not None else None
@@ -383,6 +391,12 @@ class DecodeScheduler:
                 self._replica.stats.finished(sequence)
                 self._running.remove(sequence)
                 self._drop(sequence)
+
+    def _discard(self, sequence: Seq) -> None:
+        """Its logits are not finite: nothing of what it computed may be served, here or from the prefix cache."""
+        shard = sequence.shard
+        self.fail(sequence.key, NotFinite(f"the logits of token {len(sequence.token_ids)} are not finite"))
+        self._replica.memory.distrust(shard)
 
     def _drop(self, sequence: Seq) -> None:
         """Return what a finished or cancelled sequence holds; what it computed stays in the prefix cache."""

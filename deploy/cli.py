@@ -92,6 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(_command(commands, "serve", "start gateway and workers, and serve until Ctrl-C", SERVE_EPILOG, _serve))
     _add_chat(_command(commands, "chat", "chat with a running Baton in this terminal", CHAT_EPILOG, _chat))
+    calibrate = _command(commands, "calibrate", "measure the units of a float8 cache", CALIBRATE_EPILOG, _calibrate)
+    _add_calibrate(calibrate)
     _add_plan(_command(commands, "plan", "tell whether a model fits on a TPU slice, and how fast", PLAN_EPILOG, _plan))
     bench = _command(commands, "bench", "measure Baton on this machine", BENCH_EPILOG, _bench_usage)
     bench.add_argument("name", choices=list(BENCHMARKS), metavar="NAME", help=", ".join(BENCHMARKS))
@@ -131,6 +133,14 @@ examples:
   baton plan --model Qwen/Qwen3-32B --topology tpu7x-8 --json | jq '{fits, kv_tokens, decode_itl_ms}'
 
 Exit status: 0 it fits, 2 it cannot be planned (the message names the flag), 3 it does not fit."""
+
+CALIBRATE_EPILOG = """\
+Each line of the file is a prompt; some dozens of typical ones do. How large keys and values get is written beside the
+weights, as kv_scales.safetensors: workers with `--cache.dtype float8_e4m3fn` then use the whole range of float8, head
+by head. Without that file a unit is 1: 4 significant bits, and nothing beyond 448.
+
+examples:
+  baton calibrate --model ./Qwen3-8B --prompts prompts.txt"""
 
 SCALE_EPILOG = """\
 New workers load the model and join; surplus ones finish what they run and leave.
@@ -218,6 +228,14 @@ def _add_explain(explain: argparse.ArgumentParser) -> None:
     explain.add_argument("--json", action="store_true", help="one JSON object instead of tables")
 
 
+def _add_calibrate(calibrate: argparse.ArgumentParser) -> None:
+    calibrate.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="where the file is written, too")
+    calibrate.add_argument("--prompts", required=True, type=Path, metavar="FILE", help="one per line")
+    calibrate.add_argument(
+        "--max-tokens", type=int, default=2048, dest="max_tokens", metavar="N", help="of a prompt (default 2048)"
+    )
+
+
 def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="only its config.json is read")
     plan.add_argument("--topology", required=True, metavar="NAME", help="such as v5e-4, v5p-8, v6e-8 or tpu7x-8")
@@ -298,6 +316,10 @@ def _chat(known: argparse.Namespace, unknown: list[str]) -> int:
 def _explain(known: argparse.Namespace, unknown: list[str]) -> int:
     explain = importlib.import_module("deploy.explain")
     return int(explain.run(known.url, known.request_id, known.api_key, known.json))
+
+
+def _calibrate(known: argparse.Namespace, unknown: list[str]) -> int:
+    return int(importlib.import_module("deploy.calibrate").run(known))
 
 
 def _plan(known: argparse.Namespace, unknown: list[str]) -> int:

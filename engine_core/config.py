@@ -32,7 +32,7 @@ class ModelConfig:
 class CacheConfig:
     """The paged KV cache."""
 
-    dtype: str = "auto"  # auto | float8_e4m3fn; auto: that of computation. float8: half of bfloat16's memory, 4 bits
+    dtype: str = "auto"  # auto (that of computation) | float8_e4m3fn (in units of each head, see `baton calibrate`)
     page_size: int = 0  # tokens per page; 0: 128 on TPU, 16 elsewhere
     num_pages: int = 0  # on all row shards together; 0: as many as `memory_fraction` holds
     memory_fraction: float = 0.85  # of the accelerator's memory for weights and cache together

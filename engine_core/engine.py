@@ -55,7 +55,7 @@ class PendingStep:
         return _is_ready(self.output.tokens)
 
     def tokens(self) -> list[int]:
-        """Sampled token of each sequence row; waits for the device."""
+        """Sampled token of each sequence row, -1 where its logits are not finite; waits for the device."""
         result: list[int] = np.asarray(self.output.tokens).tolist()
         return result
 

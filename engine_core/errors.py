@@ -15,6 +15,7 @@ BatonError(http_status, retryable)
 │ ├ WorkerSilent              no sign of life for too long
 │ └ WorkerLeaving             it drains: its requests go on elsewhere
 ├ PoisonRequest               500: workers die of it
+├ NotFinite                   500, retryable: logits are NaN or infinite
 ├ ProtocolError               a peer broke the wire contract: its connection is closed
 │ ├ WrongSecret
 │ └ WrongProtocol             it speaks another version
@@ -161,6 +162,13 @@ class PoisonRequest(BatonError):
     """Two workers died at the same token of this request: it is not tried a third time."""
 
     code = "poison_request"
+
+
+class NotFinite(BatonError):
+    """The model's logits are NaN or infinite: its weights, its cache or the device is damaged, here at least."""
+
+    retryable = True
+    code = "logits_not_finite"
 
 
 class ProtocolError(BatonError):

@@ -10,7 +10,8 @@ each device fill whole rows and words: `CacheLayout.heads_per_row`. Only where t
 Storage: bfloat16 on a CPU is held as uint16, the same bits: XLA:CPU scatters bfloat16 a hundred times slower than
 integers in jax 0.10, and float8 as uint8 likewise. `to_storage` and `from_storage` are the only places that know.
 
-float8_e4m3fn has one unit for all heads, 1: values beyond 448 are clipped to it, others rounded to 4 significant bits.
+float8_e4m3fn holds what keys and values are in units of their head (`kv_scales`; 1 where a checkpoint has none): beyond
+448 units they are clipped, others are rounded to 4 significant bits.
 """
 
 from __future__ import annotations

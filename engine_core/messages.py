@@ -10,7 +10,7 @@ import msgspec
 
 from engine_core.types import FinishReason, Numerics, Request, Role, Tier, TokenLogprobs
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -116,6 +116,10 @@ class Cancel(Message, frozen=True):
 
     request_id: str
     epoch: int
+
+
+class Beat(Message, frozen=True):
+    """Gateway -> worker, in answer to each `Load`: it reads, and its requests are still wanted."""
 
 
 class TokenChunk(msgspec.Struct, frozen=True, array_like=True):
@@ -298,7 +302,7 @@ class WorkerStats(Message, frozen=True):
     refused: dict[str, int]
 
 
-GatewayToWorker = Hello | Prefill | Decode | Cancel | SnapshotRequest
+GatewayToWorker = Hello | Prefill | Decode | Cancel | Beat | SnapshotRequest
 WorkerToGateway = (
     Challenge | Hello | Refused | Tokens | Failed | Load | Measured | WorkerStats | BlockEvents | BlockSnapshot
 )

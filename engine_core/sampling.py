@@ -21,6 +21,7 @@ from jax import lax
 from engine_core.step_io import SamplingInputs, SlotState, StepOutput
 from engine_core.types import MAX_TOP_LOGPROBS
 
+NOT_FINITE = -1
 _LARGEST = 3.4028235e38  # finite float32
 _LANES = 128  # vocabulary entries per chunk of the two-level cumulative sum
 
@@ -39,13 +40,14 @@ def sample(
     """Pick one token per sequence row and note it in the row's slot.
 
     Args:
-        logits: [B, V] f32, whole vocabulary on every device. A NaN never makes an id out of range.
+        logits: [B, V] f32, whole vocabulary on every device. A NaN never makes an id in a slot out of range.
         slots: donated by the caller's jit.
         slot_ids: [B] i32; S (out of range): padding, nothing is noted.
         inputs: see `SamplingInputs`.
 
     Returns:
-        Tokens and log probabilities (of the logits as they came), and the slots with them noted.
+        Tokens and log probabilities (of the logits as they came), and the slots with them noted. Of a row whose logits
+        are not all finite the token is told as -1.
     """
     logits = logits.astype(jnp.float32)
     tokens = lax.platform_dependent(logits, slots, slot_ids, inputs, cpu=_pick_one_by_one, default=_pick_together)
@@ -56,7 +58,8 @@ def sample(
         output_counts=slots.output_counts.at[slot_ids, tokens].add(1, mode="drop", wrap_negative_indices=False),
         in_prompt=slots.in_prompt,
     )
-    return StepOutput(tokens, logprobs, top_ids, top_logprobs), noted
+    told = jnp.where(_are_finite(logits), tokens, NOT_FINITE)
+    return StepOutput(told, logprobs, top_ids, top_logprobs), noted
 
 
 def init_slot(slots: SlotState, slot: jax.Array, prompt_ids: jax.Array, output_ids: jax.Array) -> SlotState:
@@ -91,6 +94,15 @@ def uniform(seed: jax.Array, position: jax.Array) -> jax.Array:
     key = jax.random.wrap_key_data(seed, impl="threefry2x32")
     word = jax.random.key_data(jax.random.fold_in(key, position))[0]
     return (word >> 8).astype(jnp.float32) * 2.0**-24
+
+
+def _are_finite(logits: jax.Array) -> jax.Array:
+    """Whether a row has neither NaN nor infinity: [B, V] -> [B] bool.
+
+    One pass that XLA:CPU vectorizes, unlike one over truth values; its maximum passes NaN over.
+    """
+    finite: jax.Array = jnp.sum(logits * 0, axis=-1) == 0
+    return finite
 
 
 def _argmax(logits: jax.Array) -> jax.Array:

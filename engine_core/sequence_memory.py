@@ -189,6 +189,10 @@ class SequenceMemory:
         sequence.shard = sequence.slot = -1
         sequence.num_cached = sequence.num_dispatched = sequence.num_stored = 0
 
+    def distrust(self, shard: int) -> None:
+        """Damaged KV was found on a row shard: nothing that its prefix cache holds may be served."""
+        self.shards[shard].cache.clear()
+
     def _hold(self, sequence: Seq, index: int, hashes: Sequence[bytes]) -> None:
         shard = self.shards[index]
         shard.num_sequences += 1

@@ -68,7 +68,7 @@ class SlotState:
 class StepOutput:
     """What the host reads."""
 
-    tokens: jax.Array  # [B] i32, sampled token of each sequence row
+    tokens: jax.Array  # [B] i32, sampled token of each sequence row; -1 where its logits are not all finite
     logprobs: jax.Array  # [B] f32, its log probability (0 unless any_logprobs)
     top_ids: jax.Array  # [B, L] i32
     top_logprobs: jax.Array  # [B, L] f32

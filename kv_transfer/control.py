@@ -19,6 +19,7 @@ import msgspec
 from engine_core.errors import BatonError, ConfigError, ProtocolError, WorkerDied, WrongProtocol, WrongSecret
 from engine_core.messages import (
     PROTOCOL_VERSION,
+    Beat,
     BlockEvents,
     BlockSnapshot,
     Cancel,
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 HANDSHAKE_FRAME_BYTES = 4096  # until a peer has proved the secret
 HANDSHAKE_TIMEOUT_S = 5.0
+SILENT_BEATS = 20  # of a worker's without an answer, about 5 s: that gateway hangs, or is cut off
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 2.0
 
@@ -66,10 +68,28 @@ class GatewayLink:
     def __init__(self, channel: Channel, peer: str) -> None:
         self.peer = peer
         self._channel = channel
+        self._is_asked = False
+        self._num_beats = 0  # since it was asked for a sign of life
 
-    def send(self, message: Tokens | Failed | Load | Measured | WorkerStats | BlockEvents | BlockSnapshot) -> bool:
+    def send(self, message: Tokens | Failed | Measured | WorkerStats | BlockEvents | BlockSnapshot) -> bool:
         """Queue a message; False when the gateway is slow or gone."""
         return self._channel.send(message)
+
+    def ask(self, load: Load) -> None:
+        """Tell it the load; a gateway that lives answers."""
+        self._channel.send(load)
+        self._is_asked = True
+
+    def heard(self) -> None:
+        """It said something."""
+        self._is_asked, self._num_beats = False, 0
+
+    def hang_up_if_silent(self) -> None:
+        """To be called at each beat. Counting beats, not time, spares it where this process itself was held up."""
+        self._num_beats += self._is_asked
+        if self._num_beats > SILENT_BEATS and not self.closed:
+            logger.warning("hung up on gateway %s: it has answered none of %d beats", self.peer, SILENT_BEATS)
+            self._channel.abort(TimeoutError("no answer to beats"))
 
     @property
     def closed(self) -> bool:
@@ -121,7 +141,12 @@ class ControlServer:
         """Tell all gateways; one that comes later hears the latest at once."""
         self._last_load = load
         for link in self.links:
-            link.send(load)
+            link.ask(load)
+
+    def watch(self) -> None:
+        """To be called at each beat: hang up on gateways that answer none. `on_gateway_lost` follows for each."""
+        for link in list(self.links):
+            link.hang_up_if_silent()
 
     def tell(self, stats: WorkerStats) -> None:
         """Tell all gateways; one that comes later hears the next."""
@@ -163,7 +188,7 @@ class ControlServer:
         proof = make_proof(self._secret, Side.CONTROL_LISTENER, nonce, message.nonce)
         channel.send(Hello(PROTOCOL_VERSION, self._info.worker_id, self._info, proof))
         if self._last_load:
-            channel.send(self._last_load)
+            link.ask(self._last_load)
         channel.max_frame_bytes = MAX_FRAME_BYTES
         channel.on_message = lambda _, request: self._on_request(link, request)
         self.links.add(link)
@@ -178,6 +203,9 @@ class ControlServer:
     def _on_request(self, link: GatewayLink, message: Any) -> None:
         if isinstance(message, Hello):
             raise ProtocolError("a second Hello")
+        link.heard()
+        if isinstance(message, Beat):
+            return
         self._events.on_request(link, message)
 
     def _on_closed(self, channel: Channel, error: Exception | None) -> None:
@@ -359,6 +387,7 @@ class ControlClient:
         if kind is Tokens:
             self._events.on_tokens(self, message)
         elif kind is Load:
+            channel.send(Beat())
             self._events.on_load(self, message)
         elif kind is Failed:
             self._events.on_failed(self, message)

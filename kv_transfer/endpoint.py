@@ -60,7 +60,7 @@ class KvIdentity:
             weights: names the weights and how they are computed with.
             cache: the device cache.
         """
-        layout = BlockLayout.of(cache)
+        layout = BlockLayout.of(cache, spec.kv_scales)
         return cls(
             worker_id=worker_id,
             incarnation=incarnation,
@@ -199,8 +199,9 @@ class SenderEndpoint:
         self._ticker.stop()
 
     def _conversion_for(self, peer: Any) -> Repaging | None:
-        layout = cast(OutLink, peer).layout
-        return None if layout == self.identity.layout else Repaging(self.identity.layout, layout)
+        mine, theirs = self.identity.layout, cast(OutLink, peer).layout
+        same = (mine.wire_fields, mine.first_kv_head) == (theirs.wire_fields, theirs.first_kv_head)
+        return None if same else Repaging(mine, theirs)
 
     def _post(self, act: Callable[[], list[Effect]]) -> None:
         call = self.loop.call_soon if threading.get_ident() == self._thread else self.loop.call_soon_threadsafe

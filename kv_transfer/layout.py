@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from engine_core.errors import ConfigError, ProtocolError
+from engine_core.kv_scales import KvScales
 from engine_core.messages import PROTOCOL_VERSION
 from engine_core.models.spec import ModelSpec
 
@@ -56,6 +57,8 @@ class BlockLayout:
 
     Attributes:
         first_kv_head: number of the first of the `num_kv_heads`.
+        units: what 1 stands for where the dtype is float8, or would where it is not: `[num_layers, 2K]` f32; empty: 1.
+            All workers of a model have the same (the fingerprint says so), so that the wire does not carry them.
     """
 
     num_layers: int
@@ -64,6 +67,7 @@ class BlockLayout:
     head_dim: int
     dtype: str  # float32 | bfloat16 | float8_e4m3fn
     first_kv_head: int = 0
+    units: bytes = b""
 
     def __post_init__(self) -> None:
         """Refuse what has no wire form."""
@@ -71,14 +75,15 @@ class BlockLayout:
             raise ConfigError(f"no wire format for KV of dtype {self.dtype!r}")
 
     @classmethod
-    def of(cls, cache: CacheShape) -> BlockLayout:
-        """The wire layout of a device cache."""
+    def of(cls, cache: CacheShape, scales: KvScales | None) -> BlockLayout:
+        """The wire layout of a device cache; `scales` are the model's."""
         return cls(
             num_layers=cache.num_layers,
             page_size=cache.page_size,
             num_kv_heads=cache.num_kv_heads,
             head_dim=cache.head_dim,
             dtype=cache.dtype,
+            units=b"" if scales is None else np.array(scales, np.float32).tobytes(),
         )
 
     @classmethod
@@ -101,7 +106,15 @@ class BlockLayout:
 
     def part(self, first_kv_head: int, num_kv_heads: int) -> BlockLayout:
         """The layout of some of the heads."""
-        return dataclasses.replace(self, first_kv_head=first_kv_head, num_kv_heads=num_kv_heads)
+        begin = 2 * (first_kv_head - self.first_kv_head)
+        units = self.layer_units
+        own = b"" if units is None else units[:, begin : begin + 2 * num_kv_heads].tobytes()
+        return dataclasses.replace(self, first_kv_head=first_kv_head, num_kv_heads=num_kv_heads, units=own)
+
+    @property
+    def layer_units(self) -> np.ndarray | None:
+        """`units` as `[num_layers, 2K]`; None: all 1."""
+        return np.frombuffer(self.units, np.float32).reshape(self.num_layers, -1) if self.units else None
 
     @property
     def heads(self) -> tuple[int, int]:

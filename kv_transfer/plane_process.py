@@ -233,7 +233,7 @@ def _identity(start: PlaneStart) -> KvIdentity:
         worker_id=start.worker_id,
         incarnation=start.incarnation,
         fingerprint=start.fingerprint,
-        layout=BlockLayout(**start.layout),  # type: ignore[arg-type]
+        layout=BlockLayout(**start.layout),
     )
 
 

@@ -30,7 +30,7 @@ class PlaneStart(Message, frozen=True):
     worker_id: str
     incarnation: int
     fingerprint: str
-    layout: dict[str, int | str]
+    layout: dict[str, Any]
     secret: bytes | None
     host: str
     port: int

@@ -2,7 +2,8 @@
 
 The wire carries logical heads, so that tensor parallelism and packing leave no trace in it; page size and dtype do.
 The sender converts, to the layout of the receiver that asked. Narrower dtypes round to nearest even, and float8 clips
-what is beyond 448, as the engine does when it writes; wider dtypes and all page sizes are exact.
+what is beyond 448 units, as the engine does when it writes; page sizes are exact, and so are wider dtypes but for the
+rounding of values whose unit is no power of two.
 """
 
 from __future__ import annotations
@@ -120,18 +121,28 @@ class Repaging:
         return [self._emit([index], [layer[None] for layer in block.layers])]
 
     def _emit(self, indices: Sequence[int], layers: list[np.ndarray]) -> Converted:
+        units = self.mine.layer_units
         rows = tuple(
-            np.ascontiguousarray(_cast(layer, self.theirs.numpy_dtype)).reshape(len(indices), -1).view(np.uint8)
-            for layer in layers
+            np.ascontiguousarray(_cast(layer, self.theirs.numpy_dtype, None if units is None else units[number]))
+            .reshape(len(indices), -1)
+            .view(np.uint8)
+            for number, layer in enumerate(layers)
         )
         return tuple(indices), HostBlocks(rows, None), len(indices) * self.theirs.block_bytes
 
 
-def _cast(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+def _cast(values: np.ndarray, dtype: np.dtype[Any], units: np.ndarray | None) -> np.ndarray:
+    """`[..., 2K, H]`; `units` are those of float8, `[2K]` f32."""
     if values.dtype == dtype:
         return values
     if dtype != _FLOAT8:
-        return values.astype(dtype)
+        if units is None or values.dtype != _FLOAT8:
+            return values.astype(dtype)
+        wide = values.astype(np.float32)
+        wide *= units[:, None]
+        return wide.astype(dtype)
     wide = values.astype(np.float32)
+    if units is not None:
+        wide *= 1 / units[:, None]
     with np.errstate(invalid="ignore"):  # NaN stays NaN
         return np.clip(wide, -_FLOAT8_MAX, _FLOAT8_MAX).astype(dtype)

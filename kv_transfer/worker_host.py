@@ -362,6 +362,7 @@ class WorkerHost:
         while True:
             before, began_at = began_at, time.monotonic()
             self._watch_steps(began_at - before)
+            self._server.watch()
             if began_at - told_at >= STATS_S:
                 told_at = began_at
                 self._server.tell(stats.snapshot())

@@ -20,6 +20,7 @@ import numpy as np
 from engine_core.batch import Chunk
 from engine_core.chunking import ChunkQueue
 from engine_core.engine import PendingPages, PendingStep
+from engine_core.errors import BatonError, NotFinite
 from engine_core.host_commands import Export
 from engine_core.messages import StepSums, TokenChunk
 from engine_core.replica import Replica
@@ -42,6 +43,9 @@ class PrefillEvents(Protocol):
 
     def blocks(self, key: Key, indices: list[int], layers: list[np.ndarray]) -> None:
         """Blocks for the decode worker; per layer `[n, page_size, 2K, H]`."""
+
+    def failed(self, key: Key, error: BatonError) -> None:
+        """The sequence is gone."""
 
     def finished(self, key: Key, first_token: TokenChunk) -> None:
         """All wanted blocks have been handed over."""
@@ -166,12 +170,22 @@ class PrefillScheduler:
             sequence = chunk.sequence
             if not chunk.is_last or sequence.finished:
                 continue
+            if tokens[row] < 0:
+                self._discard(sequence)
+                continue
             num_top = sequence.request.sampling.logprobs
             logprobs = step.logprobs(row, num_top) if num_top is not None else None
             task = self._tasks[sequence.key]
             self._replica.stats.prefilled(sequence)
             task.first_token = sequence.accept(tokens[row], self._eos, logprobs, cached_tokens=sequence.num_cached)
             self._events.tokens(task.first_token)
+
+    def _discard(self, sequence: Seq) -> None:
+        """Its logits are not finite: nothing of what it computed may be served, here or from the prefix cache."""
+        shard = sequence.shard
+        self.cancel(sequence.key)
+        self._replica.memory.distrust(shard)
+        self._events.failed(sequence.key, NotFinite(f"the logits of token {len(sequence.token_ids)} are not finite"))
 
     def _gather_wanted(self) -> None:
         """Queue the gathers right behind the step that filled the pages, before a later step."""

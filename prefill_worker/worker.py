@@ -153,6 +153,10 @@ class PrefillWorker:
         """Push blocks under the ticket."""
         self._sender.send_blocks(*key, indices, layers)
 
+    def failed(self, key: Key, error: BatonError) -> None:
+        """The gateway places the request again, and its cancels free what both workers hold for it."""
+        self._host.fail(key, error)
+
     def finished(self, key: Key, first_token: TokenChunk) -> None:
         """The last blocks are on their way."""
         self._tell_hosts(ExportFinish(*key, first_token))

@@ -9,6 +9,7 @@ from engine_core.messages import Failed
 
 WorkerKey = tuple[str, int]
 SUSPECT_DEATHS = 2
+PATIENCE_S = 5.0  # for lost connections: a link may be bad for a while, and workers take a moment to be back
 
 
 class FailureRecord:
@@ -19,21 +20,29 @@ class FailureRecord:
         victims: workers lost at one and the same token of the stream: each may have died of it.
     """
 
-    __slots__ = ("_position", "num_futile", "victims")
+    __slots__ = ("_futile_since", "_position", "num_futile", "victims")
 
     def __init__(self) -> None:
         self.num_futile = 0
         self.victims: list[WorkerKey] = []
         self._position = 0
+        self._futile_since = 0.0
 
-    def note(self, began_at: int, position: int, error: BatonError, culprit: WorkerKey | None) -> None:
+    def note(self, began_at: int, position: int, error: BatonError, culprit: WorkerKey | None, now: float) -> None:
         """An attempt that began at token `began_at` ended before token `position` came."""
         self.num_futile = 1 if position > began_at else self.num_futile + 1
+        if self.num_futile == 1:
+            self._futile_since = now
         if position != self._position:
             self.victims.clear()
         self._position = position
         if culprit is not None and isinstance(error, WorkerDied) and not isinstance(error, WorkerSilent):
             self.victims.append(culprit)
+
+    def is_hopeless(self, max_attempts: int, error: BatonError, now: float) -> bool:
+        """Whether so many attempts in a row were futile; where connections were lost, also for long enough."""
+        is_early = isinstance(error, WorkerDied) and now - self._futile_since < PATIENCE_S
+        return self.num_futile >= max_attempts and not is_early
 
     @property
     def is_suspect(self) -> bool:

@@ -389,8 +389,9 @@ class Service:
         self._abandon_attempt(stream)
         journal, record = stream.journal, stream.failures
         key = (culprit.info.worker_id, culprit.info.incarnation) if culprit is not None else None
-        record.note(journal.start, len(journal.token_ids), error, key)
-        final = not error.retryable or record.num_futile >= self.config.max_attempts or self.draining
+        now = self._now()
+        record.note(journal.start, len(journal.token_ids), error, key, now)
+        final = not error.retryable or record.is_hopeless(self.config.max_attempts, error, now) or self.draining
         if final or not (isinstance(error, WorkerDied) or self._retry_budget.take()):
             self._fail(stream, error)
             return
@@ -414,6 +415,7 @@ class Service:
         epoch = stream.journal.epoch
         try:
             await self._clear_of_suspicion(stream)
+            await asyncio.sleep(RETRY_DELAY_S * (stream.failures.num_futile - 1))
             while not stream.ended and stream.journal.epoch == epoch:
                 if not self.registry.decode:
                     await self._wait_for_worker()

@@ -123,6 +123,20 @@ class FakeEngine:
         self.cache[list(pages)] = layers[0][:, :, 0, 0]
 
 
+def spoil(engine: FakeEngine, length: int) -> None:
+    """From now on logits of rows with so many tokens in the cache are not finite; -1: of none."""
+    dispatch = type(engine).dispatch
+
+    def spoiled(inputs) -> FakeStep:
+        step = dispatch(engine, inputs)
+        step._tokens = [
+            -1 if kv_len == length else token for token, kv_len in zip(step._tokens, inputs.kv_lens, strict=True)
+        ]
+        return step
+
+    engine.dispatch = spoiled
+
+
 def fake_replica(
     *,
     num_pages: int = 64,

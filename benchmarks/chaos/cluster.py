@@ -21,6 +21,7 @@ from engine_core.types import Role
 
 START_S = 240.0
 STOP_S = 60.0
+LISTENS, OPEN = "0A", ("01", "08")  # states in /proc/net/tcp; open: established, or waiting for our end to close
 
 
 class Cluster:
@@ -29,11 +30,14 @@ class Cluster:
     Args:
         model_dir: of the checkpoint, in which `station.FILE` lies.
         directory: for its log.
+        num_gateways: that it shall have.
         flags: of `baton serve`.
     """
 
-    def __init__(self, model_dir: Path, directory: Path, flags: Sequence[str]) -> None:
+    def __init__(self, model_dir: Path, directory: Path, num_gateways: int, flags: Sequence[str]) -> None:
         self.port = _free_port()
+        self.num_gateways = num_gateways
+        flags = ["--fleet.gateways", str(num_gateways), *flags]
         self.log = directory / "serve.log"
         command = [sys.executable, "-m", "benchmarks.chaos.serve", str(model_dir), "--port", str(self.port), *flags]
         with self.log.open("w") as log:
@@ -70,19 +74,29 @@ class Cluster:
         await self._fleet.scale({role: count})
 
     async def until_ready(self, timeout_s: float) -> None:
-        """Every wanted worker serves, and no other is left."""
+        """Every wanted worker and gateway serves, and no other is left."""
         async with asyncio.timeout(timeout_s):
-            while True:
-                status = await self.status()
-                if status.ready and len(status.members) == sum(status.wanted.values()):
-                    return
+            while not self.is_whole(await self.status()):  # noqa: ASYNC110
                 await asyncio.sleep(0.2)
 
+    def is_whole(self, status: Any) -> bool:
+        """Whether, by this status, every wanted worker serves and no other is left; and every gateway listens."""
+        workers = status.ready and len(status.members) == sum(status.wanted.values())
+        return bool(workers) and len(self.gateways()) == self._num_sockets(LISTENS) == self.num_gateways
+
+    def gateways(self) -> list[int]:
+        """Process ids of those that live."""
+        return [one.pid for one in ray_local.descendants() if b"ServeReplica" in _command(one.pid)]
+
     def num_client_sockets(self) -> int:
-        """Connections that the gateway still holds open for clients."""
-        wanted = f"{self.port:04X}"
+        """Connections that the gateways still hold open for clients."""
+        return self._num_sockets(*OPEN)
+
+    def _num_sockets(self, *states: str) -> int:
+        """At the gateways' port; each gateway has a listening one of its own."""
+        wanted = f":{self.port:04X}"
         rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-        return sum(row[1].endswith(f":{wanted}") and row[3] in ("01", "08") for row in rows)
+        return sum(row[1].endswith(wanted) and row[3] in states for row in rows)
 
     def stop(self) -> int:
         """End it; returns the exit status."""
@@ -104,6 +118,13 @@ def linked_checkpoint(checkpoint: Path, directory: Path) -> Path:
     for file in checkpoint.iterdir():
         (model_dir / file.name).symlink_to(file.resolve())
     return model_dir
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has just ended
+        return b""
 
 
 def vocab_size(checkpoint: Path) -> int:

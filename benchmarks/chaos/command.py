@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos.cluster import Cluster, linked_checkpoint, vocab_size
+from benchmarks.chaos.fate import Fate
 from benchmarks.chaos.faults import Faults
 from benchmarks.chaos.load import Load, chaos_requests
 from benchmarks.chaos.station import Station
@@ -35,17 +36,26 @@ examples:
 
 @dataclass(slots=True)
 class Report:
-    """What came of a run; `leaked` and `changed` count pages, slots, tickets, sockets, and processes nobody harmed."""
+    """What came of a run.
+
+    Attributes:
+        retried: streams whose gateway was killed, asked again as a whole.
+        leaked: pages, slots, tickets and sockets.
+        changed: workers and gateways that nobody harmed and whose process is another one now.
+        longest_gap_s, gaps_s: see `load.Score`.
+    """
 
     seed: int
     seconds: float
     streams: int = 0
     faults: int = 0
+    retried: int = 0
     mismatched: int = 0
     lost: int = 0
     leaked: int = 0
     changed: int = 0
     longest_gap_s: float = 0.0
+    gaps_s: dict[str, float] = field(default_factory=dict)
     settle_s: float = 0.0
     fault_kinds: dict[str, int] = field(default_factory=dict)
     leaks: dict[str, int] = field(default_factory=dict)
@@ -60,8 +70,9 @@ class Report:
 def main(argv: Sequence[str]) -> int:
     """Entry point; see EPILOG for the exit status."""
     known = build_parser().parse_args(argv)
-    if known.minutes <= 0 or known.decode < 1 or known.prefill < 1 or known.clients < 1 or known.requests < 1:
-        sys.stderr.write("baton: error: --minutes must be positive, the numbers of workers and clients at least 1\n")
+    counts = (known.prefill, known.decode, known.gateways, known.clients, known.requests)
+    if known.minutes <= 0 or min(counts) < 1:
+        sys.stderr.write("baton: error: --minutes must be positive, numbers of processes and clients at least 1\n")
         return 2
     report = asyncio.run(run(known))
     print(describe(report))
@@ -82,6 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of requests and faults (default 0)")
     parser.add_argument("--prefill", type=int, default=2, metavar="N", help="prefill workers (default 2)")
     parser.add_argument("--decode", type=int, default=2, metavar="N", help="decode workers (default 2)")
+    parser.add_argument(
+        "--gateways", type=int, default=2, metavar="N", help="gateways; a lone one is not harmed (default 2)"
+    )
     parser.add_argument("--clients", type=int, default=6, metavar="N", help="streams at a time (default 6)")
     parser.add_argument("--requests", type=int, default=40, metavar="N", help="different ones (default 40)")
     parser.add_argument("--max-tokens", type=int, default=100, dest="max_tokens", metavar="N", help="of an answer")
@@ -103,9 +117,10 @@ async def run(known: argparse.Namespace) -> Report:
         flags += ["--prefill", str(known.prefill), "--decode", str(known.decode), "--gateway.local_prefill_tokens", "0"]
         flags += ["--fleet.backoff_s", "0.1"]
         began_at = time.monotonic()
-        cluster = Cluster(model_dir, directory, flags)
+        cluster = Cluster(model_dir, directory, known.gateways, flags)
         try:
             await cluster.start()
+            await cluster.until_ready(WHOLE_S)
             say(f"{known.prefill} prefill and {known.decode} decode workers serve after {_since(began_at)}")
             return await disturb(known, cluster, station, vocab_size(checkpoint))
         finally:
@@ -117,13 +132,14 @@ async def run(known: argparse.Namespace) -> Report:
 
 async def disturb(known: argparse.Namespace, cluster: Cluster, station: Station, vocab: int) -> Report:
     """Learn the truth, then harm and compare."""
-    load = Load(cluster.url, cluster.model, chaos_requests(known.requests, vocab, known.max_tokens, known.seed))
+    fate = Fate()
+    load = Load(cluster.url, cluster.model, chaos_requests(known.requests, vocab, known.max_tokens, known.seed), fate)
     began_at = time.monotonic()
     await load.undisturbed(known.clients)
     say(f"{known.requests} requests answered undisturbed in {_since(began_at)}")
     load.score.longest_gap_s = 0.0
-    before = await _lives(cluster)
-    faults = Faults(cluster, station, random.Random(known.seed), say)
+    before, gateways = await _lives(cluster), set(cluster.gateways())
+    faults = Faults(cluster, station, fate, random.Random(known.seed), say)
     over = asyncio.Event()
     asyncio.get_running_loop().call_later(known.minutes * 60, over.set)
     began_at = time.monotonic()
@@ -137,9 +153,12 @@ async def disturb(known: argparse.Namespace, cluster: Cluster, station: Station,
     changed = {worker for worker in before if before[worker] != after.get(worker)}
     score = load.score
     report.streams, report.mismatched, report.lost = score.streams, score.mismatched, score.lost
-    report.longest_gap_s, report.errors = score.longest_gap_s, score.errors[:10]
+    report.retried, report.errors = score.retried, score.errors[:10]
+    report.longest_gap_s = score.longest_gap_s
+    report.gaps_s = {kind: round(seconds, 2) for kind, seconds in sorted(score.gaps_s.items()) if kind}
     report.faults, report.fault_kinds = faults.counts.total(), dict(faults.counts)
-    report.leaked, report.changed = sum(report.leaks.values()), len(changed - faults.victims)
+    gone = gateways - set(cluster.gateways()) - faults.killed_gateways
+    report.leaked, report.changed = sum(report.leaks.values()), len(changed - faults.victims) + len(gone)
     return report
 
 
@@ -152,7 +171,7 @@ async def settled(cluster: Cluster, station: Station, faults: Faults) -> dict[st
             with contextlib.suppress(OSError, TimeoutError):
                 for name, count in (await post.ask()).items():
                     held[name] += count
-        held["sockets"] = faults.open_sockets(1, CONNECTIONS) + cluster.num_client_sockets()
+        held["sockets"] = faults.open_sockets(CONNECTIONS) + cluster.num_client_sockets()
         if not any(held.values()) or time.monotonic() > deadline:
             return held
         await asyncio.sleep(0.2)
@@ -165,13 +184,16 @@ async def _lives(cluster: Cluster) -> dict[str, Any]:
 def describe(report: Report) -> str:
     """For people."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(report.fault_kinds.items()))
+    gaps = ", ".join(f"{kind} {seconds:.1f} s" for kind, seconds in report.gaps_s.items())
     leaks = ", ".join(f"{count} {name}" for name, count in report.leaks.items())
     lines = [
         f"seed {report.seed}: {report.streams} streams, {report.faults} faults in {report.seconds:.0f} s",
         f"  faults: {kinds}",
         f"  mismatched {report.mismatched}, lost {report.lost}, leaked {report.leaked} ({leaks})",
-        f"  workers changed but the victims: {report.changed}",
-        f"  longest gap within a stream {report.longest_gap_s:.1f} s; all released within {report.settle_s:.1f} s",
+        f"  broken by the death of their gateway, and asked again: {report.retried}",
+        f"  processes changed but the victims: {report.changed}",
+        f"  longest gap within a stream, by the latest fault: {gaps}",
+        f"  longest but for frozen gateways {report.longest_gap_s:.1f} s; all released within {report.settle_s:.1f} s",
         *(f"  {error}" for error in report.errors),
         "nothing came of it" if report.is_clean else "FAILED",
     ]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.chaos.cluster import Cluster
+from benchmarks.chaos.fate import Fate
 from benchmarks.chaos.proxy import FAIR, FaultProxy, Weather
 from benchmarks.chaos.station import Station
 from engine_core.types import Role
@@ -19,6 +20,7 @@ from engine_core.types import Role
 PAUSE_S = (1.0, 3.0)  # between two faults
 LINK_S = (0.5, 3.0)
 FREEZE_S = (2.5, 5.0)
+FREEZE_GATEWAY_S = (6.5, 9.0)  # workers hang up after 5.5 s; Serve would replace it later
 BACK_S = 240.0
 WEATHERS: dict[str, Weather] = {
     "delay": Weather(delay_s=0.1),
@@ -30,6 +32,7 @@ WEATHERS: dict[str, Weather] = {
     "hold": Weather(holds=True),
 }
 PROCESS_FAULTS = ("kill", "freeze", "drain")
+GATEWAY_FAULTS = ("kill gateway", "freeze gateway")
 LINK_FAULTS = ("cut", *WEATHERS)
 
 
@@ -39,37 +42,50 @@ class Faults:
     Attributes:
         counts: faults by kind.
         victims: workers whose process was killed, or may have been replaced because it was frozen or drained.
+        killed_gateways: process ids.
     """
 
-    def __init__(self, cluster: Cluster, station: Station, rng: random.Random, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, cluster: Cluster, station: Station, fate: Fate, rng: random.Random, say: Callable[[str], None]
+    ) -> None:
         self.counts: Counter[str] = Counter()
         self.victims: set[str] = set()
+        self.killed_gateways: set[int] = set()
+        self._fate = fate
         self._cluster = cluster
         self._station = station
         self._rng = rng
         self._say = say
 
     async def until(self, over: asyncio.Event) -> None:
-        """A process fault only while every worker serves; else something happens to a link."""
+        """A process fault only while all serve; else something happens to a link. A lone gateway is spared."""
+        gateway_faults = GATEWAY_FAULTS if self._cluster.num_gateways > 1 else ()
+        every = (*PROCESS_FAULTS, *gateway_faults, *LINK_FAULTS)
         kinds: list[str] = []
         while not over.is_set():
             if not kinds:  # each kind once before any comes again
-                kinds = self._rng.sample(PROCESS_FAULTS + LINK_FAULTS, len(PROCESS_FAULTS + LINK_FAULTS))
-            status = await self._cluster.status()
-            is_whole = status.ready and len(status.members) == sum(status.wanted.values())
+                kinds = self._rng.sample(every, len(every))
+            is_whole = self._cluster.is_whole(status := await self._cluster.status())
             kind = next((k for k in kinds if is_whole or k in LINK_FAULTS), self._rng.choice(LINK_FAULTS))
             if kind in kinds:
                 kinds.remove(kind)
             self.counts[kind] += 1
-            await (self._process_fault(kind, status) if kind in PROCESS_FAULTS else self._link_fault(kind))
+            self._fate.latest = kind
+            await self._do(kind, status)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(over.wait(), self._rng.uniform(*PAUSE_S))
 
-    async def _process_fault(self, kind: str, status: Any) -> None:
+    async def _do(self, kind: str, status: Any) -> None:
         if kind == "drain":
             await self._drain(status)
-            return
-        victim = self._rng.choice(status.members)
+        elif kind in PROCESS_FAULTS:
+            await self._worker_fault(kind, self._rng.choice(status.members))
+        elif kind in GATEWAY_FAULTS:
+            await self._gateway_fault(kind, self._rng.choice(sorted(self._cluster.gateways())))
+        else:
+            await self._link_fault(kind)
+
+    async def _worker_fault(self, kind: str, victim: Any) -> None:
         self.victims.add(victim.worker_id)
         self._say(f"{kind} {victim.worker_id}")
         with contextlib.suppress(ProcessLookupError):
@@ -81,6 +97,25 @@ class Faults:
                 await asyncio.sleep(self._rng.uniform(*FREEZE_S))
             finally:
                 os.kill(victim.pid, signal.SIGCONT)
+
+    async def _gateway_fault(self, kind: str, pid: int) -> None:
+        self._say(f"{kind} {pid}")
+        if kind == "kill gateway":
+            self.killed_gateways.add(pid)
+            self._fate.num_killed += 1
+            os.kill(pid, signal.SIGKILL)
+            while pid in self._cluster.gateways():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+            self._fate.num_gone += 1
+            return
+        self._fate.num_frozen += 1
+        self._fate.is_frozen = True
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            await asyncio.sleep(self._rng.uniform(*FREEZE_GATEWAY_S))
+        finally:
+            os.kill(pid, signal.SIGCONT)
+            self._fate.is_frozen = False
 
     async def _drain(self, status: Any) -> None:
         """One worker fewer, and back again."""
@@ -99,6 +134,7 @@ class Faults:
         post = self._rng.choice(sorted(self._station.posts.values(), key=lambda post: post.worker_id))
         name, proxy = self._rng.choice([("control", post.control), *([("kv", post.kv)] if post.kv else [])])
         self._say(f"{kind} on the {name} link of {post.worker_id}")
+        self._fate.latest = f"{kind} {name}"
         if kind == "cut":
             proxy.cut()
             return
@@ -109,7 +145,7 @@ class Faults:
         finally:
             proxy.to_server = proxy.to_client = FAIR
 
-    def open_sockets(self, num_gateways: int, connections: int) -> int:
+    def open_sockets(self, connections: int) -> int:
         """Connections through the proxies beyond those there should be."""
         posts = self._station.posts.values()
         num_decode = sum(post.kv is None for post in posts)
@@ -117,4 +153,6 @@ class Faults:
         def beyond(proxy: FaultProxy | None, allowed: int) -> int:
             return 0 if proxy is None else max(0, proxy.num_open - allowed)
 
-        return sum(beyond(p.control, num_gateways) + beyond(p.kv, num_decode * connections) for p in posts)
+        return sum(
+            beyond(p.control, self._cluster.num_gateways) + beyond(p.kv, num_decode * connections) for p in posts
+        )

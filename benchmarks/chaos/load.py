@@ -11,9 +11,13 @@ from typing import Any
 
 import httpx
 
+from benchmarks.chaos.fate import Fate
 from benchmarks.mixed_load import mixed_requests
 
 TIMEOUT_S = 180.0
+EACH_ITS_OWN = httpx.Limits(max_keepalive_connections=0)  # connections, so that every gateway gets its share
+AGAIN_S = 0.05  # until a client whose gateway died asks again
+BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError)  # the connection, not the answer
 
 Said = tuple[Any, ...]
 """Per choice text, finish reason, tokens and log probabilities; and the usage: equal means the same stream."""
@@ -39,26 +43,32 @@ class Score:
     """What became of the streams.
 
     Attributes:
+        retried: asked again, as the gateway that served them was killed.
         errors: of those that were lost, some.
-        longest_gap_s: between two events of a stream.
+        gaps_s: the longest between two events of a stream, by the fault that had begun last when it ended.
+        longest_gap_s: of these all, but for those while a gateway stood still.
     """
 
     streams: int = 0
+    retried: int = 0
     mismatched: int = 0
     lost: int = 0
     longest_gap_s: float = 0.0
+    gaps_s: dict[str, float] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
 
 
 class Load:
-    """Clients of one gateway.
+    """Clients that ask again, as OpenAI's do, where the connection breaks; here only where a gateway was killed.
 
     Args:
         url: of the OpenAI API.
         bodies: what they ask, in turn.
+        fate: of the gateways.
     """
 
-    def __init__(self, url: str, model: str, bodies: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, url: str, model: str, bodies: Sequence[dict[str, Any]], fate: Fate) -> None:
+        self._fate = fate
         self.score = Score()
         self._url = f"{url}/completions"
         options = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
@@ -76,13 +86,13 @@ class Load:
                 index = todo.pop()
                 found[index] = await self._ask(client, self._bodies[index])
 
-        async with httpx.AsyncClient(timeout=TIMEOUT_S) as client:
+        async with httpx.AsyncClient(timeout=TIMEOUT_S, limits=EACH_ITS_OWN) as client:
             await asyncio.gather(*(work(client) for _ in range(concurrency)))
         self._said = [found[index] for index in range(len(self._bodies))]
 
     async def until(self, over: asyncio.Event, concurrency: int) -> None:
         """Ask again and again until told; streams that run then may end."""
-        async with httpx.AsyncClient(timeout=TIMEOUT_S) as client:
+        async with httpx.AsyncClient(timeout=TIMEOUT_S, limits=EACH_ITS_OWN) as client:
             await asyncio.gather(*(self._work(client, over) for _ in range(concurrency)))
 
     async def _work(self, client: httpx.AsyncClient, over: asyncio.Event) -> None:
@@ -91,7 +101,7 @@ class Load:
             self._next += 1
             self.score.streams += 1
             try:
-                said = await self._ask(client, self._bodies[index])
+                said = await self._ask_until_served(client, self._bodies[index])
             except (httpx.HTTPError, RuntimeError) as error:
                 self.score.lost += 1
                 self.score.errors.append(f"{type(error).__name__}: {error}")
@@ -100,19 +110,37 @@ class Load:
                 self.score.mismatched += 1
                 self.score.errors.append(f"request {index}: {said!r:.300} instead of {self._said[index]!r:.300}")
 
+    async def _ask_until_served(self, client: httpx.AsyncClient, body: dict[str, Any]) -> Said:
+        while True:
+            num_gone = self._fate.num_gone
+            try:
+                return await self._ask(client, body)
+            except BROKEN:
+                if not self._fate.excuses(num_gone):
+                    raise
+            self.score.retried += 1
+            await asyncio.sleep(AGAIN_S)
+
     async def _ask(self, client: httpx.AsyncClient, body: dict[str, Any]) -> Said:
         loop = asyncio.get_running_loop()
-        stream, heard_at = _Stream(body.get("n", 1)), 0.0
+        stream, heard_at, num_frozen = _Stream(body.get("n", 1)), 0.0, 0
         async with client.stream("POST", self._url, json=body) as reply:
             if reply.status_code != 200:
                 raise RuntimeError(f"{reply.status_code}: {(await reply.aread()).decode():.300}")
             async for line in reply.aiter_lines():
                 if heard_at:
-                    self.score.longest_gap_s = max(self.score.longest_gap_s, loop.time() - heard_at)
-                heard_at = loop.time()
+                    self._note_gap(loop.time() - heard_at, num_frozen)
+                heard_at, num_frozen = loop.time(), self._fate.num_frozen - self._fate.is_frozen
                 if line.startswith("data: "):
                     stream.take(line.removeprefix("data: "))
         return stream.said()
+
+    def _note_gap(self, seconds: float, num_frozen: int) -> None:
+        """`num_frozen`: gateways that had been stopped, and went on, when it began."""
+        score, latest = self.score, self._fate.latest
+        score.gaps_s[latest] = max(score.gaps_s.get(latest, 0.0), seconds)
+        if self._fate.num_frozen == num_frozen:
+            score.longest_gap_s = max(score.longest_gap_s, seconds)
 
 
 class _Stream:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from engine_core.kernels.paged_attention import Implementation, Rows, Scoring, paged_attention
+from engine_core.kv_scales import KvScales
 from engine_core.layers.linear import ColumnLinear, Numbers, RowLinear
 from engine_core.layers.norm import RMSNorm
 from engine_core.layers.params import Source
 from engine_core.layers.rotary import rotate, rotation
-from engine_core.mesh import kv_copies
+from engine_core.mesh import TENSOR, kv_copies
 from engine_core.models.spec import ModelSpec
 from engine_core.step_io import StepInputs
 
@@ -25,9 +27,26 @@ class AttentionInputs:
     cos: jax.Array  # [T, 1, H / 2] f32
     sin: jax.Array  # [T, 1, H / 2] f32
     rows: Rows
+    units: jax.Array | None  # [L, 2, K] f32, what 1 in a float8 cache stands for (this device's heads); None: 1
+
+    def of_layer(self, number: int | jax.Array) -> LayerInputs:
+        """What one layer needs."""
+        return LayerInputs(self.cos, self.sin, self.rows, None if self.units is None else self.units[number])
 
 
-def attention_inputs(inputs: StepInputs, frequencies: np.ndarray, page_size: int, num_pages: int) -> AttentionInputs:
+@dataclass(frozen=True)
+class LayerInputs:
+    """`AttentionInputs` of one layer."""
+
+    cos: jax.Array
+    sin: jax.Array
+    rows: Rows
+    units: jax.Array | None  # [2, K] f32
+
+
+def attention_inputs(
+    inputs: StepInputs, frequencies: np.ndarray, page_size: int, num_pages: int, units: jax.Array | None
+) -> AttentionInputs:
     """Angles and landing places of a step's tokens. Padding rows (`rows == B`) get page id `num_pages`: dropped."""
     cos, sin = rotation(inputs.positions, frequencies)
     page_ids = inputs.page_table.at[inputs.rows, inputs.positions // page_size].get(mode="fill", fill_value=num_pages)
@@ -39,7 +58,14 @@ def attention_inputs(inputs: StepInputs, frequencies: np.ndarray, page_size: int
         cu_q_lens=inputs.cu_q_lens,
         num_decode=None,
     )
-    return AttentionInputs(cos=cos, sin=sin, rows=rows)
+    return AttentionInputs(cos=cos, sin=sin, rows=rows, units=units)
+
+
+def local_units(scales: KvScales, tp: int) -> jax.Array:
+    """Those of this device's KV heads, within a shard_map: [L, 2, K] f32. float8 caches hold no copies of heads."""
+    whole = jnp.asarray(np.array(scales, np.float32).reshape(len(scales), -1, 2).swapaxes(1, 2))
+    size = whole.shape[2] // tp
+    return jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index(TENSOR) * size, size, axis=2)
 
 
 class Attention(nnx.Module):
@@ -68,7 +94,7 @@ class Attention(nnx.Module):
         x: jax.Array,
         cache: jax.Array,
         layer: int | jax.Array,
-        inputs: AttentionInputs,
+        inputs: LayerInputs,
         window: int | jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         """Attend, after this step's keys and values are written.
@@ -77,7 +103,7 @@ class Attention(nnx.Module):
             x: [T, D] normed activations.
             cache: [L, num_pages, *page_shape] (this device's KV heads).
             layer: which of the cache's; int or [] i32.
-            inputs: see `AttentionInputs`.
+            inputs: see `LayerInputs`.
             window: tokens seen, 0 for all; int or [] i32.
 
         Returns:
@@ -90,5 +116,16 @@ class Attention(nnx.Module):
         k = rotate(k, inputs.cos, inputs.sin).astype(self.compute)
         scoring = Scoring(scale=self.head_dim**-0.5, window=window)
         v = v.astype(self.compute)
+        if inputs.units is not None:
+            k_units, v_units = inputs.units
+            q, k, v = _times(q, k_units), _times(k, 1 / k_units), _times(v, 1 / v_units)
         attended, cache = paged_attention(q, k, v, cache, layer, inputs.rows, scoring, self.implementation)
+        if inputs.units is not None:
+            attended = _times(attended, v_units)
         return self.out(attended.reshape(x.shape[0], -1)), cache
+
+
+def _times(heads: jax.Array, factors: jax.Array) -> jax.Array:
+    """[T, N, H], N a multiple of K, by [K] f32: each for as many heads as share it."""
+    wide = heads.astype(jnp.float32) * jnp.repeat(factors, heads.shape[1] // factors.size)[:, None]
+    return wide.astype(heads.dtype)

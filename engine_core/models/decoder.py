@@ -17,7 +17,7 @@ from flax import nnx
 
 from engine_core.config import Degrees
 from engine_core.kv_cache import KVCache
-from engine_core.layers.attention import Attention, AttentionInputs, attention_inputs
+from engine_core.layers.attention import Attention, AttentionInputs, LayerInputs, attention_inputs, local_units
 from engine_core.layers.embedding import VocabTable
 from engine_core.layers.linear import Numbers
 from engine_core.layers.mlp import SwigluMlp
@@ -76,7 +76,7 @@ class DecoderLayer(nnx.Module):
         x: jax.Array,
         cache: jax.Array,
         layer: int | jax.Array,
-        inputs: AttentionInputs,
+        inputs: LayerInputs,
         window: int | jax.Array,
         valid: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
@@ -160,7 +160,10 @@ class Decoder:
             ([B, V] f32 logits of `inputs.logits_rows`, cache).
         """
         num_pages, page_size = cache.layers[0].shape[1:3] if self.scan else cache.layers[0].shape[:2]
-        shared = attention_inputs(inputs, self._frequencies, page_size, num_pages)
+        units = None
+        if self.spec.kv_scales is not None and cache.layers[0].dtype.itemsize == 1:
+            units = local_units(self.spec.kv_scales, self.degrees.tp)
+        shared = attention_inputs(inputs, self._frequencies, page_size, num_pages, units)
         valid = inputs.rows < inputs.kv_lens.shape[0]
         shell = self.shell.bind(params.shell)
         x = shell.embedding.embed(tokens)
@@ -180,9 +183,10 @@ class Decoder:
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         updated = []
         for segment, layer, leaves in zip(self.segments, self.layers, params.segments, strict=True):
-            arrays = caches[segment.start : segment.start + segment.num_layers]
-            for weights, cache, window in zip(leaves, arrays, segment.windows, strict=True):
-                x, written = layer.bind(weights)(x, cache[None], 0, inputs, window, valid)
+            numbers = range(segment.start, segment.start + segment.num_layers)
+            for weights, number, window in zip(leaves, numbers, segment.windows, strict=True):
+                own = inputs.of_layer(number)
+                x, written = layer.bind(weights)(x, caches[number][None], 0, own, window, valid)
                 updated.append(written[0])
         return x, tuple(updated)
 
@@ -211,7 +215,8 @@ def _scan_segment(
         carry: tuple[jax.Array, jax.Array], scanned: tuple[jax.Array, jax.Array, Leaves]
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         index, window, weights = scanned
-        return layer.bind(weights)(*carry, index, inputs, segment.windows[0] if same else window, valid), None
+        own = inputs.of_layer(index)
+        return layer.bind(weights)(*carry, index, own, segment.windows[0] if same else window, valid), None
 
     indices = jnp.arange(segment.start, segment.start + segment.num_layers, dtype=jnp.int32)
     windows = jnp.array(segment.windows, dtype=jnp.int32)

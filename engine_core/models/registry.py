@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from engine_core.errors import CheckpointError
+from engine_core.kv_scales import read_kv_scales
 from engine_core.models.spec import ExpertNames, ModelSpec, MoeSpec, RopeScaling
 
 Json = Mapping[str, Any]
@@ -127,15 +128,17 @@ def load_spec(model_dir: Path) -> ModelSpec:
     """Read what model a checkpoint directory holds.
 
     Raises:
-        CheckpointError: config.json is absent or malformed, or describes a model that is not supported.
+        CheckpointError: config.json is absent or malformed, or describes a model that is not supported; or the units
+            of a float8 cache that lie beside it do not fit.
     """
     config = read_json(model_dir / "config.json")
     generation_path = model_dir / "generation_config.json"
     generation = read_json(generation_path) if generation_path.is_file() else {}
     try:
-        return spec_from_config(config, generation)
+        spec = spec_from_config(config, generation)
     except CheckpointError as error:
         raise CheckpointError(f"{model_dir}: {error}") from None
+    return replace(spec, kv_scales=read_kv_scales(model_dir, spec.num_layers, spec.num_kv_heads))
 
 
 def spec_from_config(config: Json, generation: Json) -> ModelSpec:

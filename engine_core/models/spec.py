@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine_core.kv_scales import KvScales
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeScaling:
@@ -55,6 +57,7 @@ class ModelSpec:
         moe: None where every layer is dense.
         sliding_window: tokens of window per layer, 0 where a layer sees everything.
         eos_token_ids: any of them ends a sequence.
+        kv_scales: units of a float8 cache (`engine_core.kv_scales`); None: all 1.
     """
 
     architecture: str
@@ -76,3 +79,4 @@ class ModelSpec:
     max_position: int
     eos_token_ids: tuple[int, ...]
     dtype: str
+    kv_scales: KvScales | None = None

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from benchmarks.chaos.command import Report
+from benchmarks.chaos.fate import Fate
 from benchmarks.chaos.load import Load, chaos_requests
 
 BODY = {"prompt": [5], "max_tokens": 2, "temperature": 0}
@@ -38,8 +39,8 @@ CASES = {
 
 
 @asynccontextmanager
-async def answering(*answers: list[str]) -> AsyncIterator[str]:
-    """A server that answers with these events, one list per request; the last one from then on."""
+async def answering(*answers: list[str] | None) -> AsyncIterator[str]:
+    """A server that answers with these events, one list per request; the last one from then on. None: it hangs up."""
     left = list(answers)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -47,6 +48,10 @@ async def answering(*answers: list[str]) -> AsyncIterator[str]:
         length = int(next(line.split(b":")[1] for line in head.lower().split(b"\r\n") if b"content-length" in line))
         await reader.readexactly(length)
         events = left.pop(0) if len(left) > 1 else left[0]
+        if events is None:
+            writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 99\r\n\r\ndata: ")
+            writer.close()
+            return
         body = "".join(f"data: {each}\n\n" for each in events).encode()
         writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
         writer.close()
@@ -62,11 +67,8 @@ async def answering(*answers: list[str]) -> AsyncIterator[str]:
 async def test_a_stream_that_differs_is_counted(case: str) -> None:
     events, expected = CASES[case]
     async with answering(GOOD, events) as url:
-        load = Load(url, "m", [BODY])
-        await load.undisturbed(1)
-        over = asyncio.Event()
-        asyncio.get_running_loop().call_later(0.05, over.set)
-        await load.until(over, 1)
+        load = Load(url, "m", [BODY], Fate())
+        await disturbed(load)
     score = load.score
     assert score.streams > 0
     assert (score.mismatched, score.lost) == (expected[0] * score.streams, expected[1] * score.streams)
@@ -76,7 +78,36 @@ async def test_a_stream_that_differs_is_counted(case: str) -> None:
 async def test_a_stream_that_is_lost_undisturbed_ends_the_run() -> None:
     async with answering(CASES["no end"][0]) as url:
         with pytest.raises(RuntimeError, match="ended early"):
-            await Load(url, "m", [BODY]).undisturbed(1)
+            await Load(url, "m", [BODY], Fate()).undisturbed(1)
+
+
+async def disturbed(load: Load) -> None:
+    await load.undisturbed(1)
+    over = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.05, over.set)
+    await load.until(over, 1)
+
+
+@pytest.mark.parametrize("fate", ["dying", "died before", "lives"])
+async def test_a_broken_stream_is_asked_again_only_where_its_gateway_was_killed(fate: str) -> None:
+    died = Fate(num_killed=fate != "lives", num_gone=fate == "died before")
+    async with answering(GOOD, None, GOOD) as url:
+        load = Load(url, "m", [BODY], died)
+        await disturbed(load)
+    score = load.score
+    assert score.streams > 0 and score.mismatched == 0
+    assert (score.retried, score.lost) == ((1, 0) if fate == "dying" else (0, 1))
+
+
+@pytest.mark.parametrize(("before", "frozen"), [(0, False), (1, False), (0, True), (1, True)])
+def test_a_gap_while_a_gateway_stood_still_is_counted_apart(before: int, frozen: bool) -> None:
+    fate = Fate(num_frozen=before + frozen, is_frozen=frozen)
+    fate.latest = "freeze gateway"
+    load = Load("", "m", [BODY], fate)
+    load._note_gap(3.0, before)
+    load._note_gap(2.0, before)
+    assert load.score.gaps_s == {"freeze gateway": 3.0}
+    assert load.score.longest_gap_s == (0.0 if frozen else 3.0)
 
 
 def test_requests_are_of_every_kind_and_the_same_for_each_seed() -> None:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from decode_worker.scheduler import LAND_PAGES, DecodeScheduler
-from engine_core.errors import TransferTimeout
+from engine_core.errors import NotFinite, TransferTimeout
 from engine_core.messages import PeerAddress, TokenChunk
 from engine_core.types import FinishReason, Numerics, Request, SamplingParams
-from tests.fake_engine import fake_replica, generate, next_token
+from tests.fake_engine import fake_replica, generate, next_token, spoil
 
 PREFILL = PeerAddress("127.0.0.1", 1, 2)
 
@@ -433,4 +433,37 @@ def test_a_sequence_with_lost_blocks_may_end_before_they_are_computed(ending):
         scheduler.cancel(key)
     run(scheduler)
     assert not events.chunks and not events.failures
+    assert_released(replica, scheduler)
+
+
+@pytest.mark.parametrize("at", [10, 13])
+def test_a_sequence_whose_logits_are_not_finite_fails_alone_and_leaves_no_block(at):
+    prompt, other = list(range(10, 20)), list(range(40, 70))
+    replica, events = fake_replica(), Events()
+    scheduler = DecodeScheduler(replica, events)
+    spoil(replica.engine, at)
+    scheduler.add(request("a", prompt, 12), None)
+    scheduler.add(request("b", other, 12), None)
+    while not events.failures:
+        scheduler.tick()
+    assert not any(len(shard.cache) for shard in replica.memory.shards)
+    ((key, error),) = events.failures.items()
+    assert key == ("a", 0) and isinstance(error, NotFinite)
+    assert events.answer("a") == generate(prompt, 12)[: at - 10], "what came before it"
+    run(scheduler)
+    assert events.answer("b") == generate(other, 12)
+    spoil(replica.engine, -1)
+    scheduler.add(request("c", prompt, 12), None)
+    run(scheduler)
+    assert events.answer("c") == generate(prompt, 12) and events.chunks["c", 0][0].cached_tokens == 0
+    assert_released(replica, scheduler)
+
+
+def test_a_prompt_that_is_scored_by_logits_that_are_not_finite_fails():
+    replica, events = fake_replica(), Events()
+    scheduler = DecodeScheduler(replica, events)
+    spoil(replica.engine, 5)
+    scheduler.add(request("a", list(range(10, 20)), 3, prompt_logprobs=True), None)
+    run(scheduler)
+    assert isinstance(events.failures["a", 0], NotFinite) and not events.answer("a")
     assert_released(replica, scheduler)

@@ -18,14 +18,15 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 def test_a_short_chaos_changes_nothing(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "tiny")
-    command = [sys.executable, "-m", "deploy.cli", "chaos", "--minutes", "0.25", "--prefill", "1", "--requests", "12"]
-    command += ["--checkpoint", str(checkpoint), "--seed", "1", "--json"]
+    command = [sys.executable, "-m", "deploy.cli", "chaos", "--minutes", "0.3", "--prefill", "1", "--requests", "12"]
+    command += ["--checkpoint", str(checkpoint), "--seed", "39", "--json"]
     environment = {**os.environ, "HOME": str(tmp_path), "TMPDIR": "/tmp"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert (report["mismatched"], report["lost"], report["leaked"], report["changed"]) == (0, 0, 0, 0)
     assert report["streams"] > 12 and report["faults"] >= 3
+    assert report["fault_kinds"]["kill gateway"], "the first of this seed"
 
 
 @pytest.mark.parametrize("flags", [["--minutes", "0"], ["--decode", "0"], ["--nonsense"]])

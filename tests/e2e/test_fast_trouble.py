@@ -172,12 +172,16 @@ def test_a_frozen_worker_loses_its_streams_and_is_found_again(fast: Cluster, wor
     fast.until_at_rest(NUM_PAGES)
 
 
-def test_a_killed_gateway_frees_its_requests_and_is_replaced(fast: Cluster, undisturbed: str) -> None:
+def test_a_killed_gateway_frees_its_requests_and_is_replaced(
+    fast: Cluster, undisturbed: str, record_property: Callable[[str, object], None]
+) -> None:
     stream = Streaming(fast)
     assert stream.running, "the stream was over too soon to be disturbed"
     pids = [m.pid for m in fast.family() if b"ServeReplica" in Path(f"/proc/{m.pid}/cmdline").read_bytes()]
     os.kill(pids[0], signal.SIGKILL)
+    killed_at = time.monotonic()
     until(lambda: all(m["load"][1:3] == [0, 0] for m in fast.status()["members"]), 15)
+    record_property("seconds", time.monotonic() - killed_at)
     until(lambda: _answers(fast), 90)
     with pytest.raises(AssertionError):
         stream.text()

@@ -112,6 +112,7 @@ class PagedRunner:
         dtype: str = "float32",
         experts: str = "auto",
         kernels: CpuKernels | None = None,
+        cache_dtype: str = "",
     ) -> None:
         self.spec = load_spec(directory)
         self.shards = degrees.row_shards
@@ -126,7 +127,7 @@ class PagedRunner:
             page_size=PAGE_SIZE,
             num_kv_heads=self.spec.num_kv_heads,
             head_dim=self.spec.head_dim,
-            dtype=dtype,
+            dtype=cache_dtype or dtype,
             head_align=1,
             tp=degrees.tp,
         )

@@ -322,11 +322,22 @@ def test_poisoned_logits_stay_in_range(given, poison):
     logits[1, 7] = poison
     logits[2, 11] = 5
     inputs = make_inputs(3, 200, top_p=0.9, min_p=0.1, logprobs=True, repetition_penalty=1.1, **given)
-    tokens = pick(logits, inputs)
+    output, slots = run(jnp.asarray(logits), make_slots(200), jnp.arange(3), inputs)
+    tokens = np.asarray(slots.last_tokens)[:3]
     assert ((tokens >= 0) & (tokens < 200)).all()
     if not poison > 0:
         assert tokens[2] == 11
         assert tokens[1] != 7
+    assert np.asarray(output.tokens).tolist() == [-1] * 3, "none of them is served"
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_one_poisoned_logit_spoils_its_row_only(poison):
+    logits = np.random.default_rng(3).standard_normal((4, 300)).astype(np.float32)
+    good = pick(logits, make_inputs(4, 300, temperature=0.0))
+    logits[2, 299 if poison < 0 else 17] = poison
+    found = pick(logits, make_inputs(4, 300, temperature=0.0))
+    assert found.tolist() == [*good[:2], -1, good[3]]
 
 
 def test_slots_are_updated_in_place():

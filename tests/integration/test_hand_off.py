@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
+import sys
 
+import jax
 import numpy as np
 import pytest
 import pytest_asyncio
@@ -14,6 +17,7 @@ from tests.golden.cases import LENGTH_A
 from tests.mini_cluster import GOLDEN, MiniCluster, tiny_config
 
 VOCAB = 149
+UNHEARD_S = 5.5  # workers free what a gateway asked for that has answered no beat for so long
 PREFIXES = [[(i * 31 + j * 17) % VOCAB for j in range(40)] for i in range(3)]
 
 
@@ -142,6 +146,33 @@ async def test_a_lost_gateway_frees_everything(cluster):
 
 
 @pytest.mark.asyncio(loop_scope="module")
+async def test_what_a_frozen_gateway_asked_for_is_freed_and_it_comes_back(cluster, record_property):
+    if cluster.workers[0].info().numerics is Numerics.STRICT:
+        pytest.skip("the same in both modes")
+    prefill, decode = cluster.prefill.info.address, cluster.decode.info.address
+    command = ["-m", "tests.integration.bare_gateway", *map(str, (prefill.port, prefill.kv_port, decode.port))]
+    gateway = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=asyncio.subprocess.PIPE)
+    try:
+        async with asyncio.timeout(60):
+            assert await gateway.stdout.readline() == b"asked\n"
+            while not all(worker.load().running or worker.load().waiting for worker in cluster.workers[:2]):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            gateway.send_signal(signal.SIGSTOP)
+            frozen_at = asyncio.get_running_loop().time()
+            await asyncio.sleep(2.5)
+            assert all(worker.load().running or worker.load().waiting for worker in cluster.workers[:2]), "too early"
+            await cluster.assert_at_rest(UNHEARD_S - 2.5 + 1)
+            record_property("seconds", asyncio.get_running_loop().time() - frozen_at)
+            gateway.send_signal(signal.SIGCONT)
+            heard = {await gateway.stdout.readline() for _ in range(4)}
+        assert heard == {b"lost p\n", b"lost d\n", b"back p\n", b"back d\n"}
+    finally:
+        gateway.kill()
+        await gateway.wait()
+    await cluster.assert_at_rest()
+
+
+@pytest.mark.asyncio(loop_scope="module")
 async def test_bad_requests_fail_alone(cluster):
     good = Request("d" * 32, list(range(20)), 20, SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True))
     running = asyncio.ensure_future(cluster.client.run(good, cluster.decode, cluster.prefill))
@@ -187,6 +218,40 @@ async def test_a_prefill_worker_that_leaves_is_there_until_its_blocks_are_collec
     finally:
         prefill._host.draining = False
     await cluster.assert_at_rest()
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize("sick", ["prefill", "decode"])
+async def test_logits_that_are_not_finite_are_never_served(cluster, sick):
+    """Weights of a worker are damaged, and then whole again: what it computed meanwhile is nowhere any more."""
+    rng = random.Random(sick)
+    prompt = [rng.randrange(VOCAB) for _ in range(61)]
+    sampling = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+
+    def attempt(epoch: int) -> Request:
+        return Request(f"{0xD000 + (sick == 'decode'):032x}", prompt, len(prompt), sampling, epoch=epoch)
+
+    expected = await cluster.client.run(attempt(0), cluster.colocated, None)
+    engine = cluster.workers[0 if sick == "prefill" else 1]._replica.engine
+    whole, compiles = engine._params, cluster.num_compiles
+    engine._params = jax.tree.map(
+        lambda leaf: jax.device_put(np.full(leaf.shape, np.nan, leaf.dtype), leaf.sharding), whole
+    )
+    failed = await cluster.client.run(attempt(1), cluster.decode, cluster.prefill)
+    assert (failed.failure.code, failed.failure.retryable) == ("logits_not_finite", True)
+    cluster.client.cancel(attempt(1), cluster.decode, cluster.prefill)
+    engine._params = whole
+    await cluster.assert_at_rest()
+    said = await cluster.client.run(attempt(2), cluster.decode, cluster.prefill)
+    if sick == "prefill" and said.failure is not None:  # the decode worker had kept damaged blocks, and found them so
+        assert said.failure.code == "logits_not_finite"
+        cluster.client.cancel(attempt(2), cluster.decode, cluster.prefill)
+        said = await cluster.client.run(attempt(3), cluster.decode, cluster.prefill)
+    assert said.failure is None
+    if cluster.workers[0].info().numerics is Numerics.STRICT:
+        assert said.token_ids == expected.token_ids
+    await cluster.assert_at_rest()
+    assert cluster.num_compiles == compiles
 
 
 @pytest.mark.asyncio(loop_scope="module")

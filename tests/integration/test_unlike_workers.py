@@ -7,8 +7,10 @@ import random
 
 import pytest
 
+from engine_core.config import ModelConfig
 from engine_core.types import Numerics, Request, SamplingParams
 from tests.mini_cluster import Answer, MiniCluster, tiny_config
+from tests.scaled_checkpoint import scaled_checkpoint
 
 FLOAT8 = "float8_e4m3fn"
 
@@ -31,9 +33,14 @@ async def answers(cluster: MiniCluster, seed: int, num_requests: int, max_tokens
     ("prefill_cache", "decode_cache", "numerics"),
     [("auto", FLOAT8, Numerics.FAST), (FLOAT8, "auto", Numerics.FAST), (FLOAT8, FLOAT8, Numerics.STRICT)],
 )
-async def test_float8_caches(prefill_cache, decode_cache, numerics):
-    """Of one or both workers: the answers of a colocated worker, or most of their tokens where KV is rounded."""
-    config, plain = tiny_config(numerics), tiny_config(numerics)
+async def test_float8_caches(prefill_cache, decode_cache, numerics, tmp_path):
+    """Of one or both workers: the answers of a colocated worker, or many of their tokens where KV is rounded.
+
+    Of a model whose KV no float8 cache could hold, but for the units that lie beside its weights.
+    """
+    model = ModelConfig(path=str(scaled_checkpoint(tmp_path / "scaled")))
+    plain = dataclasses.replace(tiny_config(numerics), model=model)
+    config = plain
     config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, dtype=decode_cache))
     page_size = 4 if numerics is Numerics.STRICT else 8
     cache = dataclasses.replace(plain.cache, dtype=prefill_cache, page_size=page_size)
@@ -47,7 +54,7 @@ async def test_float8_caches(prefill_cache, decode_cache, numerics):
             assert one.failure is None and len(one.token_ids) == len(other.token_ids) == 8
             same += sum(map(int.__eq__, one.token_ids, other.token_ids))
             total += 8
-        assert same == total if prefill_cache == decode_cache else same > total // 2
+        assert same == total if prefill_cache == decode_cache else same > total // 4
         await cluster.assert_at_rest()
     finally:
         await cluster.stop()

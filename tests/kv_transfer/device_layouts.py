@@ -91,7 +91,7 @@ def hand_over(mine: Kind, theirs: Kind) -> None:
     source_ids, target_ids = pages(mine, 1), pages(theirs, 2)
     source = fill(mine.create(), mine, source_ids)
     target = theirs.create()
-    source_layout, target_layout = BlockLayout.of(mine.layout), BlockLayout.of(theirs.layout)
+    source_layout, target_layout = BlockLayout.of(mine.layout, None), BlockLayout.of(theirs.layout, None)
     repaging = Repaging(source_layout, target_layout)
     converted = []
     for start in range(0, len(source_ids), 2):

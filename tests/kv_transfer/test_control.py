@@ -220,6 +220,31 @@ async def test_a_silent_stranger_is_shown_out(monkeypatch):
         assert not server._channels
 
 
+async def test_a_gateway_that_answers_no_beat_is_hung_up_on(monkeypatch):
+    """One whose kernel still takes everything, as that of a frozen process does; others stay."""
+    monkeypatch.setattr(control, "SILENT_BEATS", 3)
+    async with served() as (worker, server, address), connected(address) as (gateway, client):
+        await client.wait_connected()
+        frozen = Stranger()
+        await frozen.connect(address)
+        proof = control.make_proof(None, control.Side.CONTROL_CALLER, frozen.heard[0].nonce, b"n" * 16)
+        frozen.channel.send(Hello(PROTOCOL_VERSION, "frozen", None, proof, b"n" * 16))
+        await until(lambda: len(server.links) == 2)
+        for _ in range(5):
+            server.watch()
+        assert len(server.links) == 2, "nothing was asked"
+        for count in range(1, 5):
+            assert not worker.lost
+            server.broadcast(LOAD)
+            await until(lambda count=count: len(gateway.heard) == count)
+            await asyncio.sleep(0.01)
+            server.watch()
+        await asyncio.wait_for(frozen.closed.wait(), 10)
+        assert worker.lost == ["frozen"]
+        client.send(Cancel("still fine", 0))
+        await until(lambda: worker.requests == [Cancel("still fine", 0)])
+
+
 async def test_a_proof_of_one_connection_is_worthless_on_another():
     async with served(b"secret") as (_, server, address):
         spy = Stranger()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -168,3 +169,45 @@ def test_float8_clips_what_it_cannot_hold_and_keeps_what_is_none(source):
     ((_, blocks, _),) = Repaging(mine, theirs).add([0], HostBlocks(rows, None))
     got = as_layers(blocks.rows, theirs)[0][0, 0, 0].astype(np.float32)
     np.testing.assert_array_equal(got, np.float32([448, 448, 448, -448, np.nan, 0.0, 1.0, 0.0]))
+
+
+UNITS = np.float32([[2, 0.5, 4, 0.25], [3, 5, 0.3, 0.7]])  # of two layers: K0, V0, K1, V1
+
+
+def with_units(page_size: int, dtype: str) -> BlockLayout:
+    return dataclasses.replace(layout(page_size, dtype), units=UNITS.tobytes())
+
+
+@pytest.mark.parametrize(("source", "target"), [("float32", "float8_e4m3fn"), ("float8_e4m3fn", "bfloat16")])
+def test_float8_is_in_units_of_its_head_and_what_is_not_float8_is_not(source, target):
+    mine, theirs = with_units(4, source), layout(8, target)  # a receiver's units do not come over the wire
+    rng = np.random.default_rng(0)
+    values = [rng.standard_normal((8, 2 * HEADS, HEAD_DIM), np.float32).astype(mine.numpy_dtype) for _ in UNITS]
+    rows = as_rows([layer.reshape(2, *mine.shape) for layer in values], 2, mine)
+    ((_, blocks, _),) = Repaging(mine, theirs).add([0, 1], HostBlocks(rows, None))
+    for got, layer, units in zip(as_layers(blocks.rows, theirs), values, UNITS, strict=True):
+        wide = layer.astype(np.float32)
+        expected = wide * (1 / units[:, None]) if source == "float32" else wide * units[:, None]
+        np.testing.assert_array_equal(got[0], expected.astype(theirs.numpy_dtype))
+
+
+def test_a_part_of_the_heads_has_their_units():
+    part = with_units(4, "float32").part(1, 1)
+    np.testing.assert_array_equal(part.layer_units, UNITS[:, 2:])
+    assert layout(4, "float32").part(1, 1).layer_units is None
+
+
+@pytest.mark.parametrize("kind", ["inproc", "plane tcp"])
+async def test_units_reach_whoever_converts(kind):
+    mine, theirs = with_units(4, "float32"), with_units(4, "float8_e4m3fn")
+    values = [np.full((1, *mine.shape), 100, np.float32)] * LAYERS
+    async with open_pair(kind, mine, decode_layout=theirs) as pair:
+        pair.sender.offer("r", 0, 30)
+        pair.receiver.request(pair.address, pair.ticket("r", [0]))
+        pair.sender.send_blocks("r", 0, [0], values)
+        pair.sender.finish("r", 0, first_token("r"))
+        await until(lambda: ("r", 0) in pair.decode.done)
+        (block,) = pair.decode.blocks["r", 0].values()
+        for layer, units in zip(block, UNITS, strict=True):
+            expected = (np.float32(100) * (1 / units)).astype(theirs.numpy_dtype)
+            np.testing.assert_array_equal(layer[0, :, 0], expected)

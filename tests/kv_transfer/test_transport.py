@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import resource
 import signal
 import threading
 from collections.abc import AsyncIterator, Sequence
@@ -393,6 +394,30 @@ async def test_a_lost_connection_is_an_error_on_both_sides_and_the_next_request_
         pair.sender.send_blocks("s", 0, [0], pair.layers([0]))
         pair.sender.finish("s", 0, first_token("s"))
         await until(lambda: ("s", 0) in pair.decode.done)
+        await pair.check_nothing_held()
+
+
+@pytest.mark.parametrize("kind", HOST_TRANSPORTS)
+async def test_without_memory_to_share_a_hand_off_fails_and_the_next_one_works(kind):
+    """The system refuses new memory, as it does where a limit is reached or too many descriptors are open."""
+    async with open_pair(kind) as pair:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (ARENA_BYTES // 2, limits[1]))
+        try:
+            pair.sender.offer("r", 0, 30)
+            pair.receiver.request(pair.address, pair.ticket("r", [0]))
+            pair.sender.send_blocks("r", 0, [0], pair.layers([0]))
+            pair.sender.finish("r", 0, first_token("r"))
+            await until(lambda: pair.decode.failed)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert pair.decode.failed["r", 0].retryable
+        pair.sender.offer("s", 0, 30)
+        pair.receiver.request(pair.address, pair.ticket("s", [0]))
+        pair.sender.send_blocks("s", 0, [0], pair.layers([0]))
+        pair.sender.finish("s", 0, first_token("s"))
+        await until(lambda: ("s", 0) in pair.decode.done)
+        pair.check_blocks("s", [0])
         await pair.check_nothing_held()
 
 

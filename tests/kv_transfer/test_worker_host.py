@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,13 +74,16 @@ def decode(name: str) -> Decode:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("fault", ["hangs", "out of memory", "bug"])
-async def test_an_engine_that_fails_loses_its_requests_and_is_told_to_be_sick(fault: str) -> None:
+async def test_an_engine_that_fails_loses_its_requests_and_is_told_to_be_sick(
+    fault: str, record_property: Callable[[str, object], None]
+) -> None:
     scheduler = Scheduler()
     host, client, link = await started(scheduler)
     try:
         assert host.healthy
         link.send(decode("a"))
         await asyncio.sleep(0.05)
+        failed_at = time.monotonic()
         if fault == "hangs":
             scheduler.hangs = True
         else:
@@ -86,6 +91,7 @@ async def test_an_engine_that_fails_loses_its_requests_and_is_told_to_be_sick(fa
         answer = client.answers["a", 0]
         async with asyncio.timeout(STEP_TIMEOUT_S + 2):
             await answer.done.wait()
+        record_property("seconds", time.monotonic() - failed_at)
         assert answer.failure is not None
         assert (answer.failure.code, answer.failure.retryable) == ("worker_died", True)
         assert not host.healthy

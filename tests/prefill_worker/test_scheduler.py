@@ -7,9 +7,10 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
+from engine_core.errors import NotFinite
 from engine_core.types import FinishReason, Numerics, Request, SamplingParams
 from prefill_worker.scheduler import PrefillScheduler
-from tests.fake_engine import fake_replica, next_token
+from tests.fake_engine import fake_replica, next_token, spoil
 
 
 class Events:
@@ -17,6 +18,7 @@ class Events:
         self.first: dict[str, object] = {}
         self.sent: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
         self.done: list[str] = []
+        self.failures: dict[str, Exception] = {}
         self.writable = True
 
     def tokens(self, chunk) -> None:
@@ -26,6 +28,9 @@ class Events:
         for i, index in enumerate(indices):
             assert index not in self.sent[key[0]]
             self.sent[key[0]][index] = layers[0][i, :, 0, 0]
+
+    def failed(self, key, error) -> None:
+        self.failures[key[0]] = error
 
     def finished(self, key, first_token) -> None:
         assert first_token == self.first[key[0]]
@@ -194,4 +199,25 @@ def test_full_pool_queues_and_a_slow_receiver_keeps_pages_on_the_device():
     run(scheduler)
     assert events.done == ["a", "b"]
     assert sent_tokens(events, "b", 20) == list(range(40, 60))
+    assert_released(replica)
+
+
+def test_a_prompt_whose_logits_are_not_finite_fails_alone_and_leaves_no_block():
+    replica, events = fake_replica(), Events()
+    scheduler = PrefillScheduler(replica, events)
+    spoil(replica.engine, 10)
+    for name, prompt in (("a", list(range(10, 20))), ("b", list(range(40, 70)))):
+        scheduler.add(request(name, prompt))
+        scheduler.grant((name, 0), [])
+    while not events.failures:
+        scheduler.tick()
+    assert list(events.failures) == ["a"] and isinstance(events.failures["a"], NotFinite)
+    assert not any(len(shard.cache) for shard in replica.memory.shards)
+    run(scheduler)
+    assert events.done == ["b"] and list(events.first) == ["b"]
+    spoil(replica.engine, -1)
+    scheduler.add(request("c", list(range(10, 20))))
+    scheduler.grant(("c", 0), [])
+    run(scheduler)
+    assert events.first["c"].token_ids == [next_token(list(range(10, 20)))] and events.first["c"].cached_tokens == 0
     assert_released(replica)

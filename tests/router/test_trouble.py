@@ -156,6 +156,18 @@ async def test_gives_up_after_three_attempts(pair: Cluster) -> None:
     assert_idle(pair)
 
 
+async def test_logits_that_are_not_finite_everywhere_are_a_clear_error(pair: Cluster) -> None:
+    for worker in pair.decode:
+        worker.fail, worker.fail_code = 99, "logits_not_finite"
+    reply = await pair.http.post("/v1/completions", json=BODY)
+    assert reply.status_code == 500
+    assert (reply.json()["error"]["type"], reply.json()["error"]["code"]) == ("server_error", "logits_not_finite")
+    assert all(worker.requests() for worker in pair.decode), "another worker was tried"
+    breakers = [pair.service.registry.workers[worker.info.worker_id, 1].candidate.breaker for worker in pair.decode]
+    assert sum(breaker._failures for breaker in breakers) == 3, "and the workers are blamed"
+    assert_idle(pair)
+
+
 async def test_not_retryable_is_final(pair: Cluster) -> None:
     for worker in pair.prefill:
         worker.fail, worker.fail_code, worker.fail_retryable = 1, "layout_mismatch", False
@@ -291,6 +303,38 @@ async def test_lost_connections_are_no_deaths(model_dir: Path, answer_ids: list[
                     channel.abort(ConnectionError("cut"))
             await cluster.until(lambda: not any(worker.active for worker in cluster.decode))
         assert (await call)[0] == said(answer_ids, 3)
+
+
+async def test_a_link_that_is_lost_again_and_again_ends_no_stream(cluster: Cluster, answer_ids: list[int]) -> None:
+    """More often than `max_attempts`, before a token has come; and then it is whole again."""
+    for worker in cluster.prefill + cluster.decode:
+        worker.step_s = 0.3
+    call = asyncio.create_task(collect(cluster, max_tokens=3))
+    for _ in range(6):
+        await cluster.until(lambda: bool(cluster.decode[0].active))
+        for channel in list(cluster.decode[0]._server._channels):
+            channel.abort(ConnectionError("cut"))
+        await cluster.until(lambda: not cluster.decode[0].active)
+    assert (await call)[0] == said(answer_ids, 3)
+    assert_idle(cluster)
+
+
+async def test_a_link_that_stays_bad_ends_its_streams(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.failures.PATIENCE_S", 0.5)
+    cluster.decode[0].step_s = cluster.prefill[0].step_s = 30
+
+    async def keep_cutting() -> None:
+        while True:
+            await cluster.until(lambda: bool(cluster.decode[0].active))
+            for channel in list(cluster.decode[0]._server._channels):
+                channel.abort(ConnectionError("cut"))
+            await cluster.until(lambda: not cluster.decode[0].active)
+
+    cutting = asyncio.create_task(keep_cutting())
+    reply = await cluster.http.post("/v1/completions", json=BODY)
+    cutting.cancel()
+    assert (reply.status_code, reply.json()["error"]["code"]) == (502, "worker_died")
+    assert_idle(cluster)
 
 
 async def test_attempts_that_bring_tokens_are_not_counted(pair: Cluster, answer_ids: list[int]) -> None:
