@@ -3,7 +3,9 @@
 Both are one process on this machine, measured alternately in one run; medians are reported. Behind the gateway a
 process without a model plays a prefill and a decode worker, so the gateway does all of its real work: validation, chat
 template, tokenizing, placement, two messages out, frames in, journal, detokenizing, JSON, server-sent events. Requests
-share a system prompt and differ in what the user says.
+share a system prompt and differ in what the user says. Where there are two cores, each server has the last one for
+itself, and the client and the worker the others: else the system may let the gateway wait for a worker that it shares a
+core with, which has nothing to do but send tokens.
 """
 
 from __future__ import annotations
@@ -73,17 +75,21 @@ def main(argv: Sequence[str]) -> int:
 
 
 async def _measure(arguments: argparse.Namespace) -> dict[str, Samples]:
+    cores = sorted(os.sched_getaffinity(0))
     with ExitStack() as stack:
+        os.sched_setaffinity(0, cores[:-1] or cores)
+        stack.callback(os.sched_setaffinity, 0, cores)
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         answer = _write_model(directory)
         workers, _ = _start(stack, "worker", {"answer": answer})
-        servers = {"gateway": _start(stack, "gateway", {"workers": workers, "model_dir": str(directory)})}
+        last = cores[-1:]
+        servers = {"gateway": _start(stack, "gateway", {"workers": workers, "model_dir": str(directory)}, last)}
         whole, stream = _requests(arguments.short_tokens, False), _requests(arguments.tokens, True)
         whole_bytes = await _response(servers["gateway"][0], whole())
         events = (await _response(servers["gateway"][0], stream())).split("\n\n")[:-1]
         for name, framework in (("FastAPI", True), ("plain ASGI", False)):
             bare = {"whole": whole_bytes, "events": [f"{event}\n\n" for event in events], "framework": framework}
-            servers[name] = _start(stack, "bare", bare)
+            servers[name] = _start(stack, "bare", bare, last)
         samples = {name: Samples() for name in servers}
         for round_index in range(arguments.rounds + 1):
             for name, server in servers.items():
@@ -187,10 +193,16 @@ def _write_model(directory: Path) -> list[int]:
     return ids
 
 
-def _start(stack: ExitStack, role: str, arguments: dict[str, object]) -> tuple[Any, int]:
-    """Start a process; returns what it says when it is ready, and its id. It ends with our end of its input."""
+def _start(stack: ExitStack, role: str, arguments: dict[str, object], cores: Sequence[int] = ()) -> tuple[Any, int]:
+    """Start a process; returns what it says when it is ready, and its id. It ends with our end of its input.
+
+    Args:
+        cores: that it may use; none: those that we may use.
+    """
     command = [sys.executable, "-m", "benchmarks.gateway_parts", role, json.dumps(arguments)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    if cores:
+        os.sched_setaffinity(process.pid, cores)
     assert process.stdin is not None
     assert process.stdout is not None
     stack.callback(process.wait, EXIT_S)
