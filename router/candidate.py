@@ -155,7 +155,7 @@ class Candidate:
                 self._head_since = now
             unheard = self._unheard.get(number)
             if unheard is not None:
-                self._unheard[number] = unheard._replace(prefill_tokens=0, prefill_us=0)
+                self._unheard[number] = Work(0, 0, unheard.rows, unheard.kv_tokens)
                 self._unheard_us -= work.prefill_us
 
     def release(self, number: int, now: float) -> None:
@@ -204,20 +204,21 @@ class Candidate:
         if load is not None and load.queued_tokens:
             told_s = self.steps.prefill_s(load.queued_tokens, 0, self.info.chunk_tokens) + self._unheard_us / 1e6
         head = next(iter(self._work.values()), None)
-        return Standing(
-            placed_s=self._prefill_us / 1e6,
-            head_s=head.prefill_us / 1e6 if head else 0.0,
-            head_since=self._head_since,
-            told_s=told_s,
-            told_at=self.load_at,
-            busy_s=self._recent_s.total,
-            busy_at=self._recent_s.at,
-            mean_prefill_s=self.mean_prefill_s.value,
-            rows=rows,
-            kv_tokens=self.kv_tokens(rows),
-            arrivals=self._recent_rows.total,
-            arrived_at=self._recent_rows.at,
-            turn=self.turn,
+        recent_s, recent_rows = self._recent_s, self._recent_rows
+        return Standing(  # by position: half as long
+            self._prefill_us / 1e6,
+            head.prefill_us / 1e6 if head else 0.0,
+            self._head_since,
+            told_s,
+            self.load_at,
+            recent_s.total,
+            recent_s.at,
+            self.mean_prefill_s.value,
+            rows,
+            self.kv_tokens(rows),
+            recent_rows.total,
+            recent_rows.at,
+            self.turn,
         )
 
     def queue_s(self, now: float) -> float:

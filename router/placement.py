@@ -260,7 +260,7 @@ class JointPlacement:
         target, num_tokens = writer.worker, len(request.token_ids)
         if reader is None:
             reading = _reading(writer.local)
-            _reserve(target, number, reading._replace(rows=1, kv_tokens=num_tokens), now)
+            _reserve(target, number, Work(reading.prefill_tokens, reading.prefill_us, 1, num_tokens), now)
             return Placement(number, None, target, decision, prefill_tokens=reading.prefill_tokens, transfer_bytes=0)
         reading = _reading(reader)
         _reserve(reader.worker, number, reading, now)
