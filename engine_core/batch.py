@@ -276,7 +276,7 @@ def _concatenate(parts: list[HostArray]) -> HostArray:
 
 def _joined(leaves: Seq[HostArray]) -> HostArray:
     """Rows behind one another; a switch of the whole batch is on where a shard needs it."""
-    return _concatenate(list(leaves)) if leaves[0].ndim else np.logical_or.reduce(leaves)
+    return _concatenate(list(leaves)) if leaves[0].ndim else np.asarray(leaves).any(axis=0)
 
 
 def _cumulative(lengths: HostArray) -> HostArray:

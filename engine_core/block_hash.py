@@ -118,7 +118,7 @@ def _int32_bytes(token_ids: Tokens) -> bytes:
     """Tokens, little-endian. Packing a list is several times as fast as NumPy."""
     if isinstance(token_ids, np.ndarray):
         limits = np.iinfo(np.int32)
-        if len(token_ids) and (token_ids.min() < limits.min or token_ids.max() > limits.max):
+        if len(token_ids) and (np.min(token_ids) < limits.min or np.max(token_ids) > limits.max):
             raise OverflowError("a token id does not fit int32")
         return token_ids.astype("<i4").tobytes()
     try:

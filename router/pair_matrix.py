@@ -83,7 +83,7 @@ class PairMatrix:
         config, split = self._config, self._split
         recent = np.exp(self._standings[6:] - now / WINDOW_S)  # utilization; arrivals per second
         busy = np.minimum(recent[0], MAX_UTILIZATION)
-        mean_busy = float(np.add.reduce(busy[: split or None])) / (split or len(busy))
+        mean_busy = float(busy[: split or None].mean())
         reading = self._reading(asked, busy, mean_busy, now)
         write_s = self._write_s(asked, recent[1, split:])
         source_s, local_s = reading.total_s[:split], reading.total_s[split:]

@@ -116,15 +116,15 @@ def _walk(refs: Refs, sizes: Sizes, count: jax.Array, inputs: list[Any]) -> None
         arrive(ahead(group, 2))
         return group + 1, fetching[-1][1]
 
-    group, cursor = lax.while_loop(lambda carry: carry[1].live, steady, (jnp.int32(0), cursor))
-    fetched += group
+    steadily, cursor = lax.while_loop(lambda carry: carry[1].live, steady, (jnp.int32(0), cursor))
+    fetched += steadily
 
     def drain(group: jax.Array, _: None) -> None:
         attend.attend(refs, sizes, ahead(group, 0), ahead(group, 1), lambda place: None)
         items.send_results(refs, sizes, ahead(group, 0))
         pl.when(group + 2 < fetched)(lambda: arrive(ahead(group, 2)))
 
-    lax.fori_loop(group, fetched - 1, drain, None)
+    lax.fori_loop(steadily, fetched - 1, drain, None)
     attend.attend_last(refs, sizes, ahead(fetched, -1 + ring))
     items.send_results(refs, sizes, ahead(fetched, -1 + ring))
     written = refs.leaving.at[pl.ds(0, count)]
