@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -241,6 +243,29 @@ def test_every_option_in_the_files_exists() -> None:
         assert len(commands) == 1
         flags = [word for word in commands[0].split("baton serve")[1].split() if word.startswith("--")]
         assert flags and set(flags) <= known
+
+
+def test_nodes_install_the_newest_wheel_even_of_the_same_version(tmp_path: Path) -> None:
+    """`ray up` copies what is new in dist/ and leaves what was there."""
+    wheels = tmp_path / "baton/wheel"
+    wheels.mkdir(parents=True)
+    for name, at in (("baton-0.2.whl", 1), ("baton-0.1.whl", 2)):  # a rollback
+        (wheels / name).touch()
+        os.utime(wheels / name, (at, at))
+    installs = [
+        command
+        for path in FILES
+        for commands in ("head_setup_commands", "worker_setup_commands")
+        for command in ClusterFile(path, local).content.get(commands, ())
+        if "pip install" in command
+    ]
+    assert len(installs) == 2 * (len(FILES) - 1), "all but local.yaml, where Baton is installed already"
+    for command in installs:
+        words = command.replace("uv pip install", "printf '%s\\n'", 1)
+        environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+        given = subprocess.check_output(["bash", "-c", words], env=environment, text=True).splitlines()
+        assert [word for word in given if word.endswith(".whl")] == [str(wheels / "baton-0.1.whl")]
+        assert "--reinstall-package=baton" in given
 
 
 def test_the_skypilot_file(home: Path) -> None:
