@@ -39,7 +39,8 @@ Mlp = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 def plain(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
     """[T, D]: as the engine does it."""
-    return jax.lax.psum(jax.nn.silu(x @ up) @ down, TENSOR)
+    added: jax.Array = jax.lax.psum(jax.nn.silu(x @ up) @ down, TENSOR)
+    return added
 
 
 def ring(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
@@ -56,7 +57,8 @@ def ring(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
     total = piece(1)
     for steps in range(2, _DEVICES + 1):
         total = jax.lax.ppermute(total, TENSOR, links) + piece(steps)
-    return jax.lax.all_gather(total, TENSOR, axis=0, tiled=True)
+    gathered: jax.Array = jax.lax.all_gather(total, TENSOR, axis=0, tiled=True)
+    return gathered
 
 
 def halves(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
@@ -75,8 +77,8 @@ def measure(name: str, mlp: Mlp, tokens: int) -> dict[str, Any]:
         for shape, spec in zip(shapes, specs, strict=True)
     ]
     split = jax.shard_map(mlp, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
-    text = jax.jit(split).lower(*arguments).compile().as_text()
-    cycles = sum(count for found in _CYCLES.findall(text) if (count := int(found)) < _UNKNOWN)
+    text = jax.jit(split).lower(*arguments).compile().as_text() or ""
+    cycles = sum(count for count in map(int, _CYCLES.findall(text)) if count < _UNKNOWN)
     size = 2 * tokens * _HIDDEN
     return {
         "way": name,
