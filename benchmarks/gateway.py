@@ -5,7 +5,8 @@ process without a model plays a prefill and a decode worker, so the gateway does
 template, tokenizing, placement, two messages out, frames in, journal, detokenizing, JSON, server-sent events. Requests
 share a system prompt and differ in what the user says. Where there are two cores, each server has the last one for
 itself, and the client and the worker the others: else the system may let the gateway wait for a worker that it shares a
-core with, which has nothing to do but send tokens.
+core with, which has nothing to do but send tokens. For the same reason TTFT is that of short answers: the client would
+wait for the worker, which says a long one in one go, as no real one does.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
     parser.add_argument("--connections", type=int, default=32, help="for requests/s and chunks/s; TTFT uses 1")
     parser.add_argument("--tokens", type=int, default=64, help="of a streamed answer")
-    parser.add_argument("--short-tokens", type=int, default=4, help="of an answer that is not streamed")
+    parser.add_argument("--short-tokens", type=int, default=4, help="of an answer that is not streamed, and for TTFT")
     arguments = parser.parse_args(argv)
     samples = uvloop.run(_measure(arguments))
     _report(samples, arguments)
@@ -90,10 +91,12 @@ async def _measure(arguments: argparse.Namespace) -> dict[str, Samples]:
         for name, framework in (("FastAPI", True), ("plain ASGI", False)):
             bare = {"whole": whole_bytes, "events": [f"{event}\n\n" for event in events], "framework": framework}
             servers[name] = _start(stack, "bare", bare, last)
+        short = _requests(arguments.short_tokens, True)
         samples = {name: Samples() for name in servers}
         for round_index in range(arguments.rounds + 1):
             for name, server in servers.items():
-                await _measure_once(server, whole, stream, arguments, samples[name] if round_index else Samples())
+                kept = samples[name] if round_index else Samples()
+                await _measure_once(server, whole, stream, short, arguments, kept)
     return samples
 
 
@@ -101,6 +104,7 @@ async def _measure_once(
     server: tuple[int, int],
     whole: Callable[[], bytes],
     stream: Callable[[], bytes],
+    short: Callable[[], bytes],
     arguments: argparse.Namespace,
     samples: Samples,
 ) -> None:
@@ -113,7 +117,7 @@ async def _measure_once(
     load = await run_load(port, stream, arguments.connections, arguments.seconds)
     samples.chunks.append(load.events / load.wall_s)
     samples.chunk_cpu_us.append(1e6 * (_cpu_s(pid) - cpu_s) / load.events)
-    load = await run_load(port, stream, 1, arguments.seconds / 2)
+    load = await run_load(port, short, 1, arguments.seconds / 2)
     samples.ttft_ms.append(1000 * statistics.median(load.ttft_s))
 
 
