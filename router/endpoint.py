@@ -39,6 +39,7 @@ class GenerateEndpoint:
         self._service = service
         self._dialect = dialect
         self._check_key = check_key
+        self._watches = DisconnectWatches()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request. Nothing that happens here reaches another one."""
@@ -51,7 +52,7 @@ class GenerateEndpoint:
             wishes = read_wishes(scope, self._check_key(scope))
             check_json_type(scope)
             body = await read_body(scope, receive, self._service.config.max_body_bytes)
-            watch = DisconnectWatch(receive)
+            watch = self._watches.open(receive)
             await exchange.run(await self._dialect.prepare(body), arrived_at, wishes)
         except ClientGone:
             exchange.status = ClientGone.http_status
@@ -66,7 +67,7 @@ class GenerateEndpoint:
             await exchange.fail(BatonError("the server had an error while processing your request"), watch)
         finally:
             if watch is not None:
-                watch.close()
+                self._watches.close(watch)
             self._service.metrics.requests[self._dialect.name, exchange.status] += 1
             self._service.metrics.disconnects += exchange.status == ClientGone.http_status
 
@@ -74,36 +75,61 @@ class GenerateEndpoint:
 class DisconnectWatch:
     """Cancels the current task when the client goes away, wherever it waits.
 
-    It begins to look after `WATCH_AFTER_S`: most of what is answered sooner needs no watch, which is a task.
-
     Attributes:
         gone: whether that happened.
     """
 
-    __slots__ = ("_owner", "_receive", "_task", "_timer", "gone")
+    __slots__ = ("_owner", "_receive", "_task", "gone")
 
     def __init__(self, receive: Receive) -> None:
         self.gone = False
         self._receive = receive
         self._owner = asyncio.current_task()
         self._task: asyncio.Task[None] | None = None
-        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._begin)
+
+    def begin(self) -> None:
+        """Look from now on."""
+        self._task = asyncio.get_running_loop().create_task(_until_disconnect(self._receive))
+        self._task.add_done_callback(self._on_done)
 
     def close(self) -> None:
         """The response is complete."""
         self._owner = None
-        self._timer.cancel()
         if self._task is not None:
             self._task.cancel()
-
-    def _begin(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(_until_disconnect(self._receive))
-        self._task.add_done_callback(self._on_done)
 
     def _on_done(self, task: asyncio.Task[None]) -> None:
         if self._owner is not None and not task.cancelled():
             self.gone = True
             self._owner.cancel()
+
+
+class DisconnectWatches:
+    """Begins those of responses that take longer than a moment: a watch is a task, and so is none of most."""
+
+    def __init__(self) -> None:
+        self._waiting: set[DisconnectWatch] = set()
+        self._is_due = False
+
+    def open(self, receive: Receive) -> DisconnectWatch:
+        """Of a request that was read; it begins within `WATCH_AFTER_S`."""
+        watch = DisconnectWatch(receive)
+        self._waiting.add(watch)
+        if not self._is_due:
+            self._is_due = True
+            asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._begin)
+        return watch
+
+    def close(self, watch: DisconnectWatch) -> None:
+        """The response is complete."""
+        self._waiting.discard(watch)
+        watch.close()
+
+    def _begin(self) -> None:
+        self._is_due = False
+        for watch in self._waiting:
+            watch.begin()
+        self._waiting.clear()
 
 
 async def _until_disconnect(receive: Receive) -> None:
