@@ -80,7 +80,7 @@ def _ordered(run: RunFile, work: Callable[[FleetClient], Awaitable[FleetStatus]]
 
 async def _settled(fleet: FleetClient, answer: FleetStatus) -> FleetStatus:
     """Wait until every wanted worker serves and every surplus one is gone."""
-    return await _watched(fleet, answer, lambda status: status.ready and len(status.members) == _num_wanted(status))
+    return await _watched(fleet, answer, lambda status: status.is_settled)
 
 
 async def _watched(fleet: FleetClient, answer: FleetStatus, is_done: Callable[[FleetStatus], bool]) -> FleetStatus:
@@ -91,10 +91,6 @@ async def _watched(fleet: FleetClient, answer: FleetStatus, is_done: Callable[[F
         answer = await fleet.watch(answer.version, WATCH_S)
         progress.starting(answer)
     return answer
-
-
-def _num_wanted(status: FleetStatus) -> int:
-    return sum(status.wanted.values())
 
 
 def _is_gone(status: FleetStatus, worker_id: str, incarnation: int) -> bool:

@@ -32,9 +32,7 @@ def resolve(name: str, revision: str, say: Callable[[str], None]) -> Path:
     Raises:
         CheckpointError: it is none of these, or the hub cannot be reached or refuses.
     """
-    if name == DEMO:
-        return DEMO_DIR
-    path = Path(name).expanduser()
+    path = _on_disk(name)
     if path.is_dir():
         return path
     if path.exists():
@@ -42,6 +40,11 @@ def resolve(name: str, revision: str, say: Callable[[str], None]) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise CheckpointError(f"{name!r} is neither a directory nor a hub id such as Qwen/Qwen3-0.6B")
     return _download(name, revision, say)
+
+
+def _on_disk(name: str) -> Path:
+    """Where a model is that needs no download."""
+    return DEMO_DIR if name == DEMO else Path(name).expanduser()
 
 
 def on_node(model_dir: str, name: str, revision: str, say: Callable[[str], None]) -> Path:
@@ -66,7 +69,7 @@ def config_directory(name: str) -> Path | None:
     Raises:
         CheckpointError: there is none.
     """
-    directory = DEMO_DIR if name == DEMO else Path(name).expanduser()
+    directory = _on_disk(name)
     if directory.is_dir():
         return directory
     try:

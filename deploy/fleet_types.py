@@ -111,6 +111,11 @@ class FleetStatus(msgspec.Struct, frozen=True):
     num_events: int
     autoscale: AutoscaleView | None = None
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether every wanted worker serves, and no other is left."""
+        return self.ready and len(self.members) == sum(self.wanted.values())
+
 
 class GatewayPlan(msgspec.Struct, frozen=True):
     """How to construct a gateway.

@@ -69,9 +69,8 @@ def read(path: Path) -> list[Document]:
 
 
 def describe(path: Path, problems: Sequence[Problem]) -> str:
-    """`file:line: text`, one per line, in the order of the lines."""
-    ordered = sorted(problems, key=lambda problem: problem.line)
-    return "\n".join(f"{path}:{problem.line}: {problem.text}" for problem in ordered)
+    """`file:line: text`, one per line."""
+    return "\n".join(f"{path}:{problem.line}: {problem.text}" for problem in problems)
 
 
 def _child(node: Any, step: str | int) -> tuple[Any, int] | None:

@@ -40,6 +40,7 @@ from engine_core.messages import (
 )
 from kv_transfer.auth import Side, check_bind, make_proof, new_nonce, proves
 from kv_transfer.channel import MAX_FRAME_BYTES, Channel, from_gateway, from_worker
+from kv_transfer.silence import Silence
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +69,8 @@ class GatewayLink:
     def __init__(self, channel: Channel, peer: str) -> None:
         self.peer = peer
         self._channel = channel
-        self._is_asked = False
-        self._num_beats = 0  # since it was asked for a sign of life
+        self._is_asked = False  # for a sign of life
+        self._silence = Silence(SILENT_BEATS)
 
     def send(self, message: Tokens | Failed | Measured | WorkerStats | BlockEvents | BlockSnapshot) -> bool:
         """Queue a message; False when the gateway is slow or gone."""
@@ -82,12 +83,12 @@ class GatewayLink:
 
     def heard(self) -> None:
         """It said something."""
-        self._is_asked, self._num_beats = False, 0
+        self._is_asked = False
+        self._silence.heard()
 
     def hang_up_if_silent(self) -> None:
-        """To be called at each beat. Counting beats, not time, spares it where this process itself was held up."""
-        self._num_beats += self._is_asked
-        if self._num_beats > SILENT_BEATS and not self.closed:
+        """To be called at each beat."""
+        if self._is_asked and self._silence.is_over() and not self.closed:
             logger.warning("hung up on gateway %s: it has answered none of %d beats", self.peer, SILENT_BEATS)
             self._channel.abort(TimeoutError("no answer to beats"))
 

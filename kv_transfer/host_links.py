@@ -14,7 +14,7 @@ from engine_core.messages import Challenge, KvShard, Message, Refused
 from kv_transfer.auth import Side, check_bind, make_proof, new_nonce, proves
 from kv_transfer.channel import MAX_FRAME_BYTES, Channel
 from kv_transfer.handoff import error_named
-from kv_transfer.host_loop import BEAT_S, SILENT_BEATS, HostLoop, Silence, how_it_ended
+from kv_transfer.host_loop import BEAT_S, SILENT_BEATS, STARTING_BEATS, HostLoop, how_it_ended
 from kv_transfer.host_wire import (
     HOST_PROTOCOL,
     HostBeat,
@@ -24,6 +24,7 @@ from kv_transfer.host_wire import (
     HostWelcome,
     from_follower,
 )
+from kv_transfer.silence import Silence
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class _Host:
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
-        self.silence = Silence()
+        self.silence = Silence(STARTING_BEATS)
         self.ready: HostReady | None = None
         self.inflight_bytes = 0
 

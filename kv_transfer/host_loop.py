@@ -57,20 +57,3 @@ class HostLoop:
 def how_it_ended(error: Exception | None) -> str:
     """Of a connection, in words. A killed process leaves it closed, or reset where bytes lay unread."""
     return "it hung up" if error is None or isinstance(error, ConnectionError) else str(error)
-
-
-class Silence:
-    """Counts our beats since a peer's last message: time in which this process itself was held up counts little."""
-
-    def __init__(self) -> None:
-        self.limit = STARTING_BEATS
-        self._count = 0
-
-    def heard(self) -> None:
-        """A message came."""
-        self._count = 0
-
-    def is_over(self) -> bool:
-        """To be called at each of our beats: whether the peer has been silent for too long."""
-        self._count += 1
-        return self._count > self.limit

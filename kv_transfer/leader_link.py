@@ -15,7 +15,7 @@ from engine_core.host_commands import Begin
 from engine_core.messages import Challenge, KvShard, Message, Refused
 from kv_transfer.auth import Side, make_proof, new_nonce, proves
 from kv_transfer.channel import MAX_FRAME_BYTES, Channel
-from kv_transfer.host_loop import BEAT_S, SILENT_BEATS, HostLoop, Silence, how_it_ended
+from kv_transfer.host_loop import BEAT_S, SILENT_BEATS, STARTING_BEATS, HostLoop, how_it_ended
 from kv_transfer.host_wire import (
     HOST_PROTOCOL,
     HostBeat,
@@ -25,6 +25,7 @@ from kv_transfer.host_wire import (
     HostWelcome,
     from_leader,
 )
+from kv_transfer.silence import Silence
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class LeaderLink:
         self.secret = secret
         self._on_lost = on_lost
         self._loop = HostLoop("leader")
-        self._silence = Silence()
+        self._silence = Silence(STARTING_BEATS)
         self._begun = threading.Event()
         self._welcome = threading.Event()
         self._begin: Begin | None = None

@@ -76,7 +76,7 @@ class Writer(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A pair; `reader` is None where the decode worker reads the prompt itself. `transfer_s` is not weighted yet."""
+    """A pair; `reader` is None where the decode worker reads the prompt itself."""
 
     key: tuple[float, int]
     reader: Reader | None
@@ -152,7 +152,7 @@ class PairCosts:
         terms = Terms(
             queue_s=reading.queue_s,
             prefill_s=reading.prefill_s,
-            transfer_s=self._config.transfer * transfer_s,
+            transfer_s=transfer_s,
             itl_s=writer.itl_s + (writer.stall_s if reader is None else 0.0),
             crowding_s=reading.crowding_s,
             followers_s=reading.followers_s,
@@ -210,8 +210,8 @@ class PairCosts:
         """None where the two must not exchange KV."""
         if reader.worker.info.fingerprint != writer.worker.info.fingerprint:
             return None
-        transfer_s = self._transfer_s(reader, writer)
-        total_s = reader.total_s + writer.total_s + self._config.transfer * transfer_s
+        transfer_s = self._config.transfer * self._transfer_s(reader, writer)
+        total_s = reader.total_s + writer.total_s + transfer_s
         return Choice((total_s, reader.worker.turn + writer.worker.turn), reader, writer, transfer_s)
 
     def _local(self, writer: Writer) -> Choice:

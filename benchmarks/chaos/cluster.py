@@ -81,8 +81,7 @@ class Cluster:
 
     def is_whole(self, status: Any) -> bool:
         """Whether, by this status, every wanted worker serves and no other is left; and every gateway listens."""
-        workers = status.ready and len(status.members) == sum(status.wanted.values())
-        return bool(workers) and len(self.gateways()) == self._num_sockets(LISTENS) == self.num_gateways
+        return bool(status.is_settled) and len(self.gateways()) == self._num_sockets(LISTENS) == self.num_gateways
 
     def gateways(self) -> list[int]:
         """Process ids of those that live."""

@@ -134,30 +134,30 @@ def test_a_slice_of_several_hosts(home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "message"),
+    ("name", "old", "new", "message"),
     [
-        ("tpu7x-32", "tpu7x-64", "tpu7x with 32 chips is 8 hosts, a worker spans 4"),
-        ("tpu7x-16", "tpu7x-8", "tpu7x with 4 chips is 1 hosts, a worker spans 2"),
-        ('4, "baton-decode"', '8, "baton-decode"', "this slice has 16 chips on 4 hosts, resources.TPU says 8"),
-        ('4, "baton-prefill"', '2, "baton-prefill"', "prefill has 2 TPU chips, a worker needs more (engine.tp 16"),
+        ("tpu7x", "tpu7x-32", "tpu7x-64", "tpu7x with 32 chips is 8 hosts, a worker spans 4"),
+        ("tpu7x", "tpu7x-16", "tpu7x-8", "tpu7x with 4 chips is 1 hosts, a worker spans 2"),
+        ("tpu7x", '4, "baton-decode"', '8, "baton-decode"', "this slice has 16 chips on 4 hosts, resources.TPU says 8"),
+        (
+            "tpu7x",
+            '4, "baton-prefill"',
+            '2, "baton-prefill"',
+            "prefill has 2 TPU chips, a worker needs more (engine.tp 16",
+        ),
+        ("v6e", "acceleratorType: v6e-16", "acceleratorType: v6e-32", "v6e with 32 chips is 8 hosts, a worker spans 4"),
+        ("v6e", "acceleratorType: v6e-16", "acceleratorType: v6e-8", "v6e with 8 chips is 1 hosts, a worker spans 4"),
+        ("v6e", '"TPU": 4', '"TPU": 8', "this slice has 16 chips on 4 hosts, resources.TPU says 8"),
+        (
+            "v6e",
+            '"TPU": 4',
+            '"TPU": 2',
+            "decode has 2 TPU chips, a worker needs more (engine.tp 16, fleet.tpus_per_worker 16",
+        ),
     ],
 )
-def test_a_slice_that_is_not_the_workers_on_tpu7x(home: Path, old: str, new: str, message: str) -> None:
-    found = problems(changed(home, "tpu7x-multihost", (old, new)))
-    assert any(message in text for text in found), found
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("acceleratorType: v6e-16", "acceleratorType: v6e-32", "v6e with 32 chips is 8 hosts, a worker spans 4"),
-        ("acceleratorType: v6e-16", "acceleratorType: v6e-8", "v6e with 8 chips is 1 hosts, a worker spans 4"),
-        ('"TPU": 4', '"TPU": 8', "this slice has 16 chips on 4 hosts, resources.TPU says 8"),
-        ('"TPU": 4', '"TPU": 2', "decode has 2 TPU chips, a worker needs more (engine.tp 16, fleet.tpus_per_worker 16"),
-    ],
-)
-def test_a_slice_that_is_not_the_workers(home: Path, old: str, new: str, message: str) -> None:
-    found = problems(changed(home, "v6e-multihost", (old, new)))
+def test_a_slice_that_is_not_the_workers(home: Path, name: str, old: str, new: str, message: str) -> None:
+    found = problems(changed(home, f"{name}-multihost", (old, new)))
     assert any(message in text for text in found), found
 
 

@@ -51,10 +51,18 @@ class Lab:
         return sorted((m.worker_id, m.incarnation) for m in self.core.status().members if m.state is MemberState.READY)
 
 
-async def test_start_publishes_every_worker() -> None:
+async def serving_lab(wanted: dict[Role, int] | None = None) -> Lab:
+    """All of its workers serve."""
     lab = Lab()
     await lab.core.start()
+    if wanted is not None:
+        await lab.core.scale(wanted)
     await lab.ready()
+    return lab
+
+
+async def test_start_publishes_every_worker() -> None:
+    lab = await serving_lab()
     membership = await lab.core.wait_for_change(0, 1)
     assert sorted(w.worker_id for w in membership.workers) == ["decode-0", "prefill-0"]
     assert membership.version > 0
@@ -78,9 +86,7 @@ async def test_progress_shows_while_a_worker_starts() -> None:
 
 @pytest.mark.parametrize("fault", ["dead", "sick", "silent"])
 async def test_a_worker_that_dies_is_replaced_with_the_next_incarnation(fault: str) -> None:
-    lab = Lab()
-    await lab.core.start()
-    await lab.ready()
+    lab = await serving_lab()
     before = (await lab.core.wait_for_change(0, 1)).version
     victim = lab.life("decode-0", 1)
     if fault == "dead":
@@ -124,9 +130,7 @@ async def test_deaths_during_the_first_start_are_fatal_after_a_few() -> None:
 
 
 async def test_a_config_error_after_the_fleet_served_is_tried_again() -> None:
-    lab = Lab()
-    await lab.core.start()
-    await lab.ready()
+    lab = await serving_lab()
     lab.auto = False
     lab.life("decode-0", 1).die()
     await lab.until(lambda: len(lab.lives) == 3)
@@ -139,9 +143,7 @@ async def test_a_config_error_after_the_fleet_served_is_tried_again() -> None:
 
 
 async def test_scale_up_and_down_drains() -> None:
-    lab = Lab()
-    await lab.core.start()
-    await lab.ready()
+    lab = await serving_lab()
     await lab.core.scale({Role.PREFILL: 3})
     await lab.ready()
     assert lab.serving() == [("decode-0", 1), ("prefill-0", 1), ("prefill-1", 1), ("prefill-2", 1)]
@@ -158,9 +160,7 @@ async def test_scale_up_and_down_drains() -> None:
 
 
 async def test_a_worker_asked_back_while_it_drains_lives_again() -> None:
-    lab = Lab()
-    await lab.core.start()
-    await lab.ready()
+    lab = await serving_lab()
     await lab.core.scale({Role.PREFILL: 2})
     await lab.ready()
     lab.life("prefill-1", 1).drain_gate.clear()
@@ -173,9 +173,7 @@ async def test_a_worker_asked_back_while_it_drains_lives_again() -> None:
 
 
 async def test_scale_down_while_starting_kills_at_once() -> None:
-    lab = Lab()
-    await lab.core.start()
-    await lab.ready()
+    lab = await serving_lab()
     lab.auto = False
     await lab.core.scale({Role.DECODE: 2})
     await lab.until(lambda: len(lab.lives) == 3)
@@ -202,18 +200,14 @@ async def test_colocated_has_no_prefill_workers() -> None:
 
 
 async def test_stop_ends_a_worker_whose_drain_never_ends() -> None:
-    lab = Lab()
-    await lab.core.start()
-    await lab.ready()
+    lab = await serving_lab()
     lab.life("decode-0", 1).drain_gate.clear()
     await asyncio.wait_for(lab.core.stop(0.05), 2)
     assert all(h.killed for h in lab.lives)
 
 
 async def test_a_worker_without_a_node_is_pending_and_leaves_first() -> None:
-    lab = Lab()
-    await lab.core.start()
-    await lab.ready()
+    lab = await serving_lab()
     lab.place_gate.clear()
     await lab.core.scale({Role.DECODE: 2})
     await lab.until(lambda: any(m.state is MemberState.PENDING for m in lab.core.status().members))
@@ -230,10 +224,7 @@ async def test_a_worker_without_a_node_is_pending_and_leaves_first() -> None:
 
 
 async def test_of_a_surplus_those_that_do_not_serve_leave_first_then_the_least_busy() -> None:
-    lab = Lab()
-    await lab.core.start()
-    await lab.core.scale({Role.DECODE: 4})
-    await lab.ready()
+    lab = await serving_lab({Role.DECODE: 4})
     for number, running in enumerate((1, 5, 5, 5)):
         lab.life(f"decode-{number}", 1).load = Load(running, 0, 0, 64, False, 0)
     await lab.until(lambda: [m.load.running for m in lab.core.status().members if m.load][1:] == [1, 5, 5, 5])
@@ -246,10 +237,7 @@ async def test_of_a_surplus_those_that_do_not_serve_leave_first_then_the_least_b
 
 
 async def test_a_flip_starts_the_other_role_only_when_its_worker_is_gone() -> None:
-    lab = Lab()
-    await lab.core.start()
-    await lab.core.scale({Role.DECODE: 2})
-    await lab.ready()
+    lab = await serving_lab({Role.DECODE: 2})
     leaving = lab.life("decode-1", 1)
     leaving.drain_gate.clear()
     await lab.core.flip(Role.DECODE)
@@ -267,10 +255,7 @@ async def test_a_flip_starts_the_other_role_only_when_its_worker_is_gone() -> No
 
 
 async def test_a_drained_worker_leaves_and_nobody_follows() -> None:
-    lab = Lab()
-    await lab.core.start()
-    await lab.core.scale({Role.DECODE: 3})
-    await lab.ready()
+    lab = await serving_lab({Role.DECODE: 3})
     leaving = lab.life("decode-1", 1)
     leaving.drain_gate.clear()
     status = await lab.core.drain("decode-1", Successor.NONE)
@@ -287,9 +272,7 @@ async def test_a_drained_worker_leaves_and_nobody_follows() -> None:
 
 
 async def test_a_drained_worker_may_be_replaced_even_if_it_is_the_only_one() -> None:
-    lab = Lab()
-    await lab.core.start()
-    await lab.ready()
+    lab = await serving_lab()
     await lab.core.drain("decode-0", Successor.SAME)
     await lab.until(lambda: lab.serving() == [("decode-0", 2), ("prefill-0", 1)])
     assert lab.life("decode-0", 1).drained_with is not None
@@ -298,10 +281,7 @@ async def test_a_drained_worker_may_be_replaced_even_if_it_is_the_only_one() -> 
 
 
 async def test_a_drained_worker_may_become_one_of_the_other_role() -> None:
-    lab = Lab()
-    await lab.core.start()
-    await lab.core.scale({Role.PREFILL: 2})
-    await lab.ready()
+    lab = await serving_lab({Role.PREFILL: 2})
     status = await lab.core.drain("prefill-0", Successor.OTHER)
     assert [m.becomes for m in status.members] == [Role.DECODE, None, None]
     await lab.until(lambda: lab.serving() == [("decode-0", 1), ("decode-1", 1), ("prefill-1", 1)])
@@ -332,9 +312,7 @@ async def test_a_drain_that_cannot_be_is_refused(
 
 
 async def test_the_last_worker_that_serves_stays_and_one_without_a_node_may_leave() -> None:
-    lab = Lab()
-    await lab.core.start()
-    await lab.ready()
+    lab = await serving_lab()
     lab.place_gate.clear()
     await lab.core.scale({Role.DECODE: 2})
     await lab.until(lambda: any(m.state is MemberState.PENDING for m in lab.core.status().members))

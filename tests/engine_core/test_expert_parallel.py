@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import pytest
@@ -21,24 +16,13 @@ from engine_core.models.decoder import Decoder
 from engine_core.models.registry import load_spec
 from engine_core.resolve import resolve, weight_bytes
 from tests.engine_core.parity import GOLDEN
-
-ROOT = Path(__file__).parents[2]
+from tests.engine_core.virtual_devices import results_of
 
 
 @pytest.fixture(scope="module")
 def results() -> list[dict]:
-    """One subprocess for all cases: the number of virtual devices is fixed when jax starts."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine_core.expert_parallel_worker"],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    """One subprocess for all cases."""
+    return results_of("expert_parallel_worker", 8)
 
 
 def test_logits_and_tokens_equal_those_of_transformers(results: list[dict]) -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -17,9 +13,9 @@ from engine_core.errors import CheckpointError
 from engine_core.kv_scales import FILE, read_kv_scales, write_kv_scales
 from engine_core.models.registry import load_spec
 from engine_core.resolve import checkpoint_identity
+from tests.engine_core.virtual_devices import results_of
 from tests.scaled_checkpoint import SOURCE, scaled_checkpoint
 
-ROOT = Path(__file__).parents[2]
 SCALES = ((1.0, 2.0, 3.0, 4.0), (0.5, 0.25, 8.0, 0.125))
 
 
@@ -83,16 +79,6 @@ def test_they_are_a_part_of_the_model(tmp_path: Path) -> None:
 def test_values_beyond_float8_are_as_good_as_small_ones(tmp_path: Path) -> None:
     """Unrolled on one device, and scanned with split heads; bit by bit, as the units are powers of two."""
     directory = scaled_checkpoint(tmp_path / "scaled")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine_core.kv_scales_worker", str(directory)],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    *found, without = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    *found, without = results_of("kv_scales_worker", 2, str(directory))
     assert found == [{"tp": 1, "scan": False, "apart": 0.0}, {"tp": 2, "scan": True, "apart": 0.0}]
     assert without["without"] > 1, "they would have been clipped"

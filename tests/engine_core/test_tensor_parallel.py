@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -18,25 +13,15 @@ from engine_core.layers.moe import choose_experts
 from engine_core.models.decoder import Decoder
 from engine_core.models.registry import load_spec
 from tests.engine_core.parity import GOLDEN
+from tests.engine_core.virtual_devices import results_of
 
-ROOT = Path(__file__).parents[2]
 NUM_LAYERS = 3
 
 
 @pytest.fixture(scope="module")
 def results() -> list[dict]:
-    """One subprocess for all cases: the number of virtual devices is fixed when jax starts."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine_core.tensor_parallel_worker"],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    """One subprocess for all cases."""
+    return results_of("tensor_parallel_worker", 4)
 
 
 def test_logits_and_tokens_equal_those_of_transformers_on_two_and_four_devices(results: list[dict]) -> None:
