@@ -165,15 +165,17 @@ async def test_requests_go_where_their_blocks_are_and_answers_never_change() -> 
         assert cluster.last()[0] != home[0]
 
         # Events dropped on purpose: the gap is seen and heals.
-        state = cluster.state(home[0])
+        state, rival = cluster.state(home[0]), cluster.state(cluster.last()[0])
         on_events, dropped = state.feed.on_events, []
 
         def drop_some(message: BlockEvents, now: float) -> None:
             dropped.append(message) if len(dropped) < 2 else on_events(message, now)
 
         state.feed.on_events = drop_some
+        rival.candidate.usable = False  # else it may be the cheaper one, and nothing new is said on this feed
         for seed in range(30, 36):
             await check(prefix + text(seed, 30))
+        rival.candidate.usable = True
         await cluster.until(lambda: state.feed.num_gaps > 0)
         await cluster.settled()
         assert dropped
