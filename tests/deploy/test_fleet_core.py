@@ -40,7 +40,7 @@ class Lab:
         return next(h for h in self.lives if (h.spec.worker_id, h.spec.incarnation) == (worker_id, incarnation))
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(15):
             while not condition():  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
 

@@ -66,7 +66,7 @@ class Routed:
     def state(self, name: str) -> WorkerState:
         return next(w for w in self.service.registry.workers.values() if w.info.worker_id == name)
 
-    async def until(self, condition, timeout_s: float = 10.0) -> None:
+    async def until(self, condition, timeout_s: float = 30.0) -> None:
         async with asyncio.timeout(timeout_s):
             while not condition():  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
