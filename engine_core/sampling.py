@@ -24,6 +24,8 @@ from engine_core.types import MAX_TOP_LOGPROBS
 NOT_FINITE = -1
 _LARGEST = 3.4028235e38  # finite float32
 _LANES = 128  # vocabulary entries per chunk of the two-level cumulative sum
+_GROUP = 16  # rows that a TPU samples at once: their logits stay in VMEM from one operation to the next
+_SORTED_ROWS = 8  # whose log probabilities are sorted at once
 
 
 class _Flags(NamedTuple):
@@ -50,7 +52,8 @@ def sample(
         are not all finite the token is told as -1.
     """
     logits = logits.astype(jnp.float32)
-    tokens = lax.platform_dependent(logits, slots, slot_ids, inputs, cpu=_pick_one_by_one, default=_pick_together)
+    pick = {"cpu": _pick_one_by_one, "tpu": _pick_by_groups, "default": _pick_together}
+    tokens = lax.platform_dependent(logits, slots, slot_ids, inputs, **pick)
     scored = jnp.where(inputs.scored < logits.shape[1], inputs.scored, tokens)
     logprobs, top_ids, top_logprobs = lax.cond(inputs.any_logprobs, _logprobs, _no_logprobs, logits, scored)
     noted = SlotState(
@@ -137,6 +140,23 @@ def _pick_one_by_one(logits: jax.Array, slots: SlotState, slot_ids: jax.Array, i
     last = jnp.max(jnp.where(special, jnp.arange(1, 1 + special.size), 0))
     tokens: jax.Array = lax.fori_loop(0, last, pick, lax.map(_argmax, logits))
     return tokens
+
+
+def _pick_by_groups(logits: jax.Array, slots: SlotState, slot_ids: jax.Array, inputs: SamplingInputs) -> jax.Array:
+    """`_pick_together` of a few rows after the other."""
+    num_rows = slot_ids.size
+    if num_rows % _GROUP or num_rows == _GROUP:
+        return _pick_together(logits, slots, slot_ids, inputs)
+    leaves, tree = jax.tree.flatten((logits, slot_ids, inputs))
+    of_rows = [leaf.reshape(-1, _GROUP, *leaf.shape[1:]) for leaf in leaves if leaf.ndim]
+
+    def pick(of_group: list[jax.Array]) -> jax.Array:
+        rest = iter(of_group)
+        logits, ids, own = jax.tree.unflatten(tree, [next(rest) if leaf.ndim else leaf for leaf in leaves])
+        return _pick_together(logits, slots, ids, own)
+
+    tokens: jax.Array = lax.map(pick, of_rows)
+    return tokens.reshape(num_rows)
 
 
 def _pick_together(logits: jax.Array, slots: SlotState, slot_ids: jax.Array, inputs: SamplingInputs) -> jax.Array:
@@ -275,9 +295,16 @@ def _find(mass: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _logprobs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    top_logprobs, top_ids = lax.top_k(logprobs, min(MAX_TOP_LOGPROBS, logits.shape[1]))
-    return jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0], top_ids, top_logprobs
+    """A few rows at a time: sorting takes several times their memory."""
+
+    def of_row(row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        logits, token = row
+        logprobs = jax.nn.log_softmax(logits)
+        top_logprobs, top_ids = lax.top_k(logprobs, min(MAX_TOP_LOGPROBS, logits.size))
+        return logprobs[token], top_ids, top_logprobs
+
+    found: tuple[jax.Array, jax.Array, jax.Array] = lax.map(of_row, (logits, tokens), batch_size=_SORTED_ROWS)
+    return found
 
 
 def _no_logprobs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

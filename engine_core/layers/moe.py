@@ -117,17 +117,19 @@ class MoeMlp(nnx.Module):
             columns = size // degrees.tp if self.by_columns else size
             for depth, width in ((hidden, columns), (columns, hidden)):
                 grouped_matmul.check_supported(numbers.compute, numbers.weight, depth, width)
+        self.held = count // (degrees.ep if self.by_columns else degrees.ep * degrees.tp)  # experts, by a device
         self.spec = spec
         self.numbers = numbers
         self.degrees = degrees
         self.choice = choice
 
-    def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, valid: jax.Array, place: jax.Array | int = 0) -> jax.Array:
         """Send each row to its experts and add up what they say.
 
         Args:
             x: [T, D] any float dtype.
             valid: [T] bool, false in padding rows.
+            place: i32 scalar, of this layer among those whose experts the weights stack; 0 where they are its own.
 
         Returns:
             [T, D] in the residual dtype, zeros in padding rows. One all-reduce over the tensor axis. Over the expert
@@ -135,7 +137,7 @@ class MoeMlp(nnx.Module):
         """
         logits = matmul(x, self.router[...], self.numbers)
         routing = route(logits, valid, self.spec.experts_per_token, normalize=self.spec.normalize)
-        weights = ExpertWeights(self.gate_up[...], self.down[...])
+        weights = ExpertWeights(self.gate_up[...], self.down[...], place * self.held, self.held)
         if self.choice.experts == "fused":
             mixed = self._fused(x, routing, weights)
         else:
@@ -145,13 +147,13 @@ class MoeMlp(nnx.Module):
     def _grouped(self, x: jax.Array, routing: Routing, weights: ExpertWeights) -> jax.Array:
         ep = self.degrees.ep
         if not self.by_columns:
-            routing = self._own(routing, weights.down.shape[0])
+            routing = self._own(routing)
         exchange = Exchange(mesh.EXPERT, ep, self.choice.native_exchange) if ep > 1 else None
         return grouped_experts(x, routing, weights, exchange, self.numbers.residual, self.choice.product)
 
-    def _own(self, routing: Routing, held: int) -> Routing:
+    def _own(self, routing: Routing) -> Routing:
         """The assignments to experts that have this device's place on the tensor axis, counted among these alone."""
-        tp = self.degrees.tp
+        tp, held = self.degrees.tp, self.held
         owner, place = routing.experts // held, routing.experts % held
         own = (owner % tp == mesh.shard_index(tp)) & (routing.experts < self.spec.num_experts)
         return Routing(jnp.where(own, owner // tp * held + place, self.degrees.ep * held), routing.weights)
@@ -161,11 +163,11 @@ class MoeMlp(nnx.Module):
         holder = jax.lax.axis_index(mesh.EXPERT) if ep > 1 else 0
         if not self.by_columns:
             holder = holder * tp + mesh.shard_index(tp)
-        first = holder * weights.down.shape[0]
+        first = holder * self.held
         if ep == 1:
-            return fused_experts(x, routing, first, *weights)
+            return fused_experts(x, routing, first, weights)
         x, experts, scores = (jax.lax.all_gather(y, mesh.EXPERT, tiled=True) for y in (x, *routing))
-        mixed = fused_experts(x, Routing(experts, scores), first, *weights)
+        mixed = fused_experts(x, Routing(experts, scores), first, weights)
         own: jax.Array = jax.lax.psum_scatter(mixed, mesh.EXPERT, tiled=True)
         return own
 

@@ -79,12 +79,19 @@ class DecoderLayer(nnx.Module):
         inputs: LayerInputs,
         window: int | jax.Array,
         valid: jax.Array,
+        place: int | jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """x: [T, D], cache: [L, num_pages, *page_shape] -> the same, updated. valid: [T] bool, false in padding."""
+        """x: [T, D], cache: [L, num_pages, *page_shape] -> the same, updated.
+
+        Args:
+            layer: place in the cache.
+            valid: [T] bool, false in padding.
+            place: of the layer among those whose experts its weights hold; see `MoeMlp`.
+        """
         attended, cache = self.attention(self.input_norm(x), cache, layer, inputs, window)
         x = x + attended
         normed = self.post_norm(x)
-        mixed = self.mlp(normed, valid) if isinstance(self.mlp, MoeMlp) else self.mlp(normed)
+        mixed = self.mlp(normed, valid, place) if isinstance(self.mlp, MoeMlp) else self.mlp(normed)
         return x + mixed, cache
 
 
@@ -186,7 +193,7 @@ class Decoder:
             numbers = range(segment.start, segment.start + segment.num_layers)
             for weights, number, window in zip(leaves, numbers, segment.windows, strict=True):
                 own = inputs.of_layer(number)
-                x, written = layer.bind(weights)(x, caches[number][None], 0, own, window, valid)
+                x, written = layer.bind(weights)(x, caches[number][None], 0, own, window, valid, 0)
                 updated.append(written[0])
         return x, tuple(updated)
 
@@ -208,19 +215,27 @@ def _scan_segment(
     inputs: AttentionInputs,
     valid: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Run a segment's layers over (x, cache of all layers `[L, num_pages, *page_shape]`)."""
+    """Run a segment's layers over (x, cache of all layers `[L, num_pages, *page_shape]`).
+
+    Experts are not scanned but taken from the stack of all layers' by the kernels: a kernel's operand that is a slice
+    is copied first, so that the bytes of all experts would move three times instead of those chosen once.
+    """
     same = len(set(segment.windows)) == 1
+    whole = {i: leaf.reshape(-1, *leaf.shape[2:]) for i, leaf in enumerate(leaves) if layer.params[i].stack}
 
     def body(
-        carry: tuple[jax.Array, jax.Array], scanned: tuple[jax.Array, jax.Array, Leaves]
+        carry: tuple[jax.Array, jax.Array], scanned: tuple[jax.Array, jax.Array, dict[int, jax.Array]]
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        index, window, weights = scanned
-        own = inputs.of_layer(index)
-        return layer.bind(weights)(*carry, index, own, segment.windows[0] if same else window, valid), None
+        place, window, own_weights = scanned
+        weights = [(own_weights if i in own_weights else whole)[i] for i in range(len(leaves))]
+        index = segment.start + place
+        width = segment.windows[0] if same else window
+        return layer.bind(weights)(*carry, index, inputs.of_layer(index), width, valid, place), None
 
-    indices = jnp.arange(segment.start, segment.start + segment.num_layers, dtype=jnp.int32)
+    places = jnp.arange(segment.num_layers, dtype=jnp.int32)
     windows = jnp.array(segment.windows, dtype=jnp.int32)
-    result, _ = jax.lax.scan(body, carry, (indices, windows, leaves))
+    sliced = {i: leaf for i, leaf in enumerate(leaves) if i not in whole}
+    result, _ = jax.lax.scan(body, carry, (places, windows, sliced))
     return result
 
 

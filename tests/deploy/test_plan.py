@@ -129,8 +129,8 @@ class TestCompiled:
         assert "--ep 2: ep is 2 but Qwen3ForCausalLM has no experts" in done.stderr
 
     def test_experts_take_the_devices_that_heads_leave(self, tmp_path):
-        changes = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 16, "num_experts_per_tok": 2}
-        moe = {**SMALL, **changes, "moe_intermediate_size": 512, "decoder_sparse_step": 1, "mlp_only_layers": []}
+        changes = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 64, "num_experts_per_tok": 2}
+        moe = {**SMALL, **changes, "moe_intermediate_size": 8192, "decoder_sparse_step": 1, "mlp_only_layers": []}
         (tmp_path / "config.json").write_text(json.dumps(moe))
         flags = ["--role", "decode", "--max-batch", "16", "--context", "1024"]
         status, result = plan(tmp_path, "--topology", "v6e-8", *flags)
@@ -139,9 +139,11 @@ class TestCompiled:
         # Of rows per layer two, of the embedding one, of counts per layer one (as a gather or a sum), of logits one.
         assert found["all-reduce"]["count"] + found["all-gather"]["count"] == 3 * layers + 2
         assert found["ragged-all-to-all"]["count"] == 2 * layers
-        one_expert, one_layer_kv = 3 * 512 * 512 * 2, result["steps"]["decode"]["layer_kv_gib"] * 2**30
+        one_expert, one_layer_kv = 3 * 512 * 8192 * 2, result["steps"]["decode"]["layer_kv_gib"] * 2**30
         gathered = found["all-gather"]["largest_bytes"]
         assert gathered < one_expert and gathered < one_layer_kv / 10  # logits and counts: no weights, no cache
+        of_a_device = 64 * one_expert / 8  # more than VMEM holds
+        assert result["steps"]["decode"]["temp_gib"] * 2**30 < of_a_device / 10, "a layer's experts are copied"
 
     def test_one_role_compiles_one_step(self, small):
         _, result = plan(small, "--topology", "v5e-1", "--role", "decode", "--max-batch", "8", "--context", "1024")

@@ -68,6 +68,23 @@ def test_equals_numpy(implementation: str, sizes: list[int], num_products: int) 
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_takes_its_matrices_from_a_stack_of_many_layers(implementation: str) -> None:
+    """The neighbours' are NaN."""
+    sizes = SIZES["ragged"]
+    x, weights, _ = draw("float32", 2, sum(sizes))
+    nan = np.full_like(weights, np.nan)
+    stack = jnp.asarray(np.concatenate([nan, weights, nan]))
+
+    def run(first: jax.Array) -> jax.Array:
+        counts = jnp.asarray(sizes, jnp.int32)
+        given = {"out_dtype": jnp.float32, "implementation": implementation, "first": first}
+        return grouped_matmul(jnp.asarray(x), stack, None, counts, **given)
+
+    y = jax.jit(run)(jnp.int32(6))
+    np.testing.assert_allclose(y, numpy_grouped(x, weights, None, sizes), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn"])
 def test_narrow_weights(implementation: str, dtype: str) -> None:
     sizes = SIZES["ragged"]
@@ -101,7 +118,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         ({"weights": jnp.zeros((6, 3, K, N))}, "G must be 1 or 2"),
         ({"weights": jnp.zeros((6, 1, K + 1, N))}, "K is"),
         ({"weights": jnp.zeros((6, 1, K, N), jnp.int32)}, "weights must be one of .* not int32"),
-        ({"group_sizes": jnp.zeros(5, jnp.int32)}, "E is 5 but was 6"),
+        ({"group_sizes": jnp.zeros(7, jnp.int32)}, "W is 6, less than the 7 groups"),
         ({"group_sizes": jnp.zeros(6)}, "group_sizes must be int32"),
         ({"scales": jnp.zeros((6, 2, N))}, "G is 2 but was 1"),
     ],
@@ -145,11 +162,13 @@ def test_the_tpu_kernel_in_the_interpreter(sizes: str, tiles: str, num_products:
     rng = np.random.default_rng(1)
     x, weights, scales = draw(dtype, num_products, num_rows, depth=128, width=256, rng=rng)
     x = x.astype(ml_dtypes.bfloat16)
+    others = np.full_like(weights, np.nan if dtype == "bfloat16" else 1)  # of the layers around this one
     y = tpu.grouped_matmul(
         jnp.asarray(x),
-        jnp.asarray(weights),
+        jnp.asarray(np.concatenate([others, weights, others])),
         None if scales is None else jnp.asarray(scales, jnp.float32),
         jnp.asarray(counts, jnp.int32),
+        len(weights),
         jnp.float32,
         tiles=PANELS[tiles],
         interpret=INTERPRET,

@@ -224,15 +224,18 @@ def test_rows_do_not_depend_on_neighbours_row_or_bucket(given):
             np.testing.assert_array_equal(got, expected[np.asarray(order)])
 
 
-def test_accelerator_path_equals_cpu_path():
+@pytest.mark.parametrize(("path", "times"), [(sampling._pick_together, 1), (sampling._pick_by_groups, 8)])
+def test_accelerator_path_equals_cpu_path(path, times):
     rng = np.random.default_rng(7)
-    logits = rng.standard_normal((6, 700)).astype(np.float32)
+    rows = 6 * times
+    logits = rng.standard_normal((rows, 700)).astype(np.float32)
     inputs = make_inputs(
-        6, 700, temperature=[0, 1, 1, 0.5, 2, 0], top_k=[0, 0, 9, 0, 50, 0], top_p=[1, 1, 1, 0.7, 0.9, 1],
-        min_p=[0, 0.1, 0, 0, 0, 0], repetition_penalty=[1, 1, 1, 1, 1.5, 2], bias=[[(3, 9.0)]],
+        rows, 700, temperature=[0, 1, 1, 0.5, 2, 0] * times, top_k=[0, 0, 9, 0, 50, 0] * times,
+        top_p=[1, 1, 1, 0.7, 0.9, 1] * times, min_p=[0, 0.1, 0, 0, 0, 0] * times,
+        repetition_penalty=[1, 1, 1, 1, 1.5, 2] * times, bias=[[(3, 9.0)]],
     )  # fmt: skip
-    args = (jnp.asarray(logits), make_slots(700), jnp.full(6, NUM_SLOTS), inputs)
-    np.testing.assert_array_equal(np.asarray(jax.jit(sampling._pick_together)(*args)), pick(logits, inputs))
+    args = (jnp.asarray(logits), make_slots(700), jnp.full(rows, NUM_SLOTS), inputs)
+    np.testing.assert_array_equal(np.asarray(jax.jit(path)(*args)), pick(logits, inputs))
 
 
 def test_penalties_and_bias_against_numpy():

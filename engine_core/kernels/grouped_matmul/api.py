@@ -55,6 +55,7 @@ def grouped_matmul(
     *,
     out_dtype: jax.typing.DTypeLike,
     implementation: Implementation,
+    first: jax.Array | int = 0,
 ) -> jax.Array:
     """Rows that are sorted by group, each multiplied with its group's matrix, accumulated in float32.
 
@@ -63,13 +64,15 @@ def grouped_matmul(
 
     Args:
         x: [M, K] f32 or bf16. The first group_sizes[0] rows belong to group 0, and so on.
-        weights: [E, G, K, N], G 1 or 2; f32, bf16, int8 or fp8. A TPU takes them in this orientation at twice the rate
-            of the other (Hugging Face's).
+        weights: [W, G, K, N], W at least E, G 1 or 2; f32, bf16, int8 or fp8. A TPU takes them in this orientation at
+            twice the rate of the other (Hugging Face's).
         scales: [E, G, N] f32, factor of each output column; None: 1.
         group_sizes: [E] i32, sum at most M; any of them may be 0. The matrix of an empty group is not read.
         out_dtype: f32 or bf16.
         implementation: "tpu" is the Pallas kernel, "tiled" for CPU, "ragged_dot" XLA's own; "tpu_interpreted" and
             "reference" for tests.
+        first: i32 scalar: group i has the matrices `weights[first + i]`. So a stack of many layers' matrices is taken
+            as it lies: a slice of it would be a copy, three times the bytes.
 
     Returns:
         [M, N]. Rows beyond the last group's hold anything, NaN too.
@@ -78,19 +81,22 @@ def grouped_matmul(
         ValueError: shapes or dtypes do not fit.
         ConfigError: the TPU kernel cannot do this, see `check_supported`.
     """
-    check_shapes("M K", x, "E G K N", weights, "E", group_sizes)
+    check_shapes("M K", x, "W G K N", weights, "E", group_sizes)
+    if weights.shape[0] < group_sizes.shape[0]:
+        raise ValueError(f"[W G K N]: W is {weights.shape[0]}, less than the {group_sizes.shape[0]} groups")
     if scales is not None:
-        check_shapes("E G K N", weights, "E G N", scales)
+        check_shapes("W G K N", weights, "E", group_sizes, "E G N", scales)
     if not 1 <= weights.shape[1] <= _MAX_PRODUCTS:
-        raise ValueError(f"[E G K N]: G must be 1 or 2, not {weights.shape[1]}")
+        raise ValueError(f"[W G K N]: G must be 1 or 2, not {weights.shape[1]}")
     if weights.dtype.name not in _WEIGHT_DTYPES:
         raise ValueError(f"weights must be one of {', '.join(_WEIGHT_DTYPES)}, not {weights.dtype.name}")
     if group_sizes.dtype != jnp.int32:
         raise ValueError(f"group_sizes must be int32, not {group_sizes.dtype.name}")
     if implementation in ("tpu", "tpu_interpreted"):
-        return _on_tpu(x, weights, scales, group_sizes, out_dtype, interpreted=implementation == "tpu_interpreted")
+        interpreted = implementation == "tpu_interpreted"
+        return _on_tpu(x, weights, scales, group_sizes, first, out_dtype, interpreted=interpreted)
     run = {"reference": reference.grouped_matmul, "tiled": xla.tiled, "ragged_dot": xla.ragged_dot}[implementation]
-    return run(x, weights, scales, group_sizes, out_dtype)
+    return run(x, weights, scales, group_sizes, first, out_dtype)
 
 
 def _on_tpu(
@@ -98,6 +104,7 @@ def _on_tpu(
     weights: jax.Array,
     scales: jax.Array | None,
     group_sizes: jax.Array,
+    first: jax.Array | int,
     out_dtype: jax.typing.DTypeLike,
     *,
     interpreted: bool,
@@ -109,7 +116,7 @@ def _on_tpu(
     chip = _INTERPRETED_CHIP if interpreted else _chip()
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan") if interpreted else False
     tiles = tuned.choose_tiles(key, chip)
-    return tpu.grouped_matmul(x, weights, scales, group_sizes, out_dtype, tiles=tiles, interpret=interpret)
+    return tpu.grouped_matmul(x, weights, scales, group_sizes, first, out_dtype, tiles=tiles, interpret=interpret)
 
 
 def _chip() -> tuned.Chip:

@@ -61,6 +61,7 @@ def grouped_matmul(
     weights: jax.Array,
     scales: jax.Array | None,
     group_sizes: jax.Array,
+    first: jax.Array | int,
     out_dtype: jax.typing.DTypeLike,
     *,
     tiles: Tiles,
@@ -68,7 +69,8 @@ def grouped_matmul(
 ) -> jax.Array:
     """See `api.grouped_matmul`; x is bf16, weights are bf16, int8 or fp8."""
     num_rows, depth = x.shape
-    num_groups, num_products, _, width = weights.shape
+    num_groups = group_sizes.shape[0]
+    _, num_products, _, width = weights.shape
     grid = (width // tiles.columns, pl.cdiv(num_rows, tiles.panel))
 
     def panel_of(p: jax.Array, ends: jax.Ref) -> jax.Array:
@@ -76,22 +78,22 @@ def grouped_matmul(
         return lax.min(p, last)  # panels without rows are neither read nor written
 
     in_specs = [
-        pl.BlockSpec((tiles.panel, depth), lambda n, p, ends: (panel_of(p, ends), 0)),
+        pl.BlockSpec((tiles.panel, depth), lambda n, p, ends, _: (panel_of(p, ends), 0)),
         pl.BlockSpec(memory_space=pl.ANY),
     ]
     operands = [x, weights]
     if scales is not None:
         block = (num_groups, num_products, tiles.columns)
-        in_specs.append(pl.BlockSpec(block, lambda n, p, ends: (0, 0, n)))
+        in_specs.append(pl.BlockSpec(block, lambda n, p, *_: (0, 0, n)))
         operands.append(scales)
     ring = (SLOTS, num_products, depth, tiles.columns)
     call = pl.pallas_call(
         functools.partial(_kernel, tiles=tiles, scaled=scales is not None),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=2,
             grid=grid,
             in_specs=in_specs,
-            out_specs=pl.BlockSpec((tiles.panel, tiles.columns), lambda n, p, ends: (panel_of(p, ends), n)),
+            out_specs=pl.BlockSpec((tiles.panel, tiles.columns), lambda n, p, ends, _: (panel_of(p, ends), n)),
             scratch_shapes=[
                 pltpu.VMEM(ring, weights.dtype),
                 pltpu.SemaphoreType.DMA((SLOTS,)),
@@ -108,22 +110,23 @@ def grouped_matmul(
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * num_rows * depth * width * num_products,
-            bytes_accessed=weights.size * weights.dtype.itemsize + x.size * 2 * grid[0] + num_rows * width * 2,
+            bytes_accessed=weights.nbytes * num_groups // len(weights) + x.size * 2 * grid[0] + num_rows * width * 2,
             transcendentals=num_rows * width * (num_products - 1),
         ),
         interpret=interpret,
         name="grouped_matmul",
     )
-    result: jax.Array = call(jnp.cumsum(group_sizes, dtype=jnp.int32), *operands)
+    ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
+    result: jax.Array = call(ends, jnp.asarray(first, jnp.int32).reshape(1), *operands)
     return result
 
 
 def vmem_bytes(tiles: Tiles, weights: jax.Array, scales: jax.Array | None, x_itemsize: int, out_itemsize: int) -> int:
     """What the kernel needs of VMEM, with room for the compiler's own."""
-    num_groups, num_products, depth, _ = weights.shape
+    _, num_products, depth, _ = weights.shape
     ring = SLOTS * num_products * depth * tiles.columns * weights.dtype.itemsize
     rows = 2 * tiles.panel * (depth * x_itemsize + tiles.columns * out_itemsize)
-    factors = 0 if scales is None else 2 * num_groups * 8 * tiles.columns * 4  # padded to eight sublanes at the worst
+    factors = 0 if scales is None else 2 * len(scales) * 8 * tiles.columns * 4  # padded to eight sublanes at the worst
     work = 3 * num_products * max(tiles.rows) * tiles.columns * 4
     return ring + rows + factors + work + _VMEM_SLACK
 
@@ -134,7 +137,8 @@ class _Matrices:
 
     Attributes:
         ends: [E] i32 SMEM, row behind the last of each group.
-        source: [E, G, K, N] HBM.
+        first: [1] i32 SMEM, number of the first group's matrices in `source`.
+        source: [W, G, K, N] HBM.
         ring: [SLOTS, G, K, columns] VMEM.
         arrivals: [SLOTS] DMA semaphores.
         hit: [E] i32 SMEM, the groups that have rows, in order.
@@ -143,6 +147,7 @@ class _Matrices:
     """
 
     ends: jax.Ref
+    first: jax.Ref
     source: jax.Ref
     ring: jax.Ref
     arrivals: jax.Ref
@@ -153,10 +158,11 @@ class _Matrices:
     def read(self, number: jax.Array, group: jax.Array, column_tile: jax.Array) -> Any:
         """The read of a tile into its slot, to start or to wait for."""
         slot, columns = lax.rem(number, SLOTS), self.ring.shape[3]
-        matrix = self.source.at[group]
+        place = self.first[0] + group
+        matrix = self.source.at[place]
         if columns < self.source.shape[3]:
             start = pl.multiple_of(column_tile * columns, columns)
-            matrix = self.source.at[group, :, :, pl.ds(start, columns)]
+            matrix = self.source.at[place, :, :, pl.ds(start, columns)]
         return pltpu.make_async_copy(matrix, self.ring.at[slot], self.arrivals.at[slot])
 
     def fetch(self, number: jax.Array) -> None:
@@ -197,10 +203,11 @@ class _Matrices:
 
 def _kernel(*refs: jax.Ref, tiles: Tiles, scaled: bool) -> None:
     """One grid step; see the module's docstring."""
-    ends, x, weights, *rest = refs  # x: [panel, K] VMEM; for the others see `_Matrices`
+    ends, first, x, weights, *rest = refs  # x: [panel, K] VMEM; for the others see `_Matrices`
     scales = rest.pop(0) if scaled else None  # [E, G, columns] f32 VMEM
     out, ring, arrivals, hit, starts, state = rest  # out: [panel, columns] VMEM
-    matrices = _Matrices(ends=ends, source=weights, ring=ring, arrivals=arrivals, hit=hit, starts=starts, state=state)
+    source = {"ends": ends, "first": first, "source": weights}
+    matrices = _Matrices(**source, ring=ring, arrivals=arrivals, hit=hit, starts=starts, state=state)
     column_tile, panel = pl.program_id(0), pl.program_id(1)
     pl.when((column_tile == 0) & (panel == 0))(matrices.begin)
 

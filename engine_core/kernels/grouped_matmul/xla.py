@@ -12,7 +12,12 @@ _BFLOAT16_SHIFT = 16  # of its bits within those of a float32
 
 
 def tiled(
-    x: jax.Array, weights: jax.Array, scales: jax.Array | None, group_sizes: jax.Array, out_dtype: jax.typing.DTypeLike
+    x: jax.Array,
+    weights: jax.Array,
+    scales: jax.Array | None,
+    group_sizes: jax.Array,
+    first: jax.Array | int,
+    out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
     """One product per tile of rows of one group, in a loop; see `api.grouped_matmul`. For CPU.
 
@@ -20,7 +25,7 @@ def tiled(
     groups, which their own tiles overwrite: so all tiles have one shape, and a row's bits do not depend on its
     neighbours.
     """
-    num_rows, num_groups = x.shape[0], weights.shape[0]
+    num_rows, num_groups = x.shape[0], group_sizes.size
     tile = min(max(_power_of_two(-(-num_rows // num_groups)), _MIN_TILE), _MAX_TILE)
     starts = jnp.cumsum(group_sizes) - group_sizes
     tile_ends = jnp.cumsum((group_sizes + tile - 1) // tile)
@@ -29,10 +34,11 @@ def tiled(
 
     def visit(index: jax.Array, out: jax.Array) -> jax.Array:
         group = jnp.searchsorted(tile_ends, index, side="right")
-        first = tile_ends[group] - (group_sizes[group] + tile - 1) // tile
-        row = starts[group] + (index - first) * tile
+        first_tile = tile_ends[group] - (group_sizes[group] + tile - 1) // tile
+        row = starts[group] + (index - first_tile) * tile
         rows = lax.dynamic_slice_in_dim(padded, row, tile)
-        products = jnp.stack([_product(rows, _matrix(weights, group, i)) for i in range(weights.shape[1])], axis=1)
+        matrices = [_matrix(weights, first + group, i) for i in range(weights.shape[1])]
+        products = jnp.stack([_product(rows, matrix) for matrix in matrices], axis=1)
         if scales is not None:
             products = products * scales[group]
         return lax.dynamic_update_slice_in_dim(out, activate(products).astype(out_dtype), row, axis=0)
@@ -43,9 +49,15 @@ def tiled(
 
 
 def ragged_dot(
-    x: jax.Array, weights: jax.Array, scales: jax.Array | None, group_sizes: jax.Array, out_dtype: jax.typing.DTypeLike
+    x: jax.Array,
+    weights: jax.Array,
+    scales: jax.Array | None,
+    group_sizes: jax.Array,
+    first: jax.Array | int,
+    out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
     """`lax.ragged_dot_general`, which XLA lowers to kernels of its own on TPU; see `api.grouped_matmul`."""
+    weights = lax.dynamic_slice_in_dim(weights, first, group_sizes.size)  # no copy where these are all
     num_groups, num_products, depth, width = weights.shape
     if weights.dtype.itemsize == 1:
         weights = weights.astype(x.dtype)

@@ -6,6 +6,7 @@ ragged all-to-all (the dispatch and combine of GShard, Lepikhin et al. 2020, wit
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -17,10 +18,19 @@ from engine_core.kernels.moe.router import Routing
 
 
 class ExpertWeights(NamedTuple):
-    """This device's experts."""
+    """This device's experts: E of the W in the stacks, which hold those of other layers, too, where layers are scanned.
 
-    gate_up: jax.Array  # [E, 2, D, F]
-    down: jax.Array  # [E, 1, F, D]
+    Attributes:
+        gate_up: [W, 2, D, F].
+        down: [W, 1, F, D].
+        first: i32 scalar, place of the first of these experts.
+        num_experts: E.
+    """
+
+    gate_up: jax.Array
+    down: jax.Array
+    first: jax.Array | int
+    num_experts: int
 
 
 class _Permutation(NamedTuple):
@@ -52,20 +62,20 @@ def grouped_experts(
     Returns:
         [T, D] f32, a token's experts added in the order of their rank; zeros in padding rows.
     """
-    num_experts = weights.down.shape[0] * (1 if exchange is None else exchange.size)
-    order = _sort(routing.experts, num_experts)
+    total = weights.num_experts * (1 if exchange is None else exchange.size)
+    order = _sort(routing.experts, total)
     rows = x.astype(weights.down.dtype)[order.rows]
     if exchange is None:
         results = _run(rows, order.sizes, weights, out_dtype, implementation)
     else:
-        per_token = min(routing.experts.shape[1], weights.down.shape[0])
+        per_token = min(routing.experts.shape[1], weights.num_experts)
         traffic = exchange.plan(order.sizes, exchange.size * per_token * x.shape[0])
         arrived = exchange.send(rows, traffic)
         computed = _run(
             arrived.at[traffic.by_expert].get(mode="clip"), traffic.sizes, weights, out_dtype, implementation
         )
         results = exchange.send_back(computed.at[traffic.by_sender].get(mode="clip"), traffic, rows.shape[0])
-    valid = routing.experts[:, :, None] < num_experts
+    valid = routing.experts[:, :, None] < total
     terms = jnp.where(valid, results[order.places].astype(jnp.float32) * routing.weights[:, :, None], 0)
     return terms.sum(axis=1)
 
@@ -87,6 +97,8 @@ def _run(
     implementation: Implementation,
 ) -> jax.Array:
     """Both products over sorted rows: [M, D] -> [M, D]."""
-    gate_up, down = weights
-    hidden = grouped_matmul(rows, gate_up, None, sizes, out_dtype=down.dtype, implementation=implementation)
-    return grouped_matmul(hidden, down, None, sizes, out_dtype=out_dtype, implementation=implementation)
+    multiply = partial(
+        grouped_matmul, scales=None, group_sizes=sizes, implementation=implementation, first=weights.first
+    )
+    hidden = multiply(rows, weights.gate_up, out_dtype=weights.down.dtype)
+    return multiply(hidden, weights.down, out_dtype=out_dtype)
