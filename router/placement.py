@@ -19,6 +19,7 @@ from engine_core.types import Request
 from router.block_index import BlockIndex
 from router.breaker import BreakerState
 from router.candidate import Candidate, Work
+from router.compiled.hashing import CompiledHasher
 from router.compiled.library import Compiled
 from router.compiled.ranking import CompiledRanking
 from router.cost_model import Average, TransferModel, num_chunks
@@ -93,7 +94,8 @@ class JointPlacement:
         self._transfers = transfers
         self._config = config
         self._sessions = Sessions()
-        self._hashers: dict[tuple[int, bytes, str], BlockHasher] = {}
+        self._hash = compiled.hash if compiled is not None else None
+        self._hashers: dict[tuple[int, bytes, str], BlockHasher | CompiledHasher] = {}
         self._kinds: set[tuple[int, str]] = set()  # of block hashes, of the workers that were last placed on
         self._kinds_of: list[WorkerInfo] = []
         self._numbers = itertools.count(1)
@@ -234,13 +236,14 @@ class JointPlacement:
             self._kinds = {_kind(worker) for worker in workers if worker.info.block_namespace}
         return {kind: self._hasher(kind, request.salt).keys(request.token_ids) for kind in self._kinds}
 
-    def _hasher(self, kind: tuple[int, str], salt: bytes) -> BlockHasher:
+    def _hasher(self, kind: tuple[int, str], salt: bytes) -> BlockHasher | CompiledHasher:
         page_size, namespace = kind
         hasher = self._hashers.get((page_size, salt, namespace))
         if hasher is None:
             if len(self._hashers) >= MAX_HASHERS:
                 self._hashers.clear()
-            hasher = BlockHasher(page_size, salt, bytes.fromhex(namespace))
+            plain = BlockHasher(page_size, salt, bytes.fromhex(namespace))
+            hasher = CompiledHasher(self._hash, plain) if self._hash is not None else plain
             self._hashers[page_size, salt, namespace] = hasher
         return hasher
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,15 @@ _SOURCES = Sources(
     name="baton_router",
     purpose="placement",
     otherwise="NumPy does it, in two to four times as long",
-    files=(_HERE / "matching.cc", _HERE / "ranking.cc"),
+    files=(_HERE / "hashing.cc", _HERE / "matching.cc", _HERE / "ranking.cc"),
     headers=(),
-    flags=("-ffp-contract=off",),  # so that both find the same numbers
+    flags=(
+        "-ffp-contract=off",  # so that both find the same numbers
+        *(("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()),  # Python's functions, as elsewhere
+    ),
 )
+
+Hash = Callable[[list[int], int, int, bytes, int], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +36,13 @@ class Compiled:
     Attributes:
         match: chain, its length, index, what is found -> how many columns.
         rank: question, what is found -> how many choices there were.
+        hash: tokens, number of blocks and of tokens in one, AES key, index keys -> how many blocks were hashed. None
+            where this CPU has no instructions for it.
     """
 
     match: Callable[[int, int, int, int], int]
     rank: Callable[[int, int], int]
+    hash: Hash | None
 
 
 def open_compiled(directory: Path, compilers: Sequence[str]) -> Compiled | None:
@@ -54,4 +63,7 @@ def open_compiled(directory: Path, compilers: Sequence[str]) -> Compiled | None:
     match, rank = functions.BatonMatch, functions.BatonRank
     match.argtypes, match.restype = (pointer, count, pointer, pointer), count
     rank.argtypes, rank.restype = (pointer, pointer), count
-    return Compiled(match, rank)
+    hash_tokens = getattr(functions, "BatonHash", None)
+    if hash_tokens is not None:
+        hash_tokens.argtypes, hash_tokens.restype = (ctypes.py_object, count, count, ctypes.c_char_p, pointer), count
+    return Compiled(match, rank, hash_tokens)

@@ -14,7 +14,8 @@ from engine_core.types import Request, Role, SamplingParams, Tier
 from router import block_index, server
 from router.block_index import BlockIndex
 from router.candidate import Candidate
-from router.compiled.library import Compiled, open_compiled
+from router.compiled.hashing import CompiledHasher
+from router.compiled.library import Compiled, Hash, open_compiled
 from router.compiled.ranking import CompiledRanking
 from router.pair_costs import NUM_RANKED, Ranking
 from router.placement import JointPlacement, Placement
@@ -66,6 +67,33 @@ def test_a_fleet_that_changes_is_followed(compiled: Compiled) -> None:
         check(ranking.best(fleet.sources, fleet.targets, asked, fleet.now), fleet, asked)
         fleet.sources.reverse()
         check(ranking.best(fleet.sources, fleet.targets, asked, fleet.now), fleet, asked)
+
+
+@pytest.fixture
+def hash_tokens(compiled: Compiled) -> Hash:
+    if compiled.hash is None:
+        pytest.skip("this CPU has no instructions for AES")
+    return compiled.hash
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 4, 16, 30, 128])
+def test_keys_are_those_of_the_crypto_library(hash_tokens: Hash, page_size: int) -> None:
+    rng = random.Random(page_size)
+    for salt in (b"", b"tenant"):
+        plain = BlockHasher(page_size, salt, b"namespace")
+        hasher = CompiledHasher(hash_tokens, plain)
+        for length in (0, 1, page_size - 1, page_size, 2 * page_size + 1, 900):
+            tokens = [rng.choice((0, -1, 7, 150_000, 2**31 - 1, -(2**31))) for _ in range(length)]
+            np.testing.assert_array_equal(hasher.keys(tokens), plain.keys(tokens))
+            np.testing.assert_array_equal(hasher.keys(np.array(tokens, np.int64)), plain.keys(tokens))
+
+
+@pytest.mark.parametrize("wrong", [2**31, -(2**31) - 1, 2**80])
+def test_tokens_that_do_not_fit_are_refused(hash_tokens: Hash, wrong: int) -> None:
+    plain = BlockHasher(4, b"", b"")
+    for hasher in (plain, CompiledHasher(hash_tokens, plain)):
+        with pytest.raises(OverflowError):
+            hasher.keys([1, 2, 3, 4, 5, wrong, 7, 8])
 
 
 def random_chains(rng: random.Random) -> list[np.ndarray]:
