@@ -18,6 +18,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from engine_core.config import EngineConfig
 from engine_core.messages import (
     Cancel,
     Decode,
@@ -185,7 +186,9 @@ async def run_worker(answer: list[int]) -> None:
 
 async def run_gateway(workers: list[dict[str, object]], model_dir: str) -> None:
     """The real one."""
-    gateway = Gateway(GatewayConfig(model_name="bench", port=0, local_prefill_tokens=0), Path(model_dir))
+    cache = EngineConfig().compile_cache
+    config = GatewayConfig(model_name="bench", port=0, local_prefill_tokens=0, compile_cache=cache)
+    gateway = Gateway(config, Path(model_dir))
     await gateway.start()
     gateway.follow(msgspec.convert(workers, list[WorkerInfo]))
     while not gateway.service.registry.ready:  # noqa: ASYNC110

@@ -49,7 +49,13 @@ class LocalCluster:
         started = [_Child(_run_worker, config, model_dir, worker) for worker in workers]
         self._children = started
         self.infos: list[WorkerInfo] = [child.result() for child in started]
-        gateway = GatewayConfig(model_name="bench", port=0, colocated=colocated, local_prefill_tokens=0)
+        gateway = GatewayConfig(
+            model_name="bench",
+            port=0,
+            colocated=colocated,
+            local_prefill_tokens=0,
+            compile_cache=config.compile_cache,
+        )
         child = _Child(_run_gateway, gateway, model_dir, self.infos, gateway_cores)
         self._children = [*started, child]
         self.port: int = child.result()

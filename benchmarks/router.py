@@ -28,11 +28,14 @@ import numpy.typing as npt
 
 from benchmarks.table import Table
 from engine_core.block_hash import KEY_BYTES, BlockHasher, Keys
+from engine_core.compiled_library import COMPILERS
+from engine_core.config import EngineConfig
 from engine_core.messages import BlockEvents, BlockSnapshot, Load, Measured, PeerAddress, StepSums, WorkerInfo
 from engine_core.types import Numerics, Request, Role, SamplingParams, Tier
 from router.block_feed import BlockFeed
 from router.block_index import BlockIndex
 from router.candidate import Candidate
+from router.compiled.library import Compiled, open_compiled
 from router.cost_model import StepModel, TransferModel, fade
 from router.pair_costs import PlacementConfig
 from router.placement import JointPlacement, Placement
@@ -108,14 +111,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--size-blocks", type=int, default=10_000_000, help="for bytes per block (default 10,000,000)")
     parser.add_argument("--rounds", type=int, default=3, help="of the same decisions (default 3)")
     parser.add_argument("--seed", type=int, default=0)
+    kept = EngineConfig().compile_cache
+    parser.add_argument("--compile-cache", default=kept, help=f"of compiled placement (default {kept}; empty: NumPy)")
     arguments = parser.parse_args(argv)
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
+    directory = Path(arguments.compile_cache).expanduser() / "router"
+    compiled = open_compiled(directory, COMPILERS) if arguments.compile_cache else None
     table = Table("page size", "prompt", "p50 ms", "p95 ms", "p99 ms", "best p50 ms", "best p95 ms", "events/s")
     results: dict[int, dict[str, float]] = {}
     for page_size in (128, 16):
-        rounds = [_round(arguments, page_size) for _ in range(arguments.rounds)]
+        rounds = [_round(arguments, page_size, compiled) for _ in range(arguments.rounds)]
         short, long = (_times([each[kind] for each in rounds]) for kind in ("8k", "128k"))
         events = max(each["events/s"][0] for each in rounds)
         for name, times in (("8k", short), ("128k", long)):
@@ -139,9 +146,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _round(arguments: argparse.Namespace, page_size: int) -> dict[str, list[float]]:
+def _round(arguments: argparse.Namespace, page_size: int, compiled: Compiled | None) -> dict[str, list[float]]:
     """Seconds of each decision by length of the prompt, and events per second."""
-    world = _build(arguments.workers, arguments.blocks, page_size, arguments.seed)
+    world = _build(arguments.workers, arguments.blocks, page_size, arguments.seed, compiled)
     short = _time_decisions(world, SHORT_TOKENS, arguments.decisions, arguments.seed)
     long = _time_decisions(world, LONG_TOKENS, arguments.decisions // 8, arguments.seed)
     return {"8k": short, "128k": long, "events/s": [_time_events(world)]}
@@ -152,10 +159,10 @@ def _times(rounds: Sequence[list[float]]) -> Times:
     return Times(by_round.reshape(-1), by_round.min(axis=0))
 
 
-def _build(num_workers: int, num_blocks: int, page_size: int, seed: int) -> World:
+def _build(num_workers: int, num_blocks: int, page_size: int, seed: int, compiled: Compiled | None) -> World:
     rng = random.Random(seed)
     nprng = np.random.default_rng(seed)
-    index = BlockIndex(num_blocks)
+    index = BlockIndex(num_blocks, compiled)
     transfers = TransferModel()
     candidates = [_candidate(i, Role.PREFILL if i % 2 else Role.DECODE, page_size) for i in range(num_workers)]
     feeds = [BlockFeed(index, candidate.key) for candidate in candidates]
@@ -177,7 +184,7 @@ def _build(num_workers: int, num_blocks: int, page_size: int, seed: int) -> Worl
         feed.on_snapshot(snapshot, 0.0)
     return World(
         index=index,
-        placement=JointPlacement(index, transfers, PlacementConfig()),
+        placement=JointPlacement(index, transfers, PlacementConfig(), compiled),
         transfers=transfers,
         prefill=[candidate for candidate in candidates if candidate.info.role is Role.PREFILL],
         decode=[candidate for candidate in candidates if candidate.info.role is Role.DECODE],
@@ -291,7 +298,7 @@ def _bytes_per_block(num_workers: int, num_blocks: int) -> float:
     """Resident memory of an index that grew to this size; the keys themselves are not kept."""
     before = _resident_bytes()
     rng = np.random.default_rng(1)
-    index = BlockIndex(100_000)
+    index = BlockIndex(100_000, None)
     for worker in range(num_workers):
         index.join(worker)
     none = np.zeros(0, np.uint64)

@@ -21,6 +21,7 @@ import msgspec
 
 from deploy.config import ServeConfig
 from deploy.launch import check_port, check_secret
+from engine_core.compiled_library import COMPILERS
 from engine_core.errors import ConfigError
 from engine_core.types import Role
 
@@ -99,6 +100,10 @@ class Machine:
         """The limit of this process."""
         return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
+    def compiler(self) -> str | None:
+        """Of C++."""
+        return next((path for name in COMPILERS if (path := shutil.which(name))), None)
+
     def clock(self) -> str:
         """yes or no: whether the clock follows others; empty where the machine cannot tell."""
         timedatectl = shutil.which("timedatectl")
@@ -131,6 +136,7 @@ def examine(machine: Machine, config: ServeConfig, secret: bytes | None) -> list
         lambda: _check_packages(machine),
         lambda: _check_tpu(machine, config),
         lambda: _check_disk(machine, config),
+        lambda: _check_compiler(machine, config),
         lambda: _check_limits(machine),
         lambda: _check_clock(machine),
         lambda: _check_network(machine, config, secret),
@@ -152,7 +158,7 @@ def examine_node(machine: Machine, config: ServeConfig, is_worker: bool) -> list
     checks: list[Iterable[Finding]] = [_check_python(machine), _check_packages(machine)]
     if is_worker:
         checks += [_check_tpu(machine, config), _check_disk(machine, config)]
-    checks += [_check_limits(machine), _check_clock(machine)]
+    checks += [_check_compiler(machine, config), _check_limits(machine), _check_clock(machine)]
     return [finding for check in checks for finding in check]
 
 
@@ -215,6 +221,17 @@ def _check_disk(machine: Machine, config: ServeConfig) -> Iterable[Finding]:
         free = machine.free_gib(path)
         level, advice = (Level.OK, "") if free >= least else (Level.WARN, fix)
         yield Finding(name, level, f"{free:.1f} GiB free at {path}", advice)
+
+
+def _check_compiler(machine: Machine, config: ServeConfig) -> Iterable[Finding]:
+    if not config.engine.compile_cache:  # nowhere to keep what it makes
+        return
+    path = machine.compiler()
+    if path is not None:
+        yield Finding("C++ compiler", Level.OK, path)
+    else:
+        text = "none: gateways take twice as long to place a request, workers on CPUs have XLA's products only"
+        yield Finding("C++ compiler", Level.WARN, text, "install g++ before the start")
 
 
 def _check_limits(machine: Machine) -> Iterable[Finding]:

@@ -49,7 +49,9 @@ def complete(config: ServeConfig) -> ServeConfig:
     name = gateway.model_name if gateway.model_name != DEMO or path == DEMO else model_name(path)
     colocated = config.fleet.count(Role.PREFILL) == 0
     salt = gateway.block_salt or secrets.token_hex(16)
-    return replace(config, gateway=replace(gateway, model_name=name, colocated=colocated, block_salt=salt))
+    cache = gateway.compile_cache or config.engine.compile_cache
+    implied = replace(gateway, model_name=name, colocated=colocated, block_salt=salt, compile_cache=cache)
+    return replace(config, gateway=implied)
 
 
 def with_keys(config: ServeConfig, keys: tuple[str, ...]) -> ServeConfig:

@@ -39,6 +39,10 @@ class BlockHasher:
         page_size: tokens per block, >= 1.
         salt: separates tenants; derived by the server from its secret, any length.
         namespace: separates models and cache layouts (the fingerprint), any length.
+
+    Attributes:
+        page_size: as given.
+        secret: the AES key, `[16]` bytes.
     """
 
     def __init__(self, page_size: int, salt: bytes, namespace: bytes) -> None:
@@ -49,7 +53,8 @@ class BlockHasher:
         secret = blake2b(prefix, digest_size=16, person=b"baton.block.aes")
         secret.update(salt)
         secret.update(namespace)
-        self._cipher = algorithms.AES128(secret.digest())
+        self.secret = secret.digest()
+        self._cipher = algorithms.AES128(self.secret)
         self._padded_bytes = -(-page_size * _TOKEN_BYTES // HASH_BYTES) * HASH_BYTES
 
     def chain(self, parent: bytes | None, token_ids: Tokens) -> npt.NDArray[np.uint8]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from engine_core.compiled_library import COMPILERS
 from engine_core.config import EngineConfig
 from engine_core.kernels.cpu.choice import CpuKernels, choose_kernels
-from engine_core.kernels.cpu.library import COMPILERS, open_library
+from engine_core.kernels.cpu.library import open_library
 from engine_core.layers.linear import choose_numbers, matmul
 from engine_core.types import Numerics
 

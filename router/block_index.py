@@ -8,7 +8,8 @@ Each worker has a *column* of bits in the table. Its events go there; a snapshot
 that takes the first one's place when it is complete. Columns that are given up are masked out at once and wiped a slice
 at a time.
 
-Plain Python on one thread; time is an argument.
+On one thread; time is an argument. Lookups are compiled where there is a compiler (`compiled/matching.cc`); what is
+here in NumPy says what they find.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import numpy.typing as npt
 from engine_core.block_hash import Keys
 from engine_core.types import Tier
 from router.block_table import BlockTable, Masks
+from router.compiled.library import Compiled
+from router.compiled.matching import CompiledMatch
 
 Worker = Hashable
 
@@ -79,9 +82,11 @@ class BlockIndex:
 
     Args:
         num_blocks: to begin with; it doubles whenever it is full.
+        compiled: looks chains up; None: NumPy does.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, compiled: Compiled | None) -> None:
+        self._compiled = CompiledMatch(compiled) if compiled is not None else None
         self._table = BlockTable(_buckets_for(num_blocks), _NUM_PLANES)
         self._old: BlockTable | None = None  # being moved into the larger table
         self._cursor = 0  # of the move, or of the wiping
@@ -177,6 +182,10 @@ class BlockIndex:
         self.fold()
         if self._known is None:
             self._known = _Known(self._bits_of(self._columns.values()), {c: w for w, c in self._columns.items()})
+        worker_of = self._known.worker_of
+        if self._compiled is not None:
+            found = self._compiled.depths(keys, self._tables(), self._known.masks)
+            return {worker_of[column]: depth for column, depth in found}
         alive = self._known.masks
         depth_of: dict[int, int] = {}
         for start in range(0, len(keys), _MATCH_BLOCKS):
@@ -188,7 +197,6 @@ class BlockIndex:
             }
             if not alive:
                 break
-        worker_of = self._known.worker_of
         return {worker_of[column]: depth for column, depth in depth_of.items()}
 
     def tick(self, now: float) -> None:

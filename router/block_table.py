@@ -36,6 +36,7 @@ class BlockTable:
 
     Attributes:
         num_used: slots taken, including those that only `scrub` will find empty.
+        version: another object whenever `addresses` may have changed.
     """
 
     def __init__(self, num_buckets: int, num_planes: int) -> None:
@@ -44,6 +45,8 @@ class BlockTable:
         self.num_slots = num_buckets * BUCKET
         self._scale = np.uint64(num_buckets)
         self.num_used = 0
+        self.num_planes = num_planes
+        self.version = object()
         self._num_moves = 0
         self._keys: npt.NDArray[np.uint64] = np.zeros((num_buckets, BUCKET), np.uint64)
         self._flat_keys = self._keys.reshape(-1)
@@ -58,6 +61,15 @@ class BlockTable:
         """Of all arrays."""
         planes = sum(words.nbytes for plane in self._planes for words in plane.values())
         return self._keys.nbytes + planes
+
+    def addresses(self, num_words: int) -> list[int]:
+        """Of the keys; how many buckets they have; and of the bits, words by words, of each all planes (0: none)."""
+        numbers = [self._keys.ctypes.data, self.num_buckets]
+        for word in range(num_words):
+            for plane in self._planes:
+                words = plane.get(word)
+                numbers.append(words.ctypes.data if words is not None else 0)
+        return numbers
 
     def locate(self, keys: Keys) -> Slots:
         """Slot of each key, -1 where it is absent."""
@@ -122,6 +134,7 @@ class BlockTable:
     def drop_plane(self, plane: int) -> None:
         """Clear every bit of a plane, at once."""
         self._planes[plane] = {}
+        self.version = object()
 
     def scrub(self, start: int, count: int, word_masks: Masks) -> int:
         """Clear columns in `count` slots from `start` on, and free the slots that hold nothing.
@@ -242,6 +255,7 @@ class BlockTable:
         words = self._planes[plane].get(word)
         if words is None:
             words = self._planes[plane][word] = np.zeros(self.num_slots, np.uint64)
+            self.version = object()
         return words
 
     def _buckets(self, keys: Keys) -> Slots:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -214,6 +215,12 @@ class TransferModel:
             fixed_s, byte_s = self._links.believed[row, column].tolist()
         return fixed_s, byte_s
 
+    def table(self, workers: Sequence[Hashable]) -> LinkTable:
+        """As `link`, of all pairs, as they are kept."""
+        rows = [self._rows.get(worker, -1) for worker in workers]
+        fixed_s, byte_s = self._fleet.coefficients
+        return LinkTable(self._links.believed, rows, (fixed_s, byte_s))
+
     def links(self, sources: Sequence[Hashable], targets: Sequence[Hashable]) -> tuple[Floats, Floats]:
         """As `link`, of all pairs: each `[len(sources), len(targets)]`, or a scalar array where all are alike."""
         if not self._rows:
@@ -242,6 +249,20 @@ class TransferModel:
                 self._free_rows = list(range(2 * size + 7, size - 1, -1))
             row = self._rows[worker] = self._free_rows.pop()
         return row
+
+
+class LinkTable(NamedTuple):
+    """Links of some workers.
+
+    Attributes:
+        links: `[num_rows, num_rows, 2] f64`: seconds of a hand-over of nothing, and per byte.
+        rows: of each worker; -1: it has none.
+        others: what stands for a link where one of its workers has no row.
+    """
+
+    links: Floats
+    rows: list[int]
+    others: tuple[float, float]
 
 
 class _Links:

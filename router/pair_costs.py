@@ -1,7 +1,8 @@
 """What each pair of workers would cost a request, in seconds; the terms are those of `decision.Terms`.
 
-A pair's cost is what its two workers cost each alone, plus the hand-over between them. This is the definition; small
-fleets are weighed by it pair by pair, and of large ones the few that `pair_matrix` found to be best.
+A pair's cost is what its two workers cost each alone, plus the hand-over between them. This is the definition, of which
+`compiled/ranking.cc` is a translation. Without a compiler small fleets are weighed by it pair by pair, and of large
+ones the few that `pair_matrix` found to be best.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from router.decision import Option, Terms
 from router.sessions import Pair
 
 SAME_S = 1e-6  # costs that differ by less are equal
+NUM_RANKED = 3  # the best pair and two runners-up, for people
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +86,32 @@ class Choice(NamedTuple):
     transfer_s: float
 
 
+class Weighed(NamedTuple):
+    """A choice, whoever computed its costs.
+
+    Attributes:
+        prefill: None where the decode worker reads the prompt itself.
+        missing: tokens to be computed.
+        reading_s: how long that takes.
+        num_bytes: of KV that the decode worker lacks.
+        option: the terms.
+    """
+
+    prefill: Candidate | None
+    decode: Candidate
+    missing: int
+    reading_s: float
+    num_bytes: int
+    option: Option
+
+
+class Ranking(NamedTuple):
+    """The `NUM_RANKED` best choices, the best first, and of how many they are the best."""
+
+    best: list[Weighed]
+    num_weighed: int
+
+
 class Asked(NamedTuple):
     """What of a request decides its costs.
 
@@ -145,10 +173,15 @@ class PairCosts:
             choices.append(choice)
         return sorted(choices, key=_order)
 
-    def option(self, choice: Choice) -> Option:
-        """For people."""
+    def ranking(self, choices: Sequence[Choice], num_weighed: int) -> Ranking:
+        """The first of `choices`, which are in order."""
+        return Ranking([self._weighed(choice) for choice in choices[:NUM_RANKED]], num_weighed)
+
+    def _weighed(self, choice: Choice) -> Weighed:
         _, reader, writer, transfer_s = choice
         reading = reader or writer.local
+        worker = reading.worker
+        reading_s = worker.steps.prefill_s(reading.missing, reading.held, worker.info.chunk_tokens)
         terms = Terms(
             queue_s=reading.queue_s,
             prefill_s=reading.prefill_s,
@@ -158,13 +191,14 @@ class PairCosts:
             followers_s=reading.followers_s,
             affinity_s=reading.affinity_s + writer.affinity_s,
         )
-        return Option(
-            prefill=reader.worker.name if reader else None,
+        option = Option(
+            prefill=worker.name if reader else None,
             decode=writer.worker.name,
             held_prefill_tokens=reading.held,
             held_decode_tokens=writer.local.held,
             terms=terms,
         )
+        return Weighed(worker if reader else None, writer.worker, reading.missing, reading_s, writer.num_bytes, option)
 
     # one worker
 
@@ -231,13 +265,22 @@ def readable(held: int, num_tokens: int, page_size: int) -> int:
     return min(held, (num_tokens - 1) // page_size * page_size)
 
 
+def mean_busy(workers: Sequence[Candidate], now: float) -> float:
+    """Of those that read prompts."""
+    total = 0.0
+    for worker in workers:  # `sum` rounds otherwise, and differently from version to version
+        total += worker.standing().busy(now)
+    return total / len(workers)
+
+
 def num_followers(busy: float) -> float:
     """Seconds that others wait for each second of prefill that is added to a worker with so much of it.
 
     Where arrivals wait for `busy / (1 - busy) / 2` mean prompts, as in `Standing.expected_wait_s`, all of them together
     wait `busy ** 2 / (1 - busy) / 2` seconds per second; this is its derivative.
     """
-    return 0.5 * busy * (2 - busy) / (1 - busy) ** 2
+    idle = 1 - busy
+    return 0.5 * busy * (2 - busy) / (idle * idle)
 
 
 def _order(choice: Choice) -> tuple[int, int]:

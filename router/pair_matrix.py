@@ -18,7 +18,7 @@ import numpy.typing as npt
 from engine_core.messages import WorkerInfo
 from router.candidate import Candidate
 from router.cost_model import TransferModel
-from router.pair_costs import SAME_S, Asked, PlacementConfig, num_followers
+from router.pair_costs import NUM_RANKED, SAME_S, Asked, PlacementConfig, num_followers
 from router.sessions import Pair
 from router.standing import MAX_UTILIZATION, WINDOW_S, Standing
 
@@ -71,10 +71,8 @@ class PairMatrix:
         self._links = np.zeros(()), np.zeros(())  # seconds of a hand-over of nothing, and per byte
         self._links_version = -1
 
-    def best(
-        self, sources: Sequence[Candidate], targets: Sequence[Candidate], asked: Asked, now: float, count: int
-    ) -> Best:
-        """At least the `count` cheapest, in no order; with the same rule for equals as `PairCosts.all`.
+    def best(self, sources: Sequence[Candidate], targets: Sequence[Candidate], asked: Asked, now: float) -> Best:
+        """At least the `NUM_RANKED` cheapest, in no order; with the same rule for equals as `PairCosts.all`.
 
         Args:
             sources, targets: prefill and decode workers that may be used; at least one target.
@@ -97,7 +95,7 @@ class PairMatrix:
         stall_s = config.itl * self._standings[3, split:] * reading.prefill_s[split:]
         costs_s[split] = local_s + write_s + stall_s
         num_weighed = self._forbid(costs_s, reading.missing[split:])
-        found = _least(costs_s, self._standings[5], count)
+        found = _least(costs_s, self._standings[5], NUM_RANKED)
         pairs = [(sources[at] if at < split else None, targets[to]) for at, to in found]
         return Best(pairs, mean_busy, num_weighed)
 

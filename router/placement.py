@@ -14,20 +14,23 @@ from collections.abc import Collection, Hashable, Iterator, Sequence
 
 from engine_core.block_hash import BlockHasher, Keys
 from engine_core.errors import NoWorkerAvailable
+from engine_core.messages import WorkerInfo
 from engine_core.types import Request
 from router.block_index import BlockIndex
 from router.breaker import BreakerState
 from router.candidate import Candidate, Work
+from router.compiled.hashing import CompiledHasher
+from router.compiled.library import Compiled
+from router.compiled.ranking import CompiledRanking
 from router.cost_model import Average, TransferModel, num_chunks
 from router.decision import Decision
-from router.pair_costs import Asked, Choice, PairCosts, PlacementConfig, Reader
+from router.pair_costs import Asked, PairCosts, PlacementConfig, Ranking, Weighed, mean_busy
 from router.pair_matrix import PairMatrix
 from router.sessions import Pair, Sessions
 
 __all__ = ["JointPlacement", "Placement", "PlacementConfig"]
 
 MAX_HASHERS = 256
-NUM_RANKED = 3  # the best pair and two runners-up, for people
 SMALL = 64  # pairs that are weighed one by one
 FIRST_OUTPUT_TOKENS = 64.0
 
@@ -81,17 +84,24 @@ class JointPlacement:
     Args:
         index: the global index; shared with the feeds that fill it.
         transfers: what hand-overs take; shared with whoever measures them.
+        compiled: computes the costs; None: Python and NumPy do.
     """
 
-    def __init__(self, index: BlockIndex, transfers: TransferModel, config: PlacementConfig) -> None:
+    def __init__(
+        self, index: BlockIndex, transfers: TransferModel, config: PlacementConfig, compiled: Compiled | None
+    ) -> None:
         self._index = index
         self._transfers = transfers
         self._config = config
         self._sessions = Sessions()
-        self._hashers: dict[tuple[int, bytes, str], BlockHasher] = {}
+        self._hash = compiled.hash if compiled is not None else None
+        self._hashers: dict[tuple[int, bytes, str], BlockHasher | CompiledHasher] = {}
+        self._kinds: set[tuple[int, str]] = set()  # of block hashes, of the workers that were last placed on
+        self._kinds_of: list[WorkerInfo] = []
         self._numbers = itertools.count(1)
         self._output_tokens = Average(FIRST_OUTPUT_TOKENS, 64)
         self._matrix = PairMatrix(config, transfers)
+        self._compiled = CompiledRanking(compiled, config, transfers) if compiled is not None else None
 
     def place(
         self,
@@ -122,18 +132,19 @@ class JointPlacement:
         keys = self._keys_of(request, [*sources, *targets])
         held = self._held(keys, len(request.token_ids))
         last = self._sessions.last(session, now)
-        ranked, costs, num_weighed = self._rank(request, sources, targets, held, last, now)
+        ranking = self._rank(request, sources, targets, held, last, now)
+        best, *others = ranking.best
         decision = Decision(
             request_id=request.request_id,
             epoch=request.epoch,
             at=now,
             num_tokens=len(request.token_ids),
-            chosen=costs.option(ranked[0]),
-            others=tuple([costs.option(choice) for choice in ranked[1:NUM_RANKED]]),
-            num_weighed=num_weighed,
+            chosen=best.option,
+            others=tuple([other.option for other in others]),
+            num_weighed=ranking.num_weighed,
             excluded=excluded,
         )
-        placement = self._reserve(request, ranked[0], decision, now)
+        placement = self._reserve(request, best, decision, now)
         source = placement.prefill
         self._sessions.went(session, (source.key if source else None, placement.decode.key), now)
         self._predict(source or placement.decode, keys, held)
@@ -202,36 +213,37 @@ class JointPlacement:
         held: dict[Hashable, int],
         last: Pair | None,
         now: float,
-    ) -> tuple[list[Choice], PairCosts, int]:
-        """The best choices, what computed them, and of how many they are the best."""
+    ) -> Ranking:
         left = request.sampling.max_tokens - (len(request.token_ids) - request.num_prompt_tokens)
         asked = Asked(len(request.token_ids), min(left, self._output_tokens.value), held, last)
+        if self._compiled is not None:
+            return self._compiled.best(sources, targets, asked, now)
         if len(sources) * len(targets) <= SMALL:
-            busy = [worker.standing().busy(now) for worker in sources or targets]
-            costs = PairCosts(self._config, self._transfers, asked, sum(busy) / len(busy), now)
+            costs = PairCosts(self._config, self._transfers, asked, mean_busy(sources or targets, now), now)
             choices = costs.all(sources, targets)
-            return choices, costs, len(choices)
-        best = self._matrix.best(sources, targets, asked, now, NUM_RANKED)
+            return costs.ranking(choices, len(choices))
+        best = self._matrix.best(sources, targets, asked, now)
         costs = PairCosts(self._config, self._transfers, asked, best.busy, now)
-        return costs.some(best.pairs), costs, best.num_weighed
+        return costs.ranking(costs.some(best.pairs), best.num_weighed)
 
     # the index
 
     def _keys_of(self, request: Request, workers: Sequence[Candidate]) -> dict[tuple[int, str], Keys]:
         """Hash the prompt, once for each kind of block hash in use: one, as a rule."""
-        keys: dict[tuple[int, str], Keys] = {}
-        for kind in {(worker.info.page_size, worker.info.block_namespace) for worker in workers}:
-            if kind[1]:
-                keys[kind] = self._hasher(kind, request.salt).keys(request.token_ids)
-        return keys
+        infos = [worker.info for worker in workers]
+        if infos != self._kinds_of:
+            self._kinds_of = infos
+            self._kinds = {_kind(worker) for worker in workers if worker.info.block_namespace}
+        return {kind: self._hasher(kind, request.salt).keys(request.token_ids) for kind in self._kinds}
 
-    def _hasher(self, kind: tuple[int, str], salt: bytes) -> BlockHasher:
+    def _hasher(self, kind: tuple[int, str], salt: bytes) -> BlockHasher | CompiledHasher:
         page_size, namespace = kind
         hasher = self._hashers.get((page_size, salt, namespace))
         if hasher is None:
             if len(self._hashers) >= MAX_HASHERS:
                 self._hashers.clear()
-            hasher = BlockHasher(page_size, salt, bytes.fromhex(namespace))
+            plain = BlockHasher(page_size, salt, bytes.fromhex(namespace))
+            hasher = CompiledHasher(self._hash, plain) if self._hash is not None else plain
             self._hashers[page_size, salt, namespace] = hasher
         return hasher
 
@@ -254,36 +266,22 @@ class JointPlacement:
 
     # the outcome
 
-    def _reserve(self, request: Request, choice: Choice, decision: Decision, now: float) -> Placement:
-        number = next(self._numbers)
-        _, reader, writer, _ = choice
-        target, num_tokens = writer.worker, len(request.token_ids)
-        if reader is None:
-            reading = _reading(writer.local)
-            _reserve(target, number, Work(reading.prefill_tokens, reading.prefill_us, 1, num_tokens), now)
-            return Placement(number, None, target, decision, prefill_tokens=reading.prefill_tokens, transfer_bytes=0)
-        reading = _reading(reader)
-        _reserve(reader.worker, number, reading, now)
-        _reserve(target, number, Work(0, 0, 1, num_tokens), now)
-        return Placement(
-            number,
-            reader.worker,
-            target,
-            decision,
-            prefill_tokens=reading.prefill_tokens,
-            transfer_bytes=writer.num_bytes,
-        )
+    def _reserve(self, request: Request, best: Weighed, decision: Decision, now: float) -> Placement:
+        number, num_tokens = next(self._numbers), len(request.token_ids)
+        source, target, missing, reading_s, num_bytes, _ = best
+        reading_us = round(1e6 * reading_s)
+        if source is None:
+            num_bytes = 0
+            _reserve(target, number, Work(missing, reading_us, 1, num_tokens), now)
+        else:
+            _reserve(source, number, Work(missing, reading_us, 0, 0), now)
+            _reserve(target, number, Work(0, 0, 1, num_tokens), now)
+        return Placement(number, source, target, decision, prefill_tokens=missing, transfer_bytes=num_bytes)
 
 
 def _reserve(worker: Candidate, number: int, work: Work, now: float) -> None:
     worker.reserve(number, work, now)
     worker.breaker.placed(now)
-
-
-def _reading(reader: Reader) -> Work:
-    worker = reader.worker
-    seconds = worker.steps.prefill_s(reader.missing, reader.held, worker.info.chunk_tokens)
-    return Work(reader.missing, round(1e6 * seconds), 0, 0)
 
 
 def _sound(

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import uvicorn
 
+from engine_core.compiled_library import COMPILERS
 from engine_core.errors import ConfigError
 from engine_core.messages import WorkerInfo
 from router.app import build_app
 from router.clients import MakeClient, connect_with
+from router.compiled.library import Compiled, open_compiled
 from router.config import GatewayConfig
 from router.fleet_view import FleetView
 from router.http_protocol import HttpProtocol
@@ -75,7 +77,8 @@ class Gateway:
         Raises:
             ConfigError: the address cannot be had.
         """
-        self.service = Service(self._config, self._codec, self._make_client, self._salt)
+        compiled = await asyncio.to_thread(_compiled, self._config)
+        self.service = Service(self._config, self._codec, self._make_client, self._salt, compiled)
         if self._config.trace_endpoint:
             tracing = importlib.import_module("router.tracing").Tracing
             self.service.tracing = tracing.to(self._config.trace_endpoint, self._config.model_name)
@@ -150,6 +153,13 @@ def block_salt(config: GatewayConfig, secret: bytes | None) -> bytes:
     salt = hashlib.blake2b(config.block_salt.encode(), digest_size=16, person=b"baton.salt")
     salt.update(secret or b"")
     return salt.digest()
+
+
+def _compiled(config: GatewayConfig) -> Compiled | None:
+    """What is compiled of placement; it takes a second or two once per machine, before anything is served."""
+    if not config.compile_cache:
+        return None
+    return open_compiled(Path(config.compile_cache).expanduser() / "router", COMPILERS)
 
 
 class _Server(uvicorn.Server):

@@ -28,6 +28,7 @@ from engine_core.types import Request, Role
 from router.admission import AdmissionQueue, Entry
 from router.block_index import BlockIndex
 from router.clients import MakeClient
+from router.compiled.library import Compiled
 from router.config import GatewayConfig
 from router.cost_model import TransferModel
 from router.decision import Decisions
@@ -65,12 +66,15 @@ class Service:
 
     Args:
         salt: secret; keys the block hashes. The same in all gateways of a cluster.
+        compiled: what is compiled of placement; None: nothing is.
 
     Attributes:
         decisions: why recent requests went where they did.
     """
 
-    def __init__(self, config: GatewayConfig, codec: TextCodec, make_client: MakeClient, salt: bytes) -> None:
+    def __init__(
+        self, config: GatewayConfig, codec: TextCodec, make_client: MakeClient, salt: bytes, compiled: Compiled | None
+    ) -> None:
         self.config = config
         self.codec = codec
         self.salt = salt
@@ -81,7 +85,7 @@ class Service:
         self.meter = LoadMeter(config.slo_ttft_s, config.slo_itl_s)
         self.fleet: FleetView | None = None
         self.decisions = Decisions()
-        self.index = BlockIndex(INDEX_BLOCKS)
+        self.index = BlockIndex(INDEX_BLOCKS, compiled)
         transfers = TransferModel()
         self.draining = False
         self.registry = Registry(
@@ -99,6 +103,7 @@ class Service:
             self.index,
             transfers,
             PlacementConfig(local_prefill_tokens=config.local_prefill_tokens, max_backlog_s=config.max_backlog_s),
+            compiled,
         )
         self._queue = AdmissionQueue(config.max_waiting, config.weights())
         self._waiting: dict[Entry, tuple[Stream, asyncio.Future[None]]] = {}

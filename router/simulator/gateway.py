@@ -58,7 +58,7 @@ class Gateway:
         place: Callable[[Job], None],
         refuse: Callable[[Job], None],
     ) -> None:
-        self.index = BlockIndex(_INDEX_BLOCKS)
+        self.index = BlockIndex(_INDEX_BLOCKS, None)
         self.transfers = TransferModel()
         self.policy = make_policy(policy, self.index, self.transfers, config, seed)
         self.members: dict[WorkerKey, Member] = {}

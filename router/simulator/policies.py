@@ -252,7 +252,7 @@ POLICIES = ("joint", "random", "round-robin", "least-load", "prefix-only", "pref
 
 def make_policy(name: str, index: BlockIndex, transfers: TransferModel, config: PlacementConfig, seed: int) -> Policy:
     """One of `POLICIES`; `seed` is of those that draw lots."""
-    joint = JointPlacement(index, transfers, config)
+    joint = JointPlacement(index, transfers, config, None)
     if name == "joint":
         return Joint(joint)
     choices: dict[str, Choice] = {
@@ -263,4 +263,4 @@ def make_policy(name: str, index: BlockIndex, transfers: TransferModel, config: 
         "prefill-then-decode": _prefill_then_decode(index),
     }
     remote = dataclasses.replace(config, local_prefill_tokens=0)
-    return Simple(choices[name], index, JointPlacement(index, transfers, remote))
+    return Simple(choices[name], index, JointPlacement(index, transfers, remote, None))

@@ -20,6 +20,7 @@ def _collector():
 
 def test_json_has_what_scripts_read(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--workers", "20", "--blocks", "1000", "--decisions", "16", "--size-blocks", "20000", "--rounds", "2"]
+    sizes += ["--compile-cache", ""]
     assert router.main([*sizes, "--json"]) == 0
     lines = capsys.readouterr().out.splitlines()
     figures = json.loads(lines[-1])
@@ -41,6 +42,6 @@ def test_rounds_make_the_same_decisions(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(router.World, "decide", recorded)
     for _ in range(2):
         rounds.append([])
-        router._time_decisions(router._build(20, 1000, 128, 3), router.SHORT_TOKENS, 60, 3)
+        router._time_decisions(router._build(20, 1000, 128, 3, None), router.SHORT_TOKENS, 60, 3)
     assert rounds[0] == rounds[1]
     assert len(rounds[0]) == 66

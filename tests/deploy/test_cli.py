@@ -61,6 +61,9 @@ def test_the_gateway_learns_what_other_sections_imply(tmp_path: Path) -> None:
     assert named.gateway.model_name == "mine" and not named.gateway.colocated
     assert read_config(["--colocated"], None).gateway.colocated
     assert read_config(["--prefill", "0"], None).gateway.colocated
+    assert read_config(["--compile_cache", "/c"], None).gateway.compile_cache == "/c"
+    assert read_config(["--compile_cache", ""], None).gateway.compile_cache == ""
+    assert read_config(["--gateway.compile_cache", "/g"], None).gateway.compile_cache == "/g"
 
 
 def test_every_field_is_listed_with_its_meaning() -> None:

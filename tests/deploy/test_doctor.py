@@ -27,6 +27,7 @@ class FakeMachine(Machine):
             "free": 100.0,
             "files": 65536,
             "clock": "yes",
+            "compiler": "/usr/bin/c++",
             "dns": True,
             **facts,
         }
@@ -48,6 +49,9 @@ class FakeMachine(Machine):
 
     def open_files(self):
         return self.facts["files"]
+
+    def compiler(self):
+        return self.facts["compiler"]
 
     def clock(self):
         return self.facts["clock"]
@@ -88,6 +92,8 @@ def test_a_fine_machine() -> None:
         ({"free": 0.5}, [], {"/dev/shm": Level.WARN, "compile cache": Level.WARN}),
         ({"free": 0.5}, ["--compile_cache", ""], {"/dev/shm": Level.WARN}),
         ({"files": 1024}, [], {"open files": Level.WARN}),
+        ({"compiler": None}, [], {"C++ compiler": Level.WARN}),
+        ({"compiler": None}, ["--compile_cache", ""], {}),
         ({"clock": "no"}, [], {"clock": Level.WARN}),
         ({"dns": False}, ["--model", "Qwen/Qwen3-8B"], {"model": Level.WARN}),
         ({}, ["--fleet.host", "node"], {"secret": Level.FAIL}),

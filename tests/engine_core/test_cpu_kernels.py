@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from benchmarks.checkpoints import SHAPES, write_random_checkpoint
+from engine_core.compiled_library import COMPILERS
 from engine_core.config import Degrees, EngineConfig, ModelConfig
 from engine_core.cpu_kernels import open_cpu_kernels
 from engine_core.errors import ConfigError
 from engine_core.kernels.cpu import attention, products
 from engine_core.kernels.cpu.choice import CpuKernels
-from engine_core.kernels.cpu.library import COMPILERS, open_library
+from engine_core.kernels.cpu.library import open_library
 from engine_core.layers.linear import choose_numbers, matmul
 from engine_core.types import Numerics
 from tests.engine_core.paged_runner import Chunk, PagedRunner

@@ -52,7 +52,7 @@ class Routed:
     def __init__(self, workers: list[Worker], **settings) -> None:
         config = GatewayConfig(**{"local_prefill_tokens": 0, **settings})
         self.workers = workers
-        self.service = Service(config, None, connect_with(None, "test"), b"salt")
+        self.service = Service(config, None, connect_with(None, "test"), b"salt", None)
         self.placements: list[Placement] = []
         self.count = 0
         send = self.service._send

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ import httpx
 import openai
 import pytest
 
+from engine_core.compiled_library import COMPILERS
 from engine_core.types import Role
+from router.compiled.library import Compiled, open_compiled
 from router.config import GatewayConfig
 from router.server import Gateway
 from tests.fakes import ANSWER, FakeWorker, make_model_dir, make_tokenizer
@@ -26,6 +29,15 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def answer_ids() -> list[int]:
     return make_tokenizer().encode(ANSWER).ids
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    if not any(map(shutil.which, COMPILERS)):
+        pytest.skip("no C++ compiler")
+    library = open_compiled(tmp_path_factory.mktemp("compiled"), COMPILERS)
+    assert library is not None
+    return library
 
 
 @dataclass

@@ -36,7 +36,7 @@ class World:
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
-        self.index = BlockIndex(16)
+        self.index = BlockIndex(16, None)
         self.now = 0.0
         self.harm = 0.3
         self.life = 0
@@ -129,7 +129,7 @@ def events(sequence: int, stored: list[int], worker: str = "w", life: int = 1) -
 
 
 def live_feed(sequence: int, stored: list[int]) -> tuple[BlockIndex, BlockFeed]:
-    index = BlockIndex(16)
+    index = BlockIndex(16, None)
     feed = BlockFeed(index, ("w", 1))
     question = feed.connected(0.0)
     feed.on_snapshot(

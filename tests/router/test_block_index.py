@@ -11,6 +11,7 @@ from engine_core.types import Tier
 from router import block_index
 from router.block_index import PREDICTION_S, BlockIndex
 from router.block_table import BlockTable
+from router.compiled.library import Compiled
 
 NONE = np.zeros(0, np.uint64)
 
@@ -41,9 +42,9 @@ class Naive:
 class Pair:
     """The index and the reference, told the same."""
 
-    def __init__(self, rng: random.Random, num_blocks: int) -> None:
+    def __init__(self, rng: random.Random, num_blocks: int, compiled: Compiled | None) -> None:
         self.rng = rng
-        self.index = BlockIndex(num_blocks)
+        self.index = BlockIndex(num_blocks, compiled)
         self.naive = Naive()
         self.now = 0.0
         self.names = 0
@@ -105,13 +106,18 @@ class Pair:
         assert self.index.match(keys_of(*chain)) == self.naive.match(chain)
 
 
+@pytest.fixture(params=["numpy", "compiled"])
+def lookups(request: pytest.FixtureRequest) -> Compiled | None:
+    return request.getfixturevalue("compiled") if request.param == "compiled" else None
+
+
 @pytest.mark.parametrize("seed", range(12))
-def test_answers_equal_those_of_sets(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_equal_those_of_sets(seed: int, lookups: Compiled | None, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)
     monkeypatch.setattr(block_index, "_SLICE_SLOTS", 200)  # moves and rounds overlap with everything else
     monkeypatch.setattr(block_index, "_FOLD_KEYS", rng.choice((1, 100, 16384)))
     monkeypatch.setattr(block_index, "_MATCH_BLOCKS", rng.choice((1, 8, 1024)))
-    pair = Pair(rng, num_blocks=50)
+    pair = Pair(rng, 50, lookups)
     for _ in range(rng.choice((3, 70))):
         pair.join()
     actions = [pair.change] * 10 + [pair.tick, pair.check] * 6 + [pair.snapshot, pair.clear, pair.leave, pair.join]
@@ -122,7 +128,7 @@ def test_answers_equal_those_of_sets(seed: int, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_columns_are_reused_once_they_are_clean() -> None:
-    index = BlockIndex(1000)
+    index = BlockIndex(1000, None)
     index.join("a")
     for life in range(300):
         index.change("a", Tier.DEVICE, NONE, keys_of(*range(1 + life, 20 + life)))
@@ -136,7 +142,7 @@ def test_columns_are_reused_once_they_are_clean() -> None:
 
 
 def test_predictions_are_believed_for_a_while_and_not_for_ever() -> None:
-    index = BlockIndex(100)
+    index = BlockIndex(100, None)
     index.join("a")
     index.join("b")
     index.tick(0.0)
@@ -154,7 +160,7 @@ def test_predictions_are_believed_for_a_while_and_not_for_ever() -> None:
 
 
 def test_a_block_in_two_tiers_is_held_until_it_leaves_both() -> None:
-    index = BlockIndex(100)
+    index = BlockIndex(100, None)
     index.join("a")
     index.change("a", Tier.DEVICE, NONE, keys_of(1, 2))
     index.change("a", Tier.HOST, NONE, keys_of(2, 3))
@@ -183,7 +189,7 @@ def test_full_buckets_let_keys_move() -> None:
 
 def test_64_workers_hold_parts_of_200_000_blocks() -> None:
     rng = np.random.default_rng(0)
-    index = BlockIndex(200_000)
+    index = BlockIndex(200_000, None)
     keys = rng.integers(1, 2**64, 200_000, np.uint64)
     for worker in range(64):
         index.join(worker)

@@ -12,10 +12,8 @@ from engine_core.messages import Load, PeerAddress, StepSums, WorkerInfo
 from engine_core.types import Numerics, Role
 from router.candidate import Candidate, Work
 from router.cost_model import StepModel, TransferModel
-from router.pair_costs import Asked, Choice, PairCosts, PlacementConfig
+from router.pair_costs import NUM_RANKED, Asked, Choice, PairCosts, PlacementConfig, Ranking, mean_busy
 from router.pair_matrix import PairMatrix
-
-COUNT = 3
 
 
 class Fleet:
@@ -42,8 +40,8 @@ class Fleet:
     def workers(self) -> list[Candidate]:
         return self.sources + self.targets
 
-    def worker(self, name: str, role: Role) -> Candidate:
-        rng = self.rng
+    def worker(self, name: str, role: Role, *, alike: bool = False) -> Candidate:
+        rng = random.Random(0) if alike else self.rng
         info = WorkerInfo(
             name,
             1,
@@ -101,9 +99,15 @@ class Fleet:
         return Asked(num_tokens, rng.random() * 500, held, last)
 
     def by_definition(self, asked: Asked) -> list[Choice]:
-        busy = [worker.standing().busy(self.now) for worker in self.sources or self.targets]
-        costs = PairCosts(self.config, self.transfers, asked, sum(busy) / len(busy), self.now)
-        return costs.all(self.sources, self.targets)
+        return self.costs(asked).all(self.sources, self.targets)
+
+    def ranking_by_definition(self, asked: Asked) -> Ranking:
+        choices = self.by_definition(asked)
+        return self.costs(asked).ranking(choices, len(choices))
+
+    def costs(self, asked: Asked) -> PairCosts:
+        busy = mean_busy(self.sources or self.targets, self.now)
+        return PairCosts(self.config, self.transfers, asked, busy, self.now)
 
 
 def names(choices: list[Choice]) -> list[tuple[str | None, str]]:
@@ -119,11 +123,11 @@ def test_arrays_find_what_the_definition_does(seed: int) -> None:
             fleet.happen()
         asked = fleet.asked()
         expected = fleet.by_definition(asked)
-        found = matrix.best(fleet.sources, fleet.targets, asked, fleet.now, COUNT)
+        found = matrix.best(fleet.sources, fleet.targets, asked, fleet.now)
         assert found.num_weighed == len(expected)
         costs = PairCosts(fleet.config, fleet.transfers, asked, found.busy, fleet.now)
         ranked = costs.some(found.pairs)
-        assert len(ranked) == min(COUNT, len(expected))
+        assert len(ranked) == min(NUM_RANKED, len(expected))
         for one, other in zip(ranked, expected, strict=False):  # equals may change places where rounding decides
             assert math.isclose(one.key[0], other.key[0], rel_tol=1e-9, abs_tol=3e-6)
         if len(expected) > 1 and expected[1].key[0] - expected[0].key[0] > 1e-5:
@@ -141,11 +145,9 @@ def test_of_equals_the_one_that_waited_longest_is_first() -> None:
         )
         worker.turn = turn
     asked = Asked(100, 10.0, {}, None)
-    found = PairMatrix(fleet.config, fleet.transfers).best(fleet.sources, fleet.targets, asked, fleet.now, 1)
-    assert found.pairs[0] in {
-        (min(fleet.sources, key=lambda one: one.turn), min(fleet.targets, key=lambda one: one.turn)),
-        (None, min(fleet.targets, key=lambda one: one.turn)),
-    }
+    found = PairMatrix(fleet.config, fleet.transfers).best(fleet.sources, fleet.targets, asked, fleet.now)
+    source, target = (min(workers, key=lambda one: one.turn) for workers in (fleet.sources, fleet.targets))
+    assert {(source, target), (None, target)} & set(found.pairs)
 
 
 def test_a_fleet_that_changes_is_followed() -> None:
@@ -155,6 +157,6 @@ def test_a_fleet_that_changes_is_followed() -> None:
         fleet.sources = [fleet.worker(f"p{i}", Role.PREFILL) for i in range(size)]
         fleet.targets = [fleet.worker(f"d{i}", Role.DECODE) for i in range(5 - size)]
         asked = fleet.asked()
-        found = matrix.best(fleet.sources, fleet.targets, asked, fleet.now, COUNT)
+        found = matrix.best(fleet.sources, fleet.targets, asked, fleet.now)
         assert found.num_weighed == len(fleet.by_definition(asked))
         assert {one for pair in found.pairs for one in pair if one} <= set(fleet.workers)

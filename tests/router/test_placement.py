@@ -91,9 +91,9 @@ class Fleet:
     """Candidates, an index, and a clock."""
 
     def __init__(self, prefill: int, decode: int, infos: tuple[WorkerInfo, ...] = (), **config: float) -> None:
-        self.index = BlockIndex(100)
+        self.index = BlockIndex(100, None)
         self.transfers = TransferModel()
-        self.placement = JointPlacement(self.index, self.transfers, PlacementConfig(**config))
+        self.placement = JointPlacement(self.index, self.transfers, PlacementConfig(**config), None)
         infos += tuple(info(f"p{i}", Role.PREFILL) for i in range(prefill))
         infos += tuple(info(f"d{i}", Role.DECODE) for i in range(decode))
         self.now = 100.0
@@ -453,7 +453,7 @@ class Members:
         self.registry = Registry(
             self.listener,
             lambda address, events: StubClient(),
-            index=BlockIndex(100),
+            index=BlockIndex(100, None),
             transfers=TransferModel(),
             colocated=False,
             suspect_after_s=2,
