@@ -6,6 +6,7 @@ authenticate, and the groups of pods are the slices that the configuration's wor
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
@@ -34,6 +35,8 @@ KINDS = {  # GKE's names of what the TPU API calls so
 }
 ACCELERATOR, TOPOLOGY = "cloud.google.com/gke-tpu-accelerator", "cloud.google.com/gke-tpu-topology"
 CLUSTER: Place = ("spec", "rayClusterConfig")
+QUOTES = " '`\""  # that KubeRay drops around rayStartParams.resources
+HEAD_PORTS = ("dashboard", "serve")  # names by which KubeRay finds them
 LOOK_UP_S = 15.0
 
 HasSecret = Callable[[str, str], bool | None]
@@ -84,7 +87,7 @@ class Manifest:
         """All problems, in the order of their lines."""
         found: list[Problem] = []
         try:
-            found += [*self._check_secrets(), *self._check_versions()]
+            found += [*self._check_secrets(), *self._check_versions(), *self._check_head()]
             config = self._config(found)
             if config is not None:
                 found += self._check_groups(config)
@@ -136,6 +139,20 @@ class Manifest:
             if release(image) != release(images[0][1]):
                 yield self._problem(place, f"the head runs {images[0][1]}, these pods {image}: not of one version")
 
+    def _check_head(self) -> Iterator[Problem]:
+        """KubeRay's operator reaches the head's dashboard, by which it hands the application over."""
+        place: Place = (*CLUSTER, "headGroupSpec")
+        head = self._cluster.get("headGroupSpec") or {}
+        if (host := head.get("rayStartParams", {}).get("dashboard-host", "0.0.0.0")) != "0.0.0.0":
+            text = f"dashboard-host is {host}, where KubeRay's operator cannot reach it: 0.0.0.0"
+            yield self._problem((*place, "rayStartParams", "dashboard-host"), text)
+        in_pod: Place = (*place, "template", "spec", "containers", 0, "ports")
+        ports = {port.get("name") for port in head["template"]["spec"]["containers"][0].get("ports") or []}
+        for name in HEAD_PORTS if ports else ():  # where it names none, KubeRay takes these
+            if name not in ports:
+                text = f"the head names ports and none is {name}: without it KubeRay never serves the application"
+                yield self._problem(in_pod, text)
+
     def _config(self, found: list[Problem]) -> ServeConfig | None:
         """What the application reads, from its ConfigMap."""
         place: Place = ("spec", "serveConfigV2")
@@ -161,11 +178,14 @@ class Manifest:
     def _check_groups(self, config: ServeConfig) -> Iterator[Problem]:
         offered = {}
         for place, group in self._groups():
-            match = re.search(
-                r"baton-(gateway|prefill|decode)\b", str(group.get("rayStartParams", {}).get("resources"))
-            )
-            if match:
-                offered[match[1]] = (place, group)
+            text = group.get("rayStartParams", {}).get("resources", "{}")
+            try:
+                resources = json.loads(text.strip(QUOTES))
+            except ValueError:
+                at = (*place, "rayStartParams", "resources")
+                yield self._problem(at, f"resources is not JSON within one pair of quotes, as KubeRay reads it: {text}")
+                continue
+            offered |= {name: (place, group) for name in ("gateway", *Role) if f"baton-{name}" in resources}
         for name in ("gateway", *Role):
             wanted, field = _wanted(config, name)
             if name not in offered:
