@@ -31,6 +31,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "deploy/ray", tmp_path / "deploy/ray")
     (tmp_path / "dist").mkdir()
+    (tmp_path / "dist/baton-0.1.0-py3-none-any.whl").touch()
+    shutil.copy(ROOT / "constraints.txt", tmp_path)
     for file in FILES:
         secrets = tmp_path / ".config/baton" / file.stem
         for name in ("secret", "ray-token"):
@@ -180,6 +182,39 @@ def test_head_and_workers_of_different_versions(home: Path) -> None:
     assert problems(path) == [
         f"{place}: worker_setup_commands does not say which ray, so that nodes may differ: ray==VERSION"
     ]
+
+
+def test_what_nodes_install_is_pinned(home: Path) -> None:
+    """A slice that is made next week must not get another jax."""
+    path = changed(
+        home, "v6e-1p1d", ('-c ~/baton/constraints.txt "ray[default,serve]==2.60.0" "jax', '"ray==2.60.0" "jax')
+    )
+    unpinned = "worker_setup_commands does not say which jax, so that nodes may differ: jax==VERSION"
+    assert problems(path) == [f"{line(path, 'jax[tpu]')}: {unpinned}"]
+    path = changed(home, "v5e-1p1d", ('"jax[tpu]"', '"jax[tpu]==0.9.0"'))
+    (found,) = problems(path)
+    assert found.startswith(
+        f"{line(path, 'jax[tpu]')}: worker_setup_commands wants jax 0.9.0, ~/baton/constraints.txt 0.1"
+    )
+    (home / "constraints.txt").unlink()
+    assert any("constraints.txt, to be mounted at" in text for text in problems(home / "deploy/ray/v6e-2p2d.yaml"))
+
+
+def test_no_wheel(home: Path) -> None:
+    (home / "dist/baton-0.1.0-py3-none-any.whl").unlink()
+    path = home / "deploy/ray/v6e-1p1d.yaml"
+    assert problems(path) == [
+        f"{line(path, 'baton/wheel: dist')}: dist has no wheel, which nodes install; `make wheel` writes it"
+    ]
+
+
+def test_a_zone_elsewhere_and_software_of_another_generation(home: Path) -> None:
+    zone = ("availability_zone: us-east5-b", "availability_zone: us-west4-a")
+    path = changed(home, "v6e-1p1d", zone, ("v2-alpha-tpuv6e", "v2-alpha-tpuv5-lite"))
+    assert problems(path)[0] == f"{line(path, 'us-west4-a')}: us-west4-a is not in us-east5, the region of this file"
+    runtimes = [number for number, text in enumerate(path.read_text().splitlines(), 1) if "runtimeVersion" in text]
+    wrong = "v2-alpha-tpuv5-lite is for v5litepod, this slice is v6e"
+    assert problems(path)[1:] == [f"{number}: {wrong}" for number in runtimes]
 
 
 def test_images_of_different_versions(home: Path) -> None:
