@@ -151,8 +151,8 @@ examples:
 
 DRAIN_EPILOG = """\
 The worker takes nothing new, its streams go on elsewhere, and it ends. Then its machine is free: the fleet wants one
-fewer of its role until `baton scale` (or the autoscaler, in the mode act) says otherwise. The last worker of a role
-that serves stays, unless another one takes its place.
+fewer of its role until `baton scale` says otherwise, and an autoscaler in the mode act lets no pool grow before that.
+The last worker of a role that serves stays, unless another one takes its place.
 
 examples:
   baton drain decode-1                before its machine is worked on

@@ -183,7 +183,9 @@ function showAutoscaler(state) {
   byId("autoscale-section").hidden = !autoscale;
   if (!autoscale) return;
   const now = autoscale.waits_for || `it wants ${pools(autoscale.target)}`;
-  byId("autoscale-now").textContent = `Mode ${autoscale.mode}; ${now}.`;
+  const held = Object.keys(autoscale.ceilings).length
+    ? ` A slice was drained by hand: no more than ${pools(autoscale.ceilings)} until \`baton scale\`.` : "";
+  byId("autoscale-now").textContent = `Mode ${autoscale.mode}; ${now}.${held}`;
   fillTable(byId("autoscale"), SCALE_COLUMNS, [...autoscale.decisions].reverse(), "Nothing was decided yet.");
 }
 
