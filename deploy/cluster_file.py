@@ -25,10 +25,10 @@ from deploy.slice_fit import (
     ModelConfig,
     lacks_chips,
     misfit,
+    model_misfit,
     noting,
     num_hosts,
     release,
-    too_large,
 )
 from deploy.yaml_file import Place, Problem
 from engine_core.errors import ConfigError
@@ -225,7 +225,7 @@ class ClusterFile:
                 whole = f"this slice has {chips} chips" + (f" on {hosts} hosts" if hosts > 1 else "")
                 yield self._problem(place, f"{whole}, resources.TPU says {declared}")
             for shape in _shapes(types[name], config):
-                text = misfit(kind, hosts, chips, shape) or too_large(kind, shape, self._model_config)
+                text = misfit(kind, hosts, chips, shape) or model_misfit(kind, shape, self._model_config)
                 if text:
                     yield self._problem(place, text)
 

@@ -21,7 +21,7 @@ import yaml
 from deploy import yaml_file
 from deploy.config import AutoscaleMode, ServeConfig, WorkerShape
 from deploy.launch import read_config
-from deploy.slice_fit import ModelConfig, lacks_chips, noting, release, too_large
+from deploy.slice_fit import ModelConfig, lacks_chips, model_misfit, noting, release
 from deploy.yaml_file import Place, Problem
 from engine_core.errors import ConfigError
 from engine_core.types import Role
@@ -176,7 +176,7 @@ class Manifest:
                 return None
 
     def _check_groups(self, config: ServeConfig) -> Iterator[Problem]:
-        offered = {}
+        offered: dict[str, tuple[Place, dict[str, Any]]] = {}
         for place, group in self._groups():
             text = group.get("rayStartParams", {}).get("resources", "{}")
             try:
@@ -219,7 +219,7 @@ class Manifest:
         if accelerator not in KINDS:
             text = f"{accelerator or 'nothing'} is not a TPU known here: {', '.join(KINDS)}"
             yield self._problem((*in_pod, "nodeSelector", ACCELERATOR), text)
-        elif text := too_large(KINDS[accelerator], shape, self._model_config):
+        elif text := model_misfit(KINDS[accelerator], shape, self._model_config):
             yield self._problem((*in_pod, "nodeSelector", ACCELERATOR), text)
         if not re.fullmatch(r"\d+(x\d+)+", topology) or math.prod(map(int, topology.split("x"))) != chips * hosts:
             text = f"topology {topology or 'nothing'} is not that of {hosts} hosts with {chips} chips each"

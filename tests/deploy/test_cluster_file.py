@@ -55,7 +55,8 @@ def dense_model(directory: Path, **sizes: int) -> Path:
     """A config.json of that shape."""
     directory.mkdir()
     golden = json.loads((ROOT / "tests/golden/qwen3/config.json").read_text())
-    config = {key: value for key, value in golden.items() if key != "layer_types"} | sizes | {"head_dim": 128}
+    config = {key: value for key, value in golden.items() if key != "layer_types"}
+    config |= {"head_dim": 128, "max_position_embeddings": 32768} | sizes
     (directory / "config.json").write_text(json.dumps(config))
     return directory
 
@@ -171,6 +172,35 @@ def test_a_model_that_does_not_fit(home: Path) -> None:
     toml.write_text(toml.read_text().replace("Qwen/Qwen3-8B", str(model)))
     found = problems(home / "deploy/ray/v5e-1p1d.yaml")
     assert len(found) == 2 and all("GiB of weights; 8 chips of v5litepod may use 107.1 GiB" in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "settings", "message"),
+    [
+        ({"num_key_value_heads": 3}, (), "num_key_value_heads"),
+        (
+            {},
+            ("max_model_len = 16384", "max_model_len = 65536"),
+            "max_model_len is 65536, the model's context is 32768",
+        ),
+        ({"num_hidden_layers": 230}, ("= 16384", "= 32768"), "where one sequence of batch.max_model_len needs 256"),
+        ({}, ("[engine]", '[engine]\nnumerics = "strict"'), "numerics is strict, which is not supported on TPUs"),
+        ({"head_dim": 96}, (), "head_dim 96 is not supported; supported: 64, 128"),
+    ],
+)
+def test_a_model_that_this_slice_could_not_start(
+    home: Path, sizes: dict[str, int], settings: tuple[str, ...], message: str
+) -> None:
+    """What the engine itself would say, once the slices were paid for."""
+    own = {"hidden_size": 4096, "num_hidden_layers": 8, "intermediate_size": 16384}
+    heads = {"num_attention_heads": 24, "num_key_value_heads": 8}
+    model = dense_model(home / "odd", **(own | heads | sizes))
+    toml = home / "deploy/ray/v5e-1p1d.toml"
+    toml.write_text(toml.read_text().replace("Qwen/Qwen3-8B", str(model)))
+    if settings:
+        toml.write_text(toml.read_text().replace(*settings, 1))
+    found = problems(home / "deploy/ray/v5e-1p1d.yaml")
+    assert len(found) == 2 and all(message in text for text in found), found
 
 
 def test_head_and_workers_of_different_versions(home: Path) -> None:
