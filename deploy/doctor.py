@@ -66,6 +66,15 @@ class Machine:
         except importlib.metadata.PackageNotFoundError:
             return None
 
+    def libtpu_of_jax(self) -> str:
+        """The series of libtpu that the installed jax asks for, such as 0.0.50; empty where it does not say."""
+        try:
+            wanted = importlib.metadata.requires("jax") or []
+        except importlib.metadata.PackageNotFoundError:
+            return ""
+        found = (re.match(r"libtpu==([\d.]+)\.\*", line) for line in wanted)
+        return next((match[1] for match in found if match), "")
+
     def tpu_chips(self) -> int:
         """PCI devices of Google's that are accelerators."""
         devices = (self._root / "sys/bus/pci/devices").glob("*")
@@ -200,6 +209,10 @@ def _check_tpu(machine: Machine, config: ServeConfig) -> Iterable[Finding]:
         yield Finding("tpu", Level.FAIL, f"{chips} TPU chips, a worker needs {need}", fix)
     else:
         yield Finding("tpu", Level.OK, f"{chips} TPU chips, libtpu {libtpu}")
+    series = machine.libtpu_of_jax()
+    if libtpu and series and _numbers(libtpu) != _numbers(series):
+        text = f"libtpu {libtpu} beside jax {machine.package('jax')}, which asks for {series}.*"
+        yield Finding("libtpu", Level.WARN, text, f"pip install 'libtpu=={series}.*'")
     if users := machine.tpu_users():
         fix = "end them before a worker starts: a chip has one user at a time"
         yield Finding("tpu in use", Level.WARN, f"held by {', '.join(users)}", fix)
