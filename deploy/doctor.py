@@ -177,7 +177,7 @@ def _check_packages(machine: Machine) -> Iterable[Finding]:
     for name, least in NEEDED.items():
         version = machine.package(name)
         if version is None:
-            yield Finding(name, Level.FAIL, f"{name} is not installed", "pip install baton")
+            yield Finding(name, Level.FAIL, f"{name} is not installed", f"pip install '{name}>={least}'")
         elif _numbers(version) < _numbers(least):
             fix = f"pip install --upgrade '{name}>={least}'"
             yield Finding(name, Level.FAIL, f"{name} {version} is older than {least}", fix)
@@ -202,7 +202,7 @@ def _check_tpu(machine: Machine, config: ServeConfig) -> Iterable[Finding]:
         return
     libtpu = machine.package("libtpu")
     if libtpu is None:
-        fix = "pip install 'baton[tpu]'"
+        fix = "pip install 'jax[tpu]'"
         yield Finding("tpu", Level.FAIL, f"{chips} TPU chips and no libtpu: JAX would run on the CPU", fix)
     elif (need := min(shape.chips_per_host for shape in shapes)) > chips:
         fix = "lower engine.tp (and ep, dp) and fleet.tpus_per_worker, or take a larger slice"
