@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -85,13 +86,13 @@ class PlannedDevice:
 
 
 def noting(model_config: ModelConfig, notes: list[str]) -> ModelConfig:
-    """The same, which notes of which models it cannot be told."""
+    """The same, which asks once for each model (a hub that is away takes its time), and notes what it cannot tell."""
 
+    @functools.cache
     def asked(path: str) -> Path | None:
         directory = model_config(path)
-        note = f"not known, as the hub does not answer: whether {path} fits"
-        if directory is None and note not in notes:
-            notes.append(note)
+        if directory is None:
+            notes.append(f"not known, as the hub does not answer: whether {path} fits")
         return directory
 
     return asked
