@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from deploy import run_file
 from deploy.config import ServeConfig
 from deploy.launch import check_port, check_secret
 from engine_core.errors import ConfigError
@@ -118,6 +119,14 @@ class Machine:
             return subprocess.run(command, capture_output=True, text=True, timeout=5, check=False).stdout.strip()
         except (OSError, subprocess.TimeoutExpired):
             return ""
+
+    def runs_baton(self, port: int) -> bool:
+        """Whether a Baton of this user serves there."""
+        try:
+            run_file.find(run_file.DIRECTORY.expanduser(), port)
+        except ConfigError:
+            return False
+        return True
 
     def resolves(self, name: str) -> bool:
         """Whether a host name can be looked up."""
@@ -254,7 +263,10 @@ def _check_network(machine: Machine, config: ServeConfig, secret: bytes | None) 
         check_port(gateway.host, gateway.port)
         yield Finding("port", Level.OK, f"{gateway.host}:{gateway.port} is free")
     except ConfigError as error:
-        yield Finding("port", Level.FAIL, str(error), "choose another gateway.port, or end what listens there")
+        if machine.runs_baton(gateway.port):
+            yield Finding("port", Level.OK, f"a Baton listens at {gateway.host}:{gateway.port}")
+        else:
+            yield Finding("port", Level.FAIL, str(error), "choose another gateway.port, or end what listens there")
     try:
         check_secret(config, secret)
         yield Finding("secret", Level.OK, "given" if secret else "none is needed: workers listen on loopback")

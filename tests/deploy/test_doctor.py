@@ -24,6 +24,7 @@ class FakeMachine(Machine):
             "packages": FINE,
             "chips": 0,
             "series": "",
+            "baton": False,
             "users": [],
             "free": 100.0,
             "files": 65536,
@@ -37,6 +38,9 @@ class FakeMachine(Machine):
 
     def package(self, name: str):
         return self.facts["packages"].get(name)
+
+    def runs_baton(self, port: int):
+        return self.facts["baton"]
 
     def libtpu_of_jax(self):
         return self.facts["series"]
@@ -110,7 +114,9 @@ def test_what_is_found(facts: dict, flags: list[str], expected: dict[str, Level]
 def test_a_port_in_use_and_a_secret_that_is_given() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         findings = examine(FakeMachine(), config("--port", str(taken.getsockname()[1])), None)
+        serving = examine(FakeMachine(baton=True), config("--port", str(taken.getsockname()[1])), None)
     assert [f.check for f in findings if f.level is Level.FAIL] == ["port"] and exit_status(findings) == 1
+    assert exit_status(serving) == 0, "it is Baton that listens"
     assert bad(FakeMachine(), "--fleet.host", "node", secret=b"x" * 32) == {}
 
 
