@@ -112,7 +112,7 @@ def _on_cluster(run: RunFile, work: Any) -> Any:
 
 def describe(run: RunFile, answer: FleetStatus) -> str:
     """A table for people."""
-    wanted = ", ".join(f"{count} {role}" for role, count in answer.wanted.items())
+    wanted = _counts(answer.wanted)
     baton = f"{run.url}  model {run.model}" if run.model else run.url
     lines = [f"{baton}  {'ready' if answer.ready else 'not ready'}  (wanted: {wanted})"]
     rows: list[tuple[str, ...]] = [("WORKER", "STATE", "LIFE", "PID", "RUNNING", "WAITING", "FREE PAGES", "ADDRESS")]
@@ -124,11 +124,15 @@ def describe(run: RunFile, answer: FleetStatus) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _counts(by_role: dict[str, int]) -> str:
+    return ", ".join(f"{count} {role}" for role, count in by_role.items())
+
+
 def _autoscale(view: AutoscaleView) -> list[str]:
     """What the autoscaler wants, and its last decisions with their reasons, the latest first."""
-    target = ", ".join(f"{count} {role}" for role, count in view.target.items())
-    wants = view.waits_for or f"wants {target}"
-    lines = [f"autoscale: {view.mode}, {wants}"]
+    lines = [f"autoscale: {view.mode}, {view.waits_for or f'wants {_counts(view.target)}'}"]
+    if view.ceilings:
+        lines.append(f"  a slice was drained: no more than {_counts(view.ceilings)} until `baton scale`")
     for decision in reversed(view.decisions[-SHOWN_DECISIONS:]):
         at = time.strftime("%H:%M:%S", time.localtime(decision.at))
         lines += [f"  {at}  {decision.text}", *(f"            {reason}" for reason in decision.reasons)]

@@ -60,7 +60,7 @@ class Autoscaler:
         for source, _ in step.flips:
             await self._fleet.flip(source)
         if step.wanted:
-            await self._fleet.scale(step.wanted)
+            await self._fleet.resize(step.wanted)
         if step.decision is not None:
             logger.info("%s", "\n".join([step.decision.text, *step.decision.reasons]))
             done = "autoscale" if step.decision.acted else "autoscale would"

@@ -66,6 +66,7 @@ class AutoscaleCore:
         self._decode_costs: DecodeCosts | None = None
         self._waits_for = _NOBODY
         self._target: dict[Role, int] = {}
+        self._ceilings: dict[str, int] = {}
         self._changes: Counter[tuple[Role, str, str]] = Counter()
         self._decisions: deque[ScaleDecision] = deque(maxlen=MAX_DECISIONS)
 
@@ -84,6 +85,7 @@ class AutoscaleCore:
                 for (role, direction, cause), count in self._changes.items()
             ),
             decisions=tuple(self._decisions),
+            ceilings=self._ceilings,
         )
 
     def step(self, fleet: FleetStatus, now: float, wall_s: float) -> Step | None:
@@ -93,6 +95,7 @@ class AutoscaleCore:
             wall_s: seconds since 1970, for people.
         """
         self._note_states(fleet, now)
+        self._ceilings = fleet.ceilings if self._config.mode is AutoscaleMode.ACT else {}
         window = self._windows.close(now)
         self._decode_costs = (window and window.decode) or self._decode_costs
         if window is None or self._decode_costs is None:
@@ -135,12 +138,17 @@ class AutoscaleCore:
             starting=dict(starting),
             transfer_s=window.transfer_s,
             decode=decode,
-            available={
-                role: max(_placed(fleet, role), self._least(role))
-                for role, scarcity in self._scarce.items()
-                if now < scarcity.until
-            },
+            available=self._available(fleet, now),
         )
+
+    def _available(self, fleet: FleetStatus, now: float) -> dict[Role, int]:
+        """The most of a role: no node came for more, or a slice was drained by hand."""
+        found = {Role(role): max(count, self._least(Role(role))) for role, count in self._ceilings.items()}
+        for role, scarcity in self._scarce.items():
+            if now < scarcity.until:
+                placed = max(_placed(fleet, role), self._least(role))
+                found[role] = min(found.get(role, placed), placed)
+        return found
 
     def _sample(self, member: MemberStatus, now: float) -> SliceSample:
         pages = member.info.num_pages if member.info is not None else 0

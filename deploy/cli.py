@@ -105,7 +105,6 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("chaos", help="disturb a real cluster under load, and prove that nothing came of it")
     commands.add_parser("replay", help="replay a trace against a simulated fleet, under several placement policies")
     _add_explain(_command(commands, "explain", "show why a request went where it did", EXPLAIN_EPILOG, _explain))
-    status.add_argument("--cluster", type=Path, metavar="FILE", help="on the head of this cluster (see `baton up`)")
     cluster_commands.add_commands(functools.partial(_command, commands))
     _command(commands, "version", "print the version", "", _version)
     return parser
@@ -151,8 +150,8 @@ examples:
 
 DRAIN_EPILOG = """\
 The worker takes nothing new, its streams go on elsewhere, and it ends. Then its machine is free: the fleet wants one
-fewer of its role until `baton scale` (or the autoscaler, in the mode act) says otherwise. The last worker of a role
-that serves stays, unless another one takes its place.
+fewer of its role until `baton scale` says otherwise, and an autoscaler in the mode act lets no pool grow before that.
+The last worker of a role that serves stays, unless another one takes its place.
 
 examples:
   baton drain decode-1                before its machine is worked on
@@ -271,6 +270,7 @@ def _add_which(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--port", type=int, metavar="N", help="of which Baton (needed only where several run)")
     which.add_argument("--ray-address", metavar="ADDRESS", help="the Baton of this Ray cluster (in a pod: auto)")
+    which.add_argument("--cluster", type=Path, metavar="FILE", help="on the head of this cluster (see `baton up`)")
 
 
 def _serve(known: argparse.Namespace, unknown: list[str]) -> int:
@@ -332,6 +332,9 @@ def _scale(known: argparse.Namespace, unknown: list[str]) -> int:
     wanted = {role: count for role, count in wanted.items() if count is not None}
     if not wanted:
         raise ConfigError("say how many: --prefill N, --decode N, or both")
+    if known.cluster is not None:
+        counts = (word for role, count in wanted.items() for word in (f"--{role}", str(count)))
+        return cluster_commands.on_head(known.cluster, "scale", *counts, *_waiting(known))
     admin, run = _connect(known)
     return int(admin.scale(run, wanted, not known.no_wait, known.timeout))
 
@@ -339,13 +342,20 @@ def _scale(known: argparse.Namespace, unknown: list[str]) -> int:
 def _drain(known: argparse.Namespace, unknown: list[str]) -> int:
     successors = importlib.import_module("deploy.fleet_types").Successor
     successor = successors.SAME if known.replace else successors.OTHER if known.flip else successors.NONE
+    if known.cluster is not None:
+        how = ["--replace"] if known.replace else ["--flip"] if known.flip else []
+        return cluster_commands.on_head(known.cluster, "drain", known.worker, *how, *_waiting(known))
     admin, run = _connect(known)
     return int(admin.drain(run, known.worker, successor, not known.no_wait, known.timeout))
 
 
+def _waiting(known: argparse.Namespace) -> list[str]:
+    return ["--timeout", f"{known.timeout:g}", *(["--no-wait"] if known.no_wait else [])]
+
+
 def _status(known: argparse.Namespace, unknown: list[str]) -> int:
     if known.cluster is not None:
-        return cluster_commands.remote_status(known.cluster, known.json)
+        return cluster_commands.on_head(known.cluster, "status", *(["--json"] if known.json else []))
     admin, run = _connect(known)
     return int(admin.status(run, known.json))
 

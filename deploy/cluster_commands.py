@@ -45,6 +45,7 @@ Exit status: 0 when Baton can run here, 1 when not.
 examples:
   baton doctor                                  this machine, for what `baton serve` does by default
   baton doctor --config baton.toml --secret-file secret
+  baton doctor --cluster deploy/ray/v6e-1p1d.yaml                          every node of that cluster
   baton doctor --config baton.toml --ray-address auto --plan plan.json     every node of a Ray cluster, on its head
   baton doctor --json | jq '.[] | select(.level != "ok")'"""
 
@@ -73,17 +74,23 @@ def add_commands(command: Command) -> None:
     doctor = command("doctor", "check this machine or a cluster, and say what to fix", DOCTOR_EPILOG, _doctor)
     doctor.add_argument("--config", type=Path, metavar="FILE", help="configuration that shall run here")
     doctor.add_argument("--secret-file", type=Path, metavar="FILE", help="as for `baton serve`")
-    doctor.add_argument("--ray-address", metavar="ADDRESS", help="check every node of this Ray cluster, too")
+    which = doctor.add_mutually_exclusive_group()
+    which.add_argument("--ray-address", metavar="ADDRESS", help="check every node of this Ray cluster, too")
+    which.add_argument("--cluster", type=Path, metavar="FILE", help="the same on the head of this cluster")
     doctor.add_argument("--plan", type=Path, metavar="FILE", help="output of `baton plan --json`, for their memory")
     doctor.add_argument("--json", action="store_true", help="a JSON array instead of lines")
     secret = command("secret", "write a new random secret into a file that only you can read", "", _secret)
     secret.add_argument("file", type=Path, help="must not exist")
 
 
-def remote_status(cluster: Path, as_json: bool) -> int:
-    """`baton status` on the head of a cluster."""
+def on_head(cluster: Path, *words: str) -> int:
+    """A command of Baton on the head of a cluster, with the settings that `ray up` gave its processes there."""
+    return _shell_on_head(cluster, shlex.join(words))
+
+
+def _shell_on_head(cluster: Path, words: str) -> int:
     settings = "RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/baton/ray-token PATH=$HOME/baton/env/bin:$PATH"
-    return _ray("exec", str(cluster), f"{settings} baton status{' --json' if as_json else ''}")
+    return _ray("exec", str(cluster), f"{settings} baton {words}")
 
 
 def _up(known: argparse.Namespace, unknown: list[str]) -> int:
@@ -132,6 +139,11 @@ def _logs(known: argparse.Namespace, unknown: list[str]) -> int:
 
 
 def _doctor(known: argparse.Namespace, unknown: list[str]) -> int:
+    if known.cluster is not None:
+        if known.config or known.secret_file or known.plan:
+            raise ConfigError("--cluster takes the configuration and the secret of the head: no other, and no plan")
+        words = "doctor --config ~/baton/baton.toml --secret-file ~/baton/secret --ray-address auto"
+        return _shell_on_head(known.cluster, words + " --json" * known.json)
     doctor = importlib.import_module("deploy.doctor")
     config = importlib.import_module("deploy.launch").read_config((), known.config)
     secret = (

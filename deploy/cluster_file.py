@@ -1,8 +1,8 @@
 """Checks of a cluster file for `ray up`, before any machine is bought: what is wrong, and in which line.
 
 First Ray's own validation, then what Baton needs: files that are mounted exist, every Ray process authenticates, the
-node types offer what the configuration's workers take, head and workers are of one version, and the model fits into a
-worker's chips.
+node types offer what the configuration's workers take, all that nodes install is pinned and alike, and the model fits
+into a worker's chips.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from deploy.slice_fit import (
     ModelConfig,
     lacks_chips,
     misfit,
+    model_misfit,
     noting,
     num_hosts,
     release,
-    too_large,
 )
 from deploy.yaml_file import Place, Problem
 from engine_core.errors import ConfigError
@@ -40,8 +40,11 @@ REQUIRED_SETTINGS = (
     "RAY_gcs_rpc_server_reconnect_timeout_s=",
 )
 HEAD_SETTINGS = ("RAY_gcs_storage=rocksdb", "RAY_gcs_storage_path=")
+EXPLICIT = ("ray", "baton")  # the file itself says which: `ray up` of another version may not speak with them
 SETUPS = ("setup_commands", "head_setup_commands", "worker_setup_commands")
 MOUNTED = {"config": "~/baton/baton.toml", "secret": "~/baton/secret", "keys": "~/baton/api-keys"}
+WHEELS, CONSTRAINTS = "~/baton/wheel", "~/baton/constraints.txt"
+RUNTIMES = {"tpuv5-lite": "v5litepod", "tpuv5": "v5p", "tpuv6e": "v6e", "tpu7": "tpu7x"}  # in runtimeVersion: for what
 
 
 class ClusterFile:
@@ -70,7 +73,7 @@ class ClusterFile:
         problem = self._check_schema()
         if problem is not None:
             return [problem]
-        found = [*self._check_mounts(), *self._check_settings(), *self._check_versions()]
+        found = [*self._check_mounts(), *self._check_settings(), *self._check_versions(), *self._check_zone()]
         config = self._config(found)
         if config is not None:
             found += [*self._check_pools(config), *self._check_memory(config)]
@@ -104,6 +107,8 @@ class ClusterFile:
                     readers[remote](path)
                 except ConfigError as error:
                     yield self._problem(place, str(error))
+            elif remote == WHEELS and not list(path.glob("*.whl")):
+                yield self._problem(place, f"{local} has no wheel, which nodes install; `make wheel` writes it")
 
     def _check_settings(self) -> Iterator[Problem]:
         """Every `ray start` carries its security and patience settings: workers do not inherit the head's."""
@@ -121,21 +126,54 @@ class ClusterFile:
     def _check_versions(self) -> Iterator[Problem]:
         """Head and workers are of one version: what is installed on both is pinned, and alike."""
         pinned: dict[str, str] = {}
+        constraints = self._constraints()
         for name in SETUPS:
             for index, command in enumerate(self.content.get(name) or []):
+                constrained = constraints if f"-c {CONSTRAINTS}" in str(command) else {}
                 for package, version in _packages(str(command)):
+                    tested = constrained.get(package, set())
                     known = pinned.setdefault(package, version)
+                    if package not in EXPLICIT and not version and tested:
+                        continue
                     if not version:
                         text = f"{name} does not say which {package}, so that nodes may differ: {package}==VERSION"
-                        yield self._problem((name, index), text)
                     elif known and version != known:
                         text = f"{name} installs {package} {version}, other nodes {known}"
-                        yield self._problem((name, index), text)
+                    elif tested and version not in tested:
+                        text = f"{name} wants {package} {version}, {CONSTRAINTS} {' or '.join(sorted(tested))}"
+                    else:
+                        continue
+                    yield self._problem((name, index), text)
         docker = self.content.get("docker") or {}
         head, worker = (docker.get(f"{kind}_image") or docker.get("image") or "" for kind in ("head", "worker"))
         if release(head) != release(worker):
             place = "worker_image" if "worker_image" in docker else "head_image"
             yield self._problem(("docker", place), f"the head runs {head}, workers {worker}: not of one version")
+
+    def _constraints(self) -> dict[str, set[str]]:
+        """Versions of each package in the file that nodes get, of any Python."""
+        local = (self.content.get("file_mounts") or {}).get(CONSTRAINTS)
+        found: dict[str, set[str]] = {}
+        if local is not None and self.local(local).is_file():
+            for name, version in re.findall(r"^([\w.-]+)==([^\s;]+)", self.local(local).read_text(), re.MULTILINE):
+                found.setdefault(name, set()).add(version)
+        return found
+
+    def _check_zone(self) -> Iterator[Problem]:
+        """Zone and region are of one place, and a slice's software is for its generation."""
+        provider = self.content["provider"]
+        region, zone = provider.get("region"), provider.get("availability_zone")
+        if region and zone and not str(zone).startswith(f"{region}-"):
+            yield self._problem(
+                ("provider", "availability_zone"), f"{zone} is not in {region}, the region of this file"
+            )
+        for name, kind in (self.content.get("available_node_types") or {}).items():
+            found = _slice(kind)
+            runtime = str((kind.get("node_config") or {}).get("runtimeVersion", ""))
+            match = re.search("|".join(RUNTIMES), runtime)
+            if found and match and RUNTIMES[match[0]] != found[0]:
+                place = ("available_node_types", name, "node_config", "runtimeVersion")
+                yield self._problem(place, f"{runtime} is for {RUNTIMES[match[0]]}, this slice is {found[0]}")
 
     def _config(self, found: list[Problem]) -> ServeConfig | None:
         local = (self.content.get("file_mounts") or {}).get(MOUNTED["config"])
@@ -187,7 +225,7 @@ class ClusterFile:
                 whole = f"this slice has {chips} chips" + (f" on {hosts} hosts" if hosts > 1 else "")
                 yield self._problem(place, f"{whole}, resources.TPU says {declared}")
             for shape in _shapes(types[name], config):
-                text = misfit(kind, hosts, chips, shape) or too_large(kind, shape, self._model_config)
+                text = misfit(kind, hosts, chips, shape) or model_misfit(kind, shape, self._model_config)
                 if text:
                     yield self._problem(place, text)
 
@@ -203,9 +241,9 @@ class ClusterFile:
 
 
 def _packages(command: str) -> Iterator[tuple[str, str]]:
-    """(ray or baton, version) of what a command installs by name; an empty version: it does not say."""
+    """(ray, baton or jax, version) of what a command installs by name; an empty version: it does not say."""
     for word in shlex.split(command) if "pip install" in command else ():
-        if match := re.fullmatch(r"(ray|baton)(?:\[[\w,]*\])?(?:==([\w.]+)|)", word):
+        if match := re.fullmatch(r"(ray|baton|jax)(?:\[[\w,]*\])?(?:==([\w.]+)|)", word):
             yield match[1], match[2] or ""
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from deploy import run_file
 from deploy.config import ServeConfig
 from deploy.launch import check_port, check_secret
 from engine_core.compiled_library import COMPILERS
@@ -67,6 +68,15 @@ class Machine:
         except importlib.metadata.PackageNotFoundError:
             return None
 
+    def libtpu_of_jax(self) -> str:
+        """The series of libtpu that the installed jax asks for, such as 0.0.50; empty where it does not say."""
+        try:
+            wanted = importlib.metadata.requires("jax") or []
+        except importlib.metadata.PackageNotFoundError:
+            return ""
+        found = (re.match(r"libtpu==([\d.]+)\.\*", line) for line in wanted)
+        return next((match[1] for match in found if match), "")
+
     def tpu_chips(self) -> int:
         """PCI devices of Google's that are accelerators."""
         devices = (self._root / "sys/bus/pci/devices").glob("*")
@@ -114,6 +124,14 @@ class Machine:
             return subprocess.run(command, capture_output=True, text=True, timeout=5, check=False).stdout.strip()
         except (OSError, subprocess.TimeoutExpired):
             return ""
+
+    def runs_baton(self, port: int) -> bool:
+        """Whether a Baton of this user serves there."""
+        try:
+            run_file.find(run_file.DIRECTORY.expanduser(), port)
+        except ConfigError:
+            return False
+        return True
 
     def resolves(self, name: str) -> bool:
         """Whether a host name can be looked up."""
@@ -174,7 +192,7 @@ def _check_packages(machine: Machine) -> Iterable[Finding]:
     for name, least in NEEDED.items():
         version = machine.package(name)
         if version is None:
-            yield Finding(name, Level.FAIL, f"{name} is not installed", "pip install baton")
+            yield Finding(name, Level.FAIL, f"{name} is not installed", f"pip install '{name}>={least}'")
         elif _numbers(version) < _numbers(least):
             fix = f"pip install --upgrade '{name}>={least}'"
             yield Finding(name, Level.FAIL, f"{name} {version} is older than {least}", fix)
@@ -199,13 +217,17 @@ def _check_tpu(machine: Machine, config: ServeConfig) -> Iterable[Finding]:
         return
     libtpu = machine.package("libtpu")
     if libtpu is None:
-        fix = "pip install 'baton[tpu]'"
+        fix = "pip install 'jax[tpu]'"
         yield Finding("tpu", Level.FAIL, f"{chips} TPU chips and no libtpu: JAX would run on the CPU", fix)
     elif (need := min(shape.chips_per_host for shape in shapes)) > chips:
         fix = "lower engine.tp (and ep, dp) and fleet.tpus_per_worker, or take a larger slice"
         yield Finding("tpu", Level.FAIL, f"{chips} TPU chips, a worker needs {need}", fix)
     else:
         yield Finding("tpu", Level.OK, f"{chips} TPU chips, libtpu {libtpu}")
+    series = machine.libtpu_of_jax()
+    if libtpu and series and _numbers(libtpu) != _numbers(series):
+        text = f"libtpu {libtpu} beside jax {machine.package('jax')}, which asks for {series}.*"
+        yield Finding("libtpu", Level.WARN, text, f"pip install 'libtpu=={series}.*'")
     if users := machine.tpu_users():
         fix = "end them before a worker starts: a chip has one user at a time"
         yield Finding("tpu in use", Level.WARN, f"held by {', '.join(users)}", fix)
@@ -258,7 +280,10 @@ def _check_network(machine: Machine, config: ServeConfig, secret: bytes | None) 
         check_port(gateway.host, gateway.port)
         yield Finding("port", Level.OK, f"{gateway.host}:{gateway.port} is free")
     except ConfigError as error:
-        yield Finding("port", Level.FAIL, str(error), "choose another gateway.port, or end what listens there")
+        if machine.runs_baton(gateway.port):
+            yield Finding("port", Level.OK, f"a Baton listens at {gateway.host}:{gateway.port}")
+        else:
+            yield Finding("port", Level.FAIL, str(error), "choose another gateway.port, or end what listens there")
     try:
         check_secret(config, secret)
         yield Finding("secret", Level.OK, "given" if secret else "none is needed: workers listen on loopback")

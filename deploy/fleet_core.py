@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Callable
 
 from deploy.config import FleetConfig
@@ -106,6 +107,7 @@ class FleetCore:
         self._config = config
         self._launch = launch
         self._wanted = {role: config.count(role) for role in Role}
+        self._ceilings: dict[Role, int] = {}
         self._members: dict[str, Member] = {}
         self._lives: dict[str, int] = {}  # last incarnation of every worker id ever used
         self._published: dict[str, WorkerInfo] = {}
@@ -127,10 +129,19 @@ class FleetCore:
         await self._notify()
 
     async def scale(self, wanted: dict[Role, int]) -> FleetStatus:
-        """Change how many workers there should be; new ones start and surplus ones drain in the background."""
+        """Change how many workers there should be; new ones start and surplus ones drain in the background.
+
+        Who says so knows which slices may be used: the roles' ceilings are gone.
+        """
         for role, count in wanted.items():
             if count < self._least(role):
                 raise ConfigError(f"{role} must be at least {self._least(role)}, not {count}")
+        for role in wanted:
+            self._ceilings.pop(role, None)
+        return await self.resize(wanted)
+
+    async def resize(self, wanted: dict[Role, int]) -> FleetStatus:
+        """As `scale`, for the autoscaler: what was drained by hand stays so."""
         self._wanted.update(wanted)
         self._reconcile()
         await self._notify()
@@ -145,6 +156,9 @@ class FleetCore:
     async def drain(self, worker_id: str, successor: Successor) -> FleetStatus:
         """Let this worker leave in the background: it takes nothing new, and its streams move.
 
+        Without a successor its slice stays free: from now on no pool shall grow by itself above what it is, since any
+        new worker might land there, until `scale` says how large it shall be.
+
         Raises:
             ConfigError: there is no such worker, it is leaving already, or the fleet cannot do without it.
         """
@@ -158,6 +172,10 @@ class FleetCore:
         if successor is not Successor.SAME:
             self._check_spare(member)
         await self._retire(member, successor)
+        if successor is Successor.NONE:
+            coming = Counter(other.becomes for other in self._members.values())
+            now = {role: count + coming[role] for role, count in self._wanted.items()}
+            self._ceilings = now | self._ceilings | {member.role: now[member.role]}
         return self.status()
 
     def _check_flip(self) -> None:
@@ -224,6 +242,7 @@ class FleetCore:
             members=tuple(member.status() for member in members),
             events=tuple(self._events),
             num_events=self._num_events,
+            ceilings={role.value: count for role, count in self._ceilings.items()},
         )
 
     # -- wanted against living ----------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ class Membership(msgspec.Struct, frozen=True):
 
 class FleetStatus(msgspec.Struct, frozen=True):
     """What people follow. `fatal` is set when the fleet can never become ready; `events` are recent, oldest first;
-    `num_events` counts all."""
+    `num_events` counts all; `ceilings`, by role: see `FleetCore.drain`."""
 
     version: int
     ready: bool
@@ -109,6 +109,7 @@ class FleetStatus(msgspec.Struct, frozen=True):
     members: tuple[MemberStatus, ...]
     events: tuple[str, ...]
     num_events: int
+    ceilings: dict[str, int] = {}
     autoscale: AutoscaleView | None = None
 
     @property

@@ -6,6 +6,7 @@ authenticate, and the groups of pods are the slices that the configuration's wor
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
@@ -20,7 +21,7 @@ import yaml
 from deploy import yaml_file
 from deploy.config import AutoscaleMode, ServeConfig, WorkerShape
 from deploy.launch import read_config
-from deploy.slice_fit import ModelConfig, lacks_chips, noting, release, too_large
+from deploy.slice_fit import ModelConfig, lacks_chips, model_misfit, noting, release
 from deploy.yaml_file import Place, Problem
 from engine_core.errors import ConfigError
 from engine_core.types import Role
@@ -34,6 +35,8 @@ KINDS = {  # GKE's names of what the TPU API calls so
 }
 ACCELERATOR, TOPOLOGY = "cloud.google.com/gke-tpu-accelerator", "cloud.google.com/gke-tpu-topology"
 CLUSTER: Place = ("spec", "rayClusterConfig")
+QUOTES = " '`\""  # that KubeRay drops around rayStartParams.resources
+HEAD_PORTS = ("dashboard", "serve")  # names by which KubeRay finds them
 LOOK_UP_S = 15.0
 
 HasSecret = Callable[[str, str], bool | None]
@@ -84,7 +87,7 @@ class Manifest:
         """All problems, in the order of their lines."""
         found: list[Problem] = []
         try:
-            found += [*self._check_secrets(), *self._check_versions()]
+            found += [*self._check_secrets(), *self._check_versions(), *self._check_head()]
             config = self._config(found)
             if config is not None:
                 found += self._check_groups(config)
@@ -136,6 +139,20 @@ class Manifest:
             if release(image) != release(images[0][1]):
                 yield self._problem(place, f"the head runs {images[0][1]}, these pods {image}: not of one version")
 
+    def _check_head(self) -> Iterator[Problem]:
+        """KubeRay's operator reaches the head's dashboard, by which it hands the application over."""
+        place: Place = (*CLUSTER, "headGroupSpec")
+        head = self._cluster.get("headGroupSpec") or {}
+        if (host := head.get("rayStartParams", {}).get("dashboard-host", "0.0.0.0")) != "0.0.0.0":
+            text = f"dashboard-host is {host}, where KubeRay's operator cannot reach it: 0.0.0.0"
+            yield self._problem((*place, "rayStartParams", "dashboard-host"), text)
+        in_pod: Place = (*place, "template", "spec", "containers", 0, "ports")
+        ports = {port.get("name") for port in head["template"]["spec"]["containers"][0].get("ports") or []}
+        for name in HEAD_PORTS if ports else ():  # where it names none, KubeRay takes these
+            if name not in ports:
+                text = f"the head names ports and none is {name}: without it KubeRay never serves the application"
+                yield self._problem(in_pod, text)
+
     def _config(self, found: list[Problem]) -> ServeConfig | None:
         """What the application reads, from its ConfigMap."""
         place: Place = ("spec", "serveConfigV2")
@@ -159,13 +176,16 @@ class Manifest:
                 return None
 
     def _check_groups(self, config: ServeConfig) -> Iterator[Problem]:
-        offered = {}
+        offered: dict[str, tuple[Place, dict[str, Any]]] = {}
         for place, group in self._groups():
-            match = re.search(
-                r"baton-(gateway|prefill|decode)\b", str(group.get("rayStartParams", {}).get("resources"))
-            )
-            if match:
-                offered[match[1]] = (place, group)
+            text = group.get("rayStartParams", {}).get("resources", "{}")
+            try:
+                resources = json.loads(text.strip(QUOTES))
+            except ValueError:
+                at = (*place, "rayStartParams", "resources")
+                yield self._problem(at, f"resources is not JSON within one pair of quotes, as KubeRay reads it: {text}")
+                continue
+            offered |= {name: (place, group) for name in ("gateway", *Role) if f"baton-{name}" in resources}
         for name in ("gateway", *Role):
             wanted, field = _wanted(config, name)
             if name not in offered:
@@ -199,7 +219,7 @@ class Manifest:
         if accelerator not in KINDS:
             text = f"{accelerator or 'nothing'} is not a TPU known here: {', '.join(KINDS)}"
             yield self._problem((*in_pod, "nodeSelector", ACCELERATOR), text)
-        elif text := too_large(KINDS[accelerator], shape, self._model_config):
+        elif text := model_misfit(KINDS[accelerator], shape, self._model_config):
             yield self._problem((*in_pod, "nodeSelector", ACCELERATOR), text)
         if not re.fullmatch(r"\d+(x\d+)+", topology) or math.prod(map(int, topology.split("x"))) != chips * hosts:
             text = f"topology {topology or 'nothing'} is not that of {hosts} hosts with {chips} chips each"

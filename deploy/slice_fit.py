@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from engine_core.errors import BatonError
 CHIP_GIB = {"v5litepod": 15.75, "v5p": 95.73, "v6e": 31.24, "tpu7x": 189.48}  # what a program may use, per chip
 CORES_PER_CHIP = {"v5p": 2, "tpu7x": 2}  # what the number in these slices' names counts
 CHIPS_PER_HOST = {"v5litepod": 8, "v6e": 8}  # of a slice of one host, where it is not SPREAD_CHIPS
+DEVICE_KINDS = {"v5litepod": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}  # JAX's names
 SPREAD_CHIPS = 4  # of each host of a larger slice
 
 ModelConfig = Callable[[str], Path | None]
@@ -42,36 +44,55 @@ def misfit(kind: str, hosts: int, chips: int, shape: WorkerShape) -> str:
     return ""
 
 
-def too_large(kind: str, shape: WorkerShape, model_config: ModelConfig) -> str:
-    """Why the model's weights do not fit; empty where they do, or where its config.json cannot be had."""
+def model_misfit(kind: str, shape: WorkerShape, model_config: ModelConfig) -> str:
+    """Why a worker could not start with its model on this slice; empty where it could, or config.json cannot be had."""
     path = shape.engine.model.path
     registry = importlib.import_module("engine_core.models.registry")
     resolve = importlib.import_module("engine_core.resolve")
+    degrees = shape.engine.degrees
+    limit = CHIP_GIB[kind] / DEVICES_PER_CHIP.get(kind, 1)
     try:
         directory = model_config(path)
         if directory is None:
             return ""
-        need = float(resolve.weight_bytes(registry.load_spec(directory), "bfloat16", shape.engine.degrees)) / 2**30
+        spec = registry.load_spec(directory)
+        need = resolve.weight_bytes(spec, "bfloat16", degrees) / 2**30
+        have = limit * degrees.num_devices * shape.engine.cache.memory_fraction
+        if need > have:
+            return (
+                f"{path} has {need:.1f} GiB of weights; {degrees.num_devices} chips of {kind} "
+                f"may use {have:.1f} GiB: a larger slice and engine.tp, or a smaller model"
+            )
+        importlib.import_module("engine_core.mesh").check_divisible(spec, degrees)
+        device = PlannedDevice(DEVICE_KINDS[kind], int(limit * 2**30))
+        resolve.resolve(shape.engine, spec, "", [device] * degrees.num_devices)
     except BatonError as error:
         return f"{path}: {error}"
-    devices = shape.engine.degrees.num_devices
-    have = CHIP_GIB[kind] / DEVICES_PER_CHIP.get(kind, 1) * devices * shape.engine.cache.memory_fraction
-    if need <= have:
-        return ""
-    return (
-        f"{path} has {need:.1f} GiB of weights; {devices} chips of {kind} "
-        f"may use {have:.1f} GiB: a larger slice and engine.tp, or a smaller model"
-    )
+    return ""
+
+
+class PlannedDevice:
+    """As much of a JAX device as `engine_core.resolve` looks at, of a TPU that nobody has bought."""
+
+    platform = "tpu"
+
+    def __init__(self, device_kind: str, bytes_limit: int) -> None:
+        self.device_kind = device_kind
+        self._bytes_limit = bytes_limit
+
+    def memory_stats(self) -> dict[str, int]:
+        """What a program may use."""
+        return {"bytes_limit": self._bytes_limit}
 
 
 def noting(model_config: ModelConfig, notes: list[str]) -> ModelConfig:
-    """The same, which notes of which models it cannot be told."""
+    """The same, which asks once for each model (a hub that is away takes its time), and notes what it cannot tell."""
 
+    @functools.cache
     def asked(path: str) -> Path | None:
         directory = model_config(path)
-        note = f"not known, as the hub does not answer: whether {path} fits"
-        if directory is None and note not in notes:
-            notes.append(note)
+        if directory is None:
+            notes.append(f"not known, as the hub does not answer: whether {path} fits")
         return directory
 
     return asked

@@ -57,6 +57,7 @@ class AutoscaleView(msgspec.Struct, frozen=True):
         waits_for: why it decides nothing at present; empty where it does.
         target: workers that it wants, by role; empty before its first look.
         decisions: the latest, oldest first.
+        ceilings: the most that it may ask for, by role, since a slice was drained by hand.
     """
 
     mode: str
@@ -64,6 +65,7 @@ class AutoscaleView(msgspec.Struct, frozen=True):
     target: dict[str, int]
     changes: tuple[ScaleChange, ...]
     decisions: tuple[ScaleDecision, ...]
+    ceilings: dict[str, int] = {}
 
 
 class FleetView(msgspec.Struct, frozen=True):

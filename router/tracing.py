@@ -48,7 +48,10 @@ class Tracing:
         try:
             exporter = importlib.import_module(_EXPORTER).OTLPSpanExporter(endpoint=endpoint)
         except ModuleNotFoundError:
-            raise ConfigError("gateway.trace_endpoint needs an exporter: pip install 'baton[otel]'") from None
+            raise ConfigError(
+                "gateway.trace_endpoint needs an exporter: pip install opentelemetry-sdk "
+                "opentelemetry-exporter-otlp-proto-http"
+            ) from None
         provider = TracerProvider(resource=Resource.create({"service.name": "baton", "baton.model": model_name}))
         provider.add_span_processor(BatchSpanProcessor(exporter))
         return cls(provider)

@@ -26,7 +26,7 @@ def require_libtpu() -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
             "compiling for a TPU needs libtpu, which is not installed: "
-            "pip install 'baton[aot]' (in a checkout: pip install -e '.[aot]'); no TPU is needed"
+            "pip install libtpu (in a checkout: pip install -e '.[aot]'); no TPU is needed"
         )
 
 

@@ -154,7 +154,7 @@ const WORKER_COLUMNS = [
   { title: "Slots", cell: (w) => count(w.slots) },
   { title: "Waiting", cell: (w) => count(w.waiting) },
   { title: "Queued tokens", cell: (w) => count(w.queued_tokens) },
-  { title: "KV pages in use", cell: (w) => (w.kv_usage === undefined ? "–" : usage(w.kv_usage)) },
+  { title: "KV in use", cell: (w) => (w.kv_usage === undefined ? "–" : usage(w.kv_usage)) },
   { title: "Free pages", cell: (w) => (w.pages ? `${count(w.free_pages)} of ${count(w.pages)}` : "–") },
   { title: "Memory", cell: (w) => (w.memory_used_bytes ? `${bytes(w.memory_used_bytes)} of ${bytes(w.memory_limit_bytes)}` : "–") },
   { title: "Preemptions", cell: (w) => count(w.preemptions) },
@@ -183,7 +183,9 @@ function showAutoscaler(state) {
   byId("autoscale-section").hidden = !autoscale;
   if (!autoscale) return;
   const now = autoscale.waits_for || `it wants ${pools(autoscale.target)}`;
-  byId("autoscale-now").textContent = `Mode ${autoscale.mode}; ${now}.`;
+  const held = Object.keys(autoscale.ceilings).length
+    ? ` A slice was drained by hand: no more than ${pools(autoscale.ceilings)} until \`baton scale\`.` : "";
+  byId("autoscale-now").textContent = `Mode ${autoscale.mode}; ${now}.${held}`;
   fillTable(byId("autoscale"), SCALE_COLUMNS, [...autoscale.decisions].reverse(), "Nothing was decided yet.");
 }
 
@@ -210,7 +212,11 @@ function showLinks(state) {
   fillTable(byId("links"), columns, prefills, "No KV has been handed over yet.");
 }
 
-const number = (value) => (Number.isInteger(value) ? count(value) : value.toPrecision(3));
+// What a request was charged with, the largest first; what rounds to nothing is left out.
+function terms(all) {
+  const felt = Object.entries(all).filter(([, value]) => Math.abs(value) >= 5e-5).sort((a, b) => b[1] - a[1]);
+  return felt.map(([name, value]) => `${name.replace(/_s$/, "")} ${seconds(value)}`).join(", ") || "nothing to wait for";
+}
 
 const SLOW_COLUMNS = [
   { title: "Request", text: true, hint: true, cell: (s) => s.request_id },
@@ -224,8 +230,7 @@ const SLOW_COLUMNS = [
   { title: "End", text: true, cell: (s) => s.reason, className: (s) => (s.reason === "error" ? "text bad" : "text") },
   { title: "Prefill", text: true, cell: (s) => s.prefill ?? "local" },
   { title: "Decode", text: true, cell: (s) => s.decode ?? "–" },
-  { title: "Placed by", text: true, className: () => "terms",
-    cell: (s) => Object.entries(s.terms).map(([name, value]) => `${name.replaceAll("_", " ")} ${number(value)}`).join(", ") },
+  { title: "Placed by", text: true, className: () => "terms", cell: (s) => terms(s.terms) },
 ];
 
 function showEvents(state) {

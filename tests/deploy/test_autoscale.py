@@ -88,11 +88,45 @@ class Clients:
             thread.join()
 
 
-@pytest.fixture
-def head(tmp_path: Path) -> Iterator[Head]:
-    running = Head(tmp_path, {"baton-gateway": 1, "baton-decode": 1}, NODE_TYPES)
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    running = Head(tmp_path_factory.mktemp("head"), {"baton-gateway": 1, "baton-decode": 1}, NODE_TYPES)
     yield running
     running.stop()
+
+
+def test_advice_is_told_with_its_reasons_and_nothing_is_done(
+    head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in head.settings.items():
+        monkeypatch.setenv(name, value)
+    port = free_port()
+    baton = paced(tmp_path, port, make_model_dir(tmp_path / "paced"), head, SETTINGS | {"autoscale.mode": "advise"})
+    clients = None
+    try:
+        assert baton.wait_ready(), baton.log.read_text()
+        clients = Clients(port, 6.0, 4)  # a prefill worker reads four a second
+        until(lambda: '"prefill: the floor is ' in reasons(baton), 30)
+        time.sleep(3)
+        state = baton.status()
+        assert not any(decision["acted"] for decision in state["autoscale"]["decisions"])
+        assert state["autoscale"]["target"]["prefill"] >= 2 and state["wanted"] == {"prefill": 1, "decode": 1}
+        assert any(event.startswith("autoscale would: 1P1D -> ") for event in state["events"])
+        assert pools(baton) == {"prefill": 1, "decode": 1} and not others(baton)
+        assert len(head.processes("raylet")) == 2, "no node was asked for"
+        text = baton.cli("status").stdout
+        assert "autoscale: advise, wants " in text and "prefill: the floor is " in text
+        metrics = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        assert 'baton_fleet_wanted_workers{role="prefill"} 1.0' in metrics
+        assert 'baton_autoscale_changes_total{cause="forecast",direction="up",role="prefill"}' in metrics
+        shown = httpx.get(f"http://127.0.0.1:{port}/dashboard/state").json()["fleet"]["autoscale"]
+        assert shown["mode"] == "advise" and not shown["decisions"][-1]["acted"]
+        clients.stop()
+        assert clients.all_whole()
+    finally:
+        if clients is not None:
+            clients.stop()
+        baton.close()
 
 
 def test_pools_follow_the_load_onto_new_nodes_and_back(
@@ -117,6 +151,7 @@ def test_pools_follow_the_load_onto_new_nodes_and_back(
         assert len(head.processes("raylet")) >= 3, "on a node that did not exist"
         recovered(clients)
         until(lambda: "no node came for decode-1 within 8 s" in reasons(baton), 30)
+        a_drained_slice_stays_free(baton)
 
         (model / FULL).unlink()
         clients.rate = 0.5
@@ -170,6 +205,17 @@ def test_a_worker_changes_its_role_when_the_budget_is_spent(tmp_path: Path, monk
             clients.stop()
         baton.close()
         head.stop()
+
+
+def a_drained_slice_stays_free(baton: Baton) -> None:
+    """Though the load would have it, until somebody scales."""
+    had = pools(baton)["prefill"]
+    assert baton.cli("drain", "prefill-1").returncode == 0
+    time.sleep(3)
+    assert len([m for m in baton.status()["members"] if m["role"] == "prefill"]) == had - 1
+    assert f"a slice was drained: no more than {had - 1} prefill, " in baton.cli("status").stdout
+    assert baton.cli("scale", "--prefill", f"{had - 1}", "--no-wait").returncode == 0
+    until(lambda: pools(baton)["prefill"] >= had, 60)
 
 
 def paced(home: Path, port: int, model: Path, head: Head, settings: dict[str, object]) -> Baton:

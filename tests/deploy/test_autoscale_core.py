@@ -44,6 +44,7 @@ class Story:
         self.members = [self.member(role, 0, MemberState.READY) for role in Role]
         self.age: dict[str, int] = {}
         self.steps: list[Step | None] = []
+        self.ceilings: dict[str, int] = {}
         self.tell(0.0, None)
 
     @staticmethod
@@ -53,7 +54,7 @@ class Story:
 
     def status(self) -> FleetStatus:
         wanted = {str(role): count for role, count in self.wanted.items()}
-        return FleetStatus(1, True, None, False, wanted, tuple(self.members), (), 0)
+        return FleetStatus(1, True, None, False, wanted, tuple(self.members), (), 0, self.ceilings)
 
     def tell(self, rate: float, met: float | None, decode: DecodeCosts | None = COSTS) -> None:
         count = round(rate * WINDOW_S)
@@ -207,6 +208,21 @@ def test_a_flip_takes_its_worker_from_the_other_pool_first() -> None:
         assert len(story.members) <= 4
     assert story.ready(Role.PREFILL) >= 2
     assert any(change.direction == "flip" for change in story.core.view().changes)
+
+
+def test_no_pool_grows_into_a_slice_that_was_drained_by_hand() -> None:
+    story = Story()
+    for _ in range(4):
+        story.window(1.0)
+    story.ceilings = {"prefill": 1, "decode": 1}
+    for _ in range(6):
+        story.window(5.0, met=0.2)
+    assert len(story.members) == 2 and not story.decisions
+    assert story.core.view().ceilings == story.ceilings
+    story.ceilings = {}
+    for _ in range(6):
+        story.window(5.0, met=0.2)
+    assert story.ready(Role.PREFILL) >= 2 and story.core.view().ceilings == {}
 
 
 def test_advice_is_given_once_and_nothing_is_done() -> None:

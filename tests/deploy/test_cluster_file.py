@@ -31,6 +31,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "deploy/ray", tmp_path / "deploy/ray")
     (tmp_path / "dist").mkdir()
+    (tmp_path / "dist/baton-0.1.0-py3-none-any.whl").touch()
+    shutil.copy(ROOT / "constraints.txt", tmp_path)
     for file in FILES:
         secrets = tmp_path / ".config/baton" / file.stem
         for name in ("secret", "ray-token"):
@@ -53,7 +55,8 @@ def dense_model(directory: Path, **sizes: int) -> Path:
     """A config.json of that shape."""
     directory.mkdir()
     golden = json.loads((ROOT / "tests/golden/qwen3/config.json").read_text())
-    config = {key: value for key, value in golden.items() if key != "layer_types"} | sizes | {"head_dim": 128}
+    config = {key: value for key, value in golden.items() if key != "layer_types"}
+    config |= {"head_dim": 128, "max_position_embeddings": 32768} | sizes
     (directory / "config.json").write_text(json.dumps(config))
     return directory
 
@@ -171,6 +174,35 @@ def test_a_model_that_does_not_fit(home: Path) -> None:
     assert len(found) == 2 and all("GiB of weights; 8 chips of v5litepod may use 107.1 GiB" in text for text in found)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "settings", "message"),
+    [
+        ({"num_key_value_heads": 3}, (), "num_key_value_heads"),
+        (
+            {},
+            ("max_model_len = 16384", "max_model_len = 65536"),
+            "max_model_len is 65536, the model's context is 32768",
+        ),
+        ({"num_hidden_layers": 230}, ("= 16384", "= 32768"), "where one sequence of batch.max_model_len needs 256"),
+        ({}, ("[engine]", '[engine]\nnumerics = "strict"'), "numerics is strict, which is not supported on TPUs"),
+        ({"head_dim": 96}, (), "head_dim 96 is not supported; supported: 64, 128"),
+    ],
+)
+def test_a_model_that_this_slice_could_not_start(
+    home: Path, sizes: dict[str, int], settings: tuple[str, ...], message: str
+) -> None:
+    """What the engine itself would say, once the slices were paid for."""
+    own = {"hidden_size": 4096, "num_hidden_layers": 8, "intermediate_size": 16384}
+    heads = {"num_attention_heads": 24, "num_key_value_heads": 8}
+    model = dense_model(home / "odd", **(own | heads | sizes))
+    toml = home / "deploy/ray/v5e-1p1d.toml"
+    toml.write_text(toml.read_text().replace("Qwen/Qwen3-8B", str(model)))
+    if settings:
+        toml.write_text(toml.read_text().replace(*settings, 1))
+    found = problems(home / "deploy/ray/v5e-1p1d.yaml")
+    assert len(found) == 2 and all(message in text for text in found), found
+
+
 def test_head_and_workers_of_different_versions(home: Path) -> None:
     pin = '"ray[default,serve]==2.60.0" "jax'
     path = changed(home, "v6e-1p1d", (pin, pin.replace("2.60.0", "2.59.1")))
@@ -180,6 +212,39 @@ def test_head_and_workers_of_different_versions(home: Path) -> None:
     assert problems(path) == [
         f"{place}: worker_setup_commands does not say which ray, so that nodes may differ: ray==VERSION"
     ]
+
+
+def test_what_nodes_install_is_pinned(home: Path) -> None:
+    """A slice that is made next week must not get another jax."""
+    path = changed(
+        home, "v6e-1p1d", ('-c ~/baton/constraints.txt "ray[default,serve]==2.60.0" "jax', '"ray==2.60.0" "jax')
+    )
+    unpinned = "worker_setup_commands does not say which jax, so that nodes may differ: jax==VERSION"
+    assert problems(path) == [f"{line(path, 'jax[tpu]')}: {unpinned}"]
+    path = changed(home, "v5e-1p1d", ('"jax[tpu]"', '"jax[tpu]==0.9.0"'))
+    (found,) = problems(path)
+    assert found.startswith(
+        f"{line(path, 'jax[tpu]')}: worker_setup_commands wants jax 0.9.0, ~/baton/constraints.txt 0.1"
+    )
+    (home / "constraints.txt").unlink()
+    assert any("constraints.txt, to be mounted at" in text for text in problems(home / "deploy/ray/v6e-2p2d.yaml"))
+
+
+def test_no_wheel(home: Path) -> None:
+    (home / "dist/baton-0.1.0-py3-none-any.whl").unlink()
+    path = home / "deploy/ray/v6e-1p1d.yaml"
+    assert problems(path) == [
+        f"{line(path, 'baton/wheel: dist')}: dist has no wheel, which nodes install; `make wheel` writes it"
+    ]
+
+
+def test_a_zone_elsewhere_and_software_of_another_generation(home: Path) -> None:
+    zone = ("availability_zone: us-east5-b", "availability_zone: us-west4-a")
+    path = changed(home, "v6e-1p1d", zone, ("v2-alpha-tpuv6e", "v2-alpha-tpuv5-lite"))
+    assert problems(path)[0] == f"{line(path, 'us-west4-a')}: us-west4-a is not in us-east5, the region of this file"
+    runtimes = [number for number, text in enumerate(path.read_text().splitlines(), 1) if "runtimeVersion" in text]
+    wrong = "v2-alpha-tpuv5-lite is for v5litepod, this slice is v6e"
+    assert problems(path)[1:] == [f"{number}: {wrong}" for number in runtimes]
 
 
 def test_images_of_different_versions(home: Path) -> None:
@@ -222,8 +287,9 @@ def test_up_check(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_a_model_that_the_hub_does_not_tell_of_is_noted_and_one_that_it_does_not_have_refused(home: Path) -> None:
     path = home / "deploy/ray/v6e-1p1d.yaml"
-    file = ClusterFile(path, local)
-    assert file.check() == []
+    asked: list[str] = []
+    file = ClusterFile(path, asked.append)  # type: ignore[arg-type]  # it says None
+    assert file.check() == [] and asked == ["Qwen/Qwen3-32B"], "once for both pools"
     assert file.notes == ["not known, as the hub does not answer: whether Qwen/Qwen3-32B fits"]
 
     def refuse(name: str) -> Path | None:

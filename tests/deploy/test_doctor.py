@@ -23,6 +23,8 @@ class FakeMachine(Machine):
             "version": (3, 12, 1),
             "packages": FINE,
             "chips": 0,
+            "series": "",
+            "baton": False,
             "users": [],
             "free": 100.0,
             "files": 65536,
@@ -37,6 +39,12 @@ class FakeMachine(Machine):
 
     def package(self, name: str):
         return self.facts["packages"].get(name)
+
+    def runs_baton(self, port: int):
+        return self.facts["baton"]
+
+    def libtpu_of_jax(self):
+        return self.facts["series"]
 
     def tpu_chips(self):
         return self.facts["chips"]
@@ -89,6 +97,12 @@ def test_a_fine_machine() -> None:
         ({"chips": 8}, [], {"tpu": Level.FAIL}),
         ({"chips": 4, "packages": FINE | {"libtpu": "1"}}, ["--tp", "8"], {"tpu": Level.FAIL}),
         ({"chips": 4, "packages": FINE | {"libtpu": "1"}, "users": ["python (7)"]}, [], {"tpu in use": Level.WARN}),
+        (
+            {"chips": 4, "packages": FINE | {"libtpu": "0.0.51.1"}, "series": "0.0.50"},
+            ["--tp", "4"],
+            {"libtpu": Level.WARN},
+        ),
+        ({"chips": 4, "packages": FINE | {"libtpu": "0.0.50.1"}, "series": "0.0.50"}, ["--tp", "4"], {}),
         ({"free": 0.5}, [], {"/dev/shm": Level.WARN, "compile cache": Level.WARN}),
         ({"free": 0.5}, ["--compile_cache", ""], {"/dev/shm": Level.WARN}),
         ({"files": 1024}, [], {"open files": Level.WARN}),
@@ -106,7 +120,9 @@ def test_what_is_found(facts: dict, flags: list[str], expected: dict[str, Level]
 def test_a_port_in_use_and_a_secret_that_is_given() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         findings = examine(FakeMachine(), config("--port", str(taken.getsockname()[1])), None)
+        serving = examine(FakeMachine(baton=True), config("--port", str(taken.getsockname()[1])), None)
     assert [f.check for f in findings if f.level is Level.FAIL] == ["port"] and exit_status(findings) == 1
+    assert exit_status(serving) == 0, "it is Baton that listens"
     assert bad(FakeMachine(), "--fleet.host", "node", secret=b"x" * 32) == {}
 
 
@@ -124,6 +140,11 @@ def test_chips_and_their_users_are_found_in_proc_and_sys(tmp_path: Path) -> None
     (tmp_path / "proc/42/fd/3").symlink_to("/dev/null")
     machine = Machine(tmp_path)
     assert (machine.tpu_chips(), machine.tpu_users()) == (1, ["python (41)"])
+
+
+def test_the_libtpu_that_jax_asks_for_is_read_from_its_metadata() -> None:
+    series = Machine(Path("/")).libtpu_of_jax()
+    assert series.startswith("0.0.") and len(series.split(".")) == 3
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

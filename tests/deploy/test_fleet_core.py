@@ -271,6 +271,21 @@ async def test_a_drained_worker_leaves_and_nobody_follows() -> None:
     await lab.core.stop(0.5)
 
 
+async def test_a_drain_by_hand_is_a_ceiling_until_somebody_scales() -> None:
+    lab = await serving_lab({Role.DECODE: 4})
+    await lab.core.flip(Role.DECODE)
+    assert lab.core.status().ceilings == {}, "the autoscaler's own do not count"
+    await lab.core.drain("decode-1", Successor.SAME)
+    assert lab.core.status().ceilings == {}
+    status = await lab.core.drain("decode-2", Successor.NONE)
+    assert status.ceilings == {"prefill": 2, "decode": 2}, "with the worker that is about to flip"
+    await lab.until(lambda: len(lab.serving()) == 4)
+    assert (await lab.core.resize({Role.PREFILL: 1})).ceilings == {"prefill": 2, "decode": 2}
+    assert (await lab.core.scale({Role.PREFILL: 1})).ceilings == {"decode": 2}
+    assert (await lab.core.drain("decode-0", Successor.NONE)).ceilings == {"prefill": 1, "decode": 1}
+    await lab.core.stop(0.5)
+
+
 async def test_a_drained_worker_may_be_replaced_even_if_it_is_the_only_one() -> None:
     lab = await serving_lab()
     await lab.core.drain("decode-0", Successor.SAME)

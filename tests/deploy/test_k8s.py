@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import math
 import re
 import shlex
@@ -152,7 +153,8 @@ def test_pools_are_what_the_configuration_wants(cluster: dict[str, Any], config:
         if name != "gateway" and config.autoscale.mode is AutoscaleMode.ACT:
             least, most = (getattr(config.autoscale, f"{bound}_{name}") for bound in ("min", "max"))
         assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (wanted[name], least, most)
-        assert group["rayStartParams"]["resources"] == f'"{{\\"baton-{name}\\": 1}}"'
+        offered = group["rayStartParams"]["resources"]
+        assert json.loads(offered.strip("'")) == {f"baton-{name}": 1}, "as KubeRay reads it"
         assert group["template"]["metadata"]["labels"]["baton.dev/component"] == name
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
         chips = int(limits.get("google.com/tpu", 0))
@@ -169,6 +171,32 @@ def test_pools_are_what_the_configuration_wants(cluster: dict[str, Any], config:
             assert math.prod(map(int, topology.split("x"))) == chips * group["numOfHosts"]
             assert shape.hosts == 1 or topology == shape.topology
             assert shape.accelerator.removeprefix("tpu") in selector["cloud.google.com/gke-tpu-accelerator"]
+
+
+def test_rays_autoscaler_knows_what_the_pods_offer(objects: list[dict[str, Any]], config: Any) -> None:
+    """As the container beside the head reads the cluster on KubeRay; its resources make Ray start the right pods."""
+    derive = importlib.import_module("ray.autoscaler._private.kuberay.autoscaling_config")
+    service = next(o for o in objects if o["kind"] == "RayService")
+    cluster = {"metadata": service["metadata"], "spec": service["spec"]["rayClusterConfig"]}
+    kinds = derive._derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"]
+    for role in Role:
+        shape = config.shape(role)
+        resources = kinds[role]["resources"]
+        assert resources[f"baton-{role}"] == 1 and resources["CPU"] == 0
+        assert resources.get("TPU", 0) == shape.tpus / shape.hosts
+        heads = [name for name in resources if name.endswith("-head")]
+        assert len(heads) == (1 if shape.tpus else 0), "what a slice of several hosts is reserved by"
+
+
+def test_kuberays_operator_finds_the_head(objects: list[dict[str, Any]], cluster: dict[str, Any]) -> None:
+    """It makes the head's service of named ports, asks for these two, and comes from another namespace."""
+    head = cluster["headGroupSpec"]
+    ports = {port["name"]: port["containerPort"] for port in head["template"]["spec"]["containers"][0]["ports"]}
+    assert ports == {"gcs": 6379, "dashboard": 8265, "client": 10001, "serve": 8000}
+    assert head["rayStartParams"]["dashboard-host"] == "0.0.0.0"
+    policy = next(o for o in objects if o["kind"] == "NetworkPolicy" and o["metadata"]["name"] == "baton-head")["spec"]
+    assert policy["podSelector"]["matchLabels"].items() <= head["template"]["metadata"]["labels"].items()
+    assert [port["port"] for rule in policy["ingress"] for port in rule["ports"]] == [ports["dashboard"]]
 
 
 def test_draining_fits_into_the_grace(cluster: dict[str, Any], config: Any) -> None:

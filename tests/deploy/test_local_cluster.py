@@ -78,6 +78,9 @@ def test_up_status_and_down(node: SshNode, tmp_path: Path) -> None:
     table = baton("status", "--cluster", FILE)
     assert "prefill-0  ready" in table and "decode-0   ready" in table
     assert "decode-0 (incarnation 1) is ready" in baton("logs", "--cluster", FILE, "--worker", "fleet")
+    assert "prefill-0  ready" in baton("scale", "--decode", "1", "--cluster", FILE)
+    checked = baton("doctor", "--cluster", FILE)
+    assert "a Baton listens at" in checked and "ok    baton-decode" in checked and "fail" not in checked
     before = node.num_stops
     baton("down", FILE)
     assert node.num_stops > before

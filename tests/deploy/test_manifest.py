@@ -80,6 +80,10 @@ def test_ray_without_a_token(rendered: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
     ("overlay", "old", "new", "at", "message"),
     [
+        ("v6e", "name: dashboard", "name: board", "ports:", "none is dashboard: without it KubeRay never serves"),
+        ("v6e", "name: serve", "name: serving", "ports:", "none is serve: without it KubeRay never serves"),
+        ("v6e", "-host: 0.0.0.0", "-host: localhost", "dashboard-host", "dashboard-host is localhost, where KubeRay's"),
+        ("v6e", """'''{"baton-decode": 1}'''""", r"""'"{\"baton-decode\": 1}"'""", "resources:", "is not JSON"),
         ("v6e", "gke-tpu-topology: 2x4", "gke-tpu-topology: 4x4", "4x4", "4x4 is not that of 1 hosts with 8 chips"),
         ("v6e", "gke-tpu-accelerator: tpu-v6e-slice", "gke-tpu-accelerator: gpu", "gpu", "gpu is not a TPU known here"),
         ("v6e", "tpu: '8'", "tpu: '4'", "tpu: '4'", "this pod has 4 TPU chips, a worker needs more (engine.tp 8"),

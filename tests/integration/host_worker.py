@@ -20,11 +20,13 @@ from pathlib import Path
 
 import jax
 import msgspec
+import numpy as np
 
 from decode_worker.follower import DecodeFollower
 from decode_worker.worker import DecodeWorker
 from engine_core import distributed
 from engine_core.config import EngineConfig, ModelConfig
+from engine_core.host_commands import Export
 from engine_core.messages import PeerAddress, WorkerInfo
 from engine_core.types import Numerics, Request, Role, SamplingParams
 from kv_transfer.control import ControlClient
@@ -95,11 +97,18 @@ async def lead(case: str, hosts: HostLinks | None, cache: str) -> None:
     say("at rest")
 
 
+class TellingFollower(PrefillFollower):
+    """Says how many blocks it hands over itself, and of how many KV heads."""
+
+    def blocks(self, export: Export, layers: list[np.ndarray]) -> None:
+        say(f"{len(export.blocks)} blocks of {layers[0].shape[2] // 2} heads")
+        super().blocks(export, layers)
+
+
 async def follow(case: str, link: LeaderLink, cache: str) -> None:
     own = config(case, cache)
     model = Path(own.model.path)
-
-    kind = PrefillFollower if case == "prefill" else DecodeFollower
+    kind = TellingFollower if case == "prefill" else DecodeFollower
     follower = await asyncio.to_thread(lambda: kind(own, model, HERE, link, lambda _: None))
     await follower.start()
     await asyncio.Event().wait()

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from engine_core.messages import WorkerInfo
-from tests.integration.host_worker import LOST, MARK
+from tests.integration.host_worker import LOST, MARK, requests
 
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
 NUM_REQUESTS = 5
@@ -42,6 +42,10 @@ class Process(subprocess.Popen):
             if len(found) == count:
                 return found
         raise AssertionError(f"it ended with {self.wait()} after {found}")
+
+    def rest(self) -> list[str]:
+        """All that it says until it ends."""
+        return [line.removeprefix(MARK).strip() for line in self.stdout if line.startswith(MARK)]
 
     def tell(self, line: str) -> None:
         self.stdin.write(line + "\n")
@@ -101,7 +105,12 @@ def test_a_prefill_worker_over_two_hosts(cache: Path, expected: list[str]) -> No
         assert shards[0].kv_port != shards[1].kv_port
         assert together(info, cache) == expected
         leader.kill()
-        assert follower.lines(1) == ["the leader is lost: it hung up"]
+        *handed_over, last = follower.rest()
+        assert last == "the leader is lost: it hung up"
+        counts = [int(line.removesuffix(" blocks of 2 heads")) for line in handed_over]
+        assert sum(counts) == sum(-(-len(request.token_ids) // 4) for request in requests("")), (
+            "its half of every block"
+        )
         assert follower.wait(10) == LOST
 
 

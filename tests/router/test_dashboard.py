@@ -31,6 +31,7 @@ FLEET = FleetView(
         {"prefill": 1, "decode": 3},
         (ScaleChange("decode", "up", "forecast", 1),),
         (ScaleDecision(1.7e9, True, {"decode": 2}, {"decode": 3}, "up", ("the floor is 3", "there are 2")),),
+        {"decode": 3},
     ),
 )
 
@@ -173,7 +174,10 @@ class TestPage:
         assert browser.js("document.querySelector('#events li').textContent") == FLEET.events[0]
         decided = browser.js(table("autoscale"))
         assert [row[1:] for row in decided] == [["2 decode", "3 decode", "yes", "the floor is 3; there are 2"]]
-        assert browser.js("document.getElementById('autoscale-now').textContent").startswith("Mode act; it wants 1 pre")
+        said = browser.js("document.getElementById('autoscale-now').textContent")
+        assert said.startswith("Mode act; it wants 1 pre") and said.endswith(
+            "no more than 3 decode until `baton scale`."
+        )
 
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     @pytest.mark.parametrize("width", [1280, 390])
