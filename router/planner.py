@@ -24,7 +24,7 @@ MAX_SERVICES = 2000  # recent prompts that the model looks at
 _SMOOTHING = 0.1  # of means per request
 _MISSES = 2  # windows in a row before feedback acts
 _DEVIATIONS = 2.0  # of the number of rows
-_UP, _DOWN = 0.5, 0.75  # of the forecast's error, for growing and for shrinking
+_UP, _DOWN = 0.5, 1.0  # of the forecast's error, for growing and for shrinking
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -319,8 +319,8 @@ class Planner:
         if met is not None and met < config.attainment and not self._is_short_of_prefill:
             return f"only {met:.0%} had their tokens in time"  # else prompts read there may hold the steps up
         warm = self._warm(role, seen)
-        share = sum(sample.kv_share for sample in warm) / len(warm) if warm else 0.0  # one alone is placement's to help
-        return f"{share:.0%} of the KV memory is in use" if share > config.kv_share else ""
+        share = max((sample.kv_share for sample in warm), default=0.0)
+        return f"a slice uses {share:.0%} of its KV memory" if share > config.kv_share else ""
 
     def _can_spare(self, role: Role, have: int, others: int, seen: Observation) -> bool:
         """Whether one slice less would do even if the forecast is well off; of what was measured, warm slices count.

@@ -169,16 +169,6 @@ def test_missed_itl_and_full_memory_are_the_decode_pools():
         assert max(plan.prefill for plan in plans) == calm.prefill
 
 
-def test_one_full_slice_of_many_orders_no_other():
-    planner = Planner(CONFIG)
-    calm = follow(planner, [8.0] * 16, decode=4)[-1]
-    shares = [0.99, *[0.2] * 3]
-    decode = [SliceSample(role=Role.DECODE, age_s=1e3, kv_share=share) for share in shares]
-    prefill = [SliceSample(role=Role.PREFILL, age_s=1e3, kv_share=0.1) for _ in range(calm.prefill)]
-    for i in range(17, 20):
-        assert planner.plan(seen(15.0 * i, 8.0, calm.prefill, 4, slices=[*prefill, *decode])).decode <= 4
-
-
 def test_cold_slices_are_not_heard():
     planner = Planner(CONFIG)
     calm = follow(planner, [4.0] * 16)[-1]
