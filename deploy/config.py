@@ -207,7 +207,7 @@ class ServeConfig:
     def planner(self) -> PlannerConfig:
         """How the autoscaler plans: by the gateway's objectives."""
         gateway = self.gateway
-        share = 0.0 if gateway.local_prefill_tokens == 0 else 0.5
+        share = 0.0 if gateway.local_prefill_tokens == 0 else 0.8
         return self.autoscale.planner(ttft_s=gateway.slo_ttft_s, itl_s=gateway.slo_itl_s, local_share=share)
 
 

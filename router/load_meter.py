@@ -9,7 +9,7 @@ import msgspec
 
 from router.candidate import Candidate
 from router.planner import MAX_SERVICES
-from router.pool_model import DecodeCosts
+from router.pool_model import DecodeCosts, mean_costs
 from router.stream import Stream
 
 
@@ -100,6 +100,7 @@ class LoadMeter:
             if stream.arrived_at > now - self._ttft_s:
                 break
             late += not stream.first_at
+        costs = [_costs(worker) for worker in decode_workers if worker.steps.is_trusted]
         totals = LoadTotals(
             at=now,
             arrived=self._arrived,
@@ -113,7 +114,7 @@ class LoadMeter:
             attended_tokens=self._attended,
             transfer_s=self._transfer_s,
             service_s=tuple(self._service_s),
-            decode=next((_costs(worker) for worker in decode_workers if worker.steps.is_trusted), None),
+            decode=mean_costs(costs) if costs else None,
         )
         self._service_s.clear()
         return totals

@@ -9,6 +9,7 @@ that the floor may rise at any time. Where one pool lacks a slice that the other
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,13 +18,13 @@ from enum import StrEnum
 from engine_core.errors import ConfigError
 from engine_core.types import Role
 from router.forecast import Forecast
-from router.pool_model import DecodeCosts, DecodeState, decode_state, ttft_attainment
+from router.pool_model import DecodeCosts, DecodeState, decode_state, smoothed, spare_share, ttft_attainment
 
 MAX_SERVICES = 2000  # recent prompts that the model looks at
 _SMOOTHING = 0.1  # of means per request
 _MISSES = 2  # windows in a row before feedback acts
 _DEVIATIONS = 2.0  # of the number of rows
-_UP, _DOWN = 1.0, 2.5  # of the forecast's error, for growing and for shrinking
+_UP, _DOWN = 0.5, 1.0  # of the forecast's error, for growing and for shrinking
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +62,7 @@ class PlannerConfig:
     kv_share: float = 0.85
     slot_share: float = 0.9
     link_share: float = 0.7
-    local_share: float = 0.5
+    local_share: float = 0.8
 
     def __post_init__(self) -> None:
         for name in ("ttft_s", "itl_s", "window_s"):
@@ -186,11 +187,12 @@ class Planner:
 
     def __init__(self, config: PlannerConfig) -> None:
         self._config = config
-        self._rate = Forecast()
+        self._rate = Forecast(math.ceil(config.start_s / config.window_s) + 1)
         self._services: deque[float] = deque(maxlen=MAX_SERVICES)
         self._output_tokens = 0.0
         self._context = 0.0
         self._transfer_s = 0.0
+        self._costs: DecodeCosts | None = None
         self._is_short_of_prefill = False
         self._pools = {Role.PREFILL: _Pool(), Role.DECODE: _Pool()}
 
@@ -202,10 +204,10 @@ class Planner:
             pool.cause = Cause.LIMITS
         have = {role: _count(seen, role) for role in Role}
         decode_floor = self._decode_floor(seen)
-        prefill_floor = self._prefill_floor(max(decode_floor, _serving(seen, Role.DECODE)), seen)
+        prefill_floor = self._prefill_floor(max(decode_floor, have[Role.DECODE]), seen)
         self._is_short_of_prefill = prefill_floor > _serving(seen, Role.PREFILL)
-        decode = self._steer(Role.DECODE, have[Role.DECODE], decode_floor, seen)
-        prefill = self._steer(Role.PREFILL, have[Role.PREFILL], prefill_floor, seen)
+        prefill = self._steer(Role.PREFILL, have[Role.PREFILL], prefill_floor, have[Role.DECODE], seen)
+        decode = self._steer(Role.DECODE, have[Role.DECODE], decode_floor, prefill, seen)
         prefill, decode = self._within_budget(prefill, decode, have)
         flips = self._flips(have, prefill, decode)
         want = {Role.PREFILL: prefill, Role.DECODE: decode}
@@ -225,42 +227,37 @@ class Planner:
             self._output_tokens = _smooth(self._output_tokens, seen.output_tokens, first)
             self._context = _smooth(self._context, seen.context_tokens, first)
 
+        self._costs = smoothed(self._costs, seen.decode, _SMOOTHING)
         if seen.transfer_s:
             self._transfer_s = _smooth(self._transfer_s, seen.transfer_s, not self._transfer_s)
 
     # floors: what the forecast says
 
-    def _rate_ahead(self, deviations: float) -> float:
-        """Requests per second, at most, until a slice that is ordered now would serve."""
-        config = self._config
-        windows = (config.start_s + config.window_s) / config.window_s
-        return self._rate.upper(windows, deviations)
-
     def _prefill_floor(self, decode: int, seen: Observation) -> int:
-        config, rate = self._config, self._rate_ahead(_UP)
+        config, rate = self._config, self._rate.upper(_UP)
         for count in self._counts(Role.PREFILL, seen):
-            if self._ttft_met(count, decode, rate, seen.decode) >= config.attainment:
+            if self._ttft_met(count, decode, rate) >= config.attainment:
                 break
         mean_s = sum(self._services) / len(self._services) if self._services else 0.0
         self._say(
             Role.PREFILL,
             f"prefill: {rate:.2f} requests/s of {mean_s:.2f} s each are expected; {count} slices would answer "
-            f"{self._ttft_met(count, decode, rate, seen.decode):.0%} of them within {config.ttft_s:g} s",
+            f"{self._ttft_met(count, decode, rate):.0%} of them within {config.ttft_s:g} s",
         )
         return count
 
-    def _ttft_met(self, prefill: int, decode: int, rate: float, costs: DecodeCosts) -> float:
+    def _ttft_met(self, prefill: int, decode: int, rate: float) -> float:
         """Prefill slices, and what decode slices have to spare, as one pool."""
         config = self._config
-        state = self._decode_state(decode, rate, costs)
-        spare = max(0.0, 1 - state.itl_s / config.itl_s)
+        assert self._costs is not None
+        spare = spare_share(self._costs, rate, self._output_tokens, self._context, decode, config.itl_s)
         servers = prefill + config.local_share * spare * decode
         return ttft_attainment(self._services, rate, servers, config.ttft_s)
 
     def _decode_floor(self, seen: Observation) -> int:
-        rate = self._rate_ahead(_UP)
+        rate = self._rate.upper(_UP)
         for count in self._counts(Role.DECODE, seen):
-            state = self._decode_state(count, rate, seen.decode)
+            state = self._decode_state(count, rate)
             if self._is_enough(state, rate, count):
                 break
         self._say(
@@ -272,8 +269,9 @@ class Planner:
         )
         return count
 
-    def _decode_state(self, slices: int, rate: float, costs: DecodeCosts) -> DecodeState:
-        return decode_state(costs, rate, self._output_tokens, self._context, slices, _DEVIATIONS)
+    def _decode_state(self, slices: int, rate: float) -> DecodeState:
+        assert self._costs is not None
+        return decode_state(self._costs, rate, self._output_tokens, self._context, slices, _DEVIATIONS)
 
     def _is_enough(self, state: DecodeState, rate: float, slices: int) -> bool:
         config = self._config
@@ -286,7 +284,8 @@ class Planner:
 
     # feedback: what was measured
 
-    def _steer(self, role: Role, have: int, floor: int, seen: Observation) -> int:
+    def _steer(self, role: Role, have: int, floor: int, others: int, seen: Observation) -> int:
+        """How many there shall be of a role, where there are to be so many `others` of the other one."""
         config, pool = self._config, self._pools[role]
         lowest, highest = self._bounds(role, seen)
         missed = self._has_missed(role, seen)
@@ -303,7 +302,7 @@ class Planner:
         if pool.misses >= _MISSES and is_cool and not seen.starting.get(role, 0):
             self._say(role, f"{role}: {missed} in {pool.misses} windows in a row; one more", Cause.MISSED)
             return min(max(have + 1, lowest), highest)
-        if floor < have and is_cool and not missed and self._can_spare(role, have, seen):
+        if floor < have and is_cool and not missed and self._can_spare(role, have, others, seen):
             self._say(role, f"{role}: {have - 1} slices would do; one less", Cause.SPARE)
             return min(max(have - 1, lowest), highest)
         return min(max(have, lowest), highest)
@@ -323,16 +322,23 @@ class Planner:
         share = max((sample.kv_share for sample in warm), default=0.0)
         return f"a slice uses {share:.0%} of its KV memory" if share > config.kv_share else ""
 
-    def _can_spare(self, role: Role, have: int, seen: Observation) -> bool:
-        """Whether one slice less would do even if the forecast is well off; of what was measured, warm slices count."""
+    def _can_spare(self, role: Role, have: int, others: int, seen: Observation) -> bool:
+        """Whether one slice less would do even if the forecast is well off; of what was measured, warm slices count.
+
+        One decode slice less must not make another prefill slice needed, either.
+        """
         config = self._config
-        rate = self._rate_ahead(_DOWN)
-        if seen.starting.get(role, 0) or have <= 1:
+        rate = self._rate.upper(_DOWN)
+        if seen.starting.get(role, 0) or have <= 1 or not self._rate.is_proven:
+            return False
+        prefill, decode = (have - 1, others) if role is Role.PREFILL else (others, have - 1)
+        reads = role is Role.PREFILL or config.local_share > 0
+        if reads and self._ttft_met(prefill, decode, rate) < config.attainment:
             return False
         if role is Role.PREFILL:
-            return self._ttft_met(have - 1, _serving(seen, Role.DECODE), rate, seen.decode) >= config.attainment
+            return True
         used = sum(sample.kv_share for sample in self._warm(role, seen)) / (have - 1)
-        is_enough = self._is_enough(self._decode_state(have - 1, rate, seen.decode), rate, have - 1)
+        is_enough = self._is_enough(self._decode_state(have - 1, rate), rate, have - 1)
         return is_enough and used <= config.kv_share
 
     def _warm(self, role: Role, seen: Observation) -> list[SliceSample]:

@@ -6,6 +6,7 @@ tail is taken for exponential. Decode: rows by Little's law, a fixed point as a 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,29 @@ class DecodeCosts:
     def seconds(self, rows: float, context: float) -> float:
         """One step of so many rows of `context` tokens each."""
         return self.step_s + rows * (self.row_s + self.token_s * context)
+
+
+def mean_costs(costs: Sequence[DecodeCosts]) -> DecodeCosts:
+    """Of several slices, at least one, which are taken to be of one kind: each knows its own part of the range best."""
+    count = len(costs)
+    return dataclasses.replace(
+        costs[0],
+        step_s=sum(one.step_s for one in costs) / count,
+        row_s=sum(one.row_s for one in costs) / count,
+        token_s=sum(one.token_s for one in costs) / count,
+    )
+
+
+def smoothed(old: DecodeCosts | None, new: DecodeCosts, gain: float) -> DecodeCosts:
+    """A running mean: what is learned from batches that hardly differ swings between a step's constant part and KV."""
+    if old is None:
+        return new
+    return dataclasses.replace(
+        new,
+        step_s=old.step_s + gain * (new.step_s - old.step_s),
+        row_s=old.row_s + gain * (new.row_s - old.row_s),
+        token_s=old.token_s + gain * (new.token_s - old.token_s),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,3 +103,17 @@ def decode_state(
     return DecodeState(
         rows, peak, costs.seconds(peak, context), peak * context / costs.kv_tokens, peak / costs.num_slots
     )
+
+
+def spare_share(
+    costs: DecodeCosts, rate_rps: float, output_tokens: float, context: float, slices: int, itl_s: float
+) -> float:
+    """Share of its time in which a slice of such a pool can read prompts while its tokens come `itl_s` apart at most.
+
+    Tokens take a share of its time that no fuller batch saves. What is left when the constant part of a step has its
+    time between any two tokens is for prompts.
+    """
+    if not slices:
+        return 0.0
+    tokens = rate_rps / slices * output_tokens * (costs.row_s + costs.token_s * context)
+    return max(0.0, 1 - tokens - costs.step_s / itl_s)

@@ -1,4 +1,7 @@
-"""The network between workers: each interface sends and receives one thing at a time, at its full speed."""
+"""The network between workers: each interface sends at its full speed and receives at its full speed.
+
+What waits for a busy receiver does not keep its sender from sending to others: each pair has its own connection.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,9 @@ class Links:
         self._receiving: defaultdict[str, float] = defaultdict(float)
 
     def send(self, source: str, target: str, num_bytes: int, now: float) -> float:
-        """Queue some bytes; returns when the last of them arrives, without the latency of a message."""
-        start = max(now, self._sending[source], self._receiving[target])
-        end = start + num_bytes / self._bytes_per_s
-        self._sending[source] = self._receiving[target] = end
+        """Queue some bytes on either side; returns when the last of them arrives, without the latency of a message."""
+        seconds = num_bytes / self._bytes_per_s
+        sent_at = self._sending[source] = max(now, self._sending[source]) + seconds
+        received_at = self._receiving[target] = max(now, self._receiving[target]) + seconds
         self.num_bytes += num_bytes
-        return end
+        return max(sent_at, received_at)

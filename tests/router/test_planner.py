@@ -9,7 +9,7 @@ from engine_core.errors import ConfigError
 from engine_core.types import Role
 from router.forecast import Forecast
 from router.planner import Observation, Planner, PlannerConfig, SliceSample
-from router.pool_model import DecodeCosts, decode_state, ttft_attainment
+from router.pool_model import DecodeCosts, decode_state, mean_costs, smoothed, spare_share, ttft_attainment
 
 COSTS = DecodeCosts(step_s=0.005, row_s=1e-4, token_s=1e-8, num_slots=64, kv_tokens=1_000_000)
 CONFIG = PlannerConfig(
@@ -80,18 +80,42 @@ def test_decode_state_is_a_fixed_point():
 
 
 def test_forecast_follows_a_ramp_and_knows_its_error():
-    forecast = Forecast()
+    forecast = Forecast(8)
     for i in range(200):
         forecast.add(10.0 + 0.5 * i)
-    assert forecast.at(8) > forecast.level + 2
-    flat, noisy = Forecast(), Forecast()
+    assert forecast.ahead() > forecast.level + 2
+    flat, noisy = Forecast(8), Forecast(8)
     rng = random.Random(0)
     for _ in range(300):
         flat.add(10.0)
         noisy.add(rng.gauss(10.0, 2.0))
-    assert flat.upper(8, 1.0) == pytest.approx(10.0)
+    assert flat.upper(1.0) == pytest.approx(10.0)
     assert 1.5 < noisy.deviation < 3.0
-    assert Forecast().upper(8, 1.0) == 0.0
+    assert Forecast(8).upper(1.0) == 0.0
+
+
+def test_forecast_is_proven_when_some_of_it_has_come_true():
+    forecast = Forecast(4)
+    proven = []
+    for _ in range(10):
+        forecast.add(5.0)
+        proven.append(forecast.is_proven)
+    assert proven == [False] * 7 + [True] * 3
+
+
+def test_forecast_believes_a_slow_eye_in_noise_and_a_quick_one_in_a_load_that_turns():
+    rng = random.Random(0)
+    steady, turning = Forecast(9), Forecast(9)
+    said, true = [], []
+    for i in range(400):
+        steady.add(rng.gauss(10.0, 2.0))
+        turning.add(10.0 + 6.0 * math.sin(i / 12))
+        said.append((steady.ahead(), turning.ahead()))
+        true.append(10.0 + 6.0 * math.sin((i + 9) / 12))
+    of_noise = [one for one, _ in said[100:]]
+    assert max(of_noise) - min(of_noise) < 8.0  # of a quick one alone they swing by 18
+    errors = [abs(one - want) for (_, one), want in zip(said[100:], true[100:], strict=True)]
+    assert sum(errors) / len(errors) < 2.2  # a slow one alone is off by 3 to 5
 
 
 def test_floor_jumps_when_the_load_does():
@@ -123,10 +147,10 @@ def test_steady_load_does_not_oscillate():
 
 def test_missed_objective_adds_one_slice_after_two_windows_and_then_cools_down():
     planner = Planner(CONFIG)
-    calm = follow(planner, [4.0] * 8)[-1]
+    calm = follow(planner, [4.0] * 16)[-1]
     counts = [
         planner.plan(seen(15.0 * i, 4.0, calm.prefill, calm.decode, ttft_met=0.5)).prefill - calm.prefill
-        for i in range(9, 13)
+        for i in range(17, 21)
     ]
     assert counts[0] == 0
     assert counts[1:].count(1) == 1
@@ -135,22 +159,22 @@ def test_missed_objective_adds_one_slice_after_two_windows_and_then_cools_down()
 def test_missed_itl_and_full_memory_are_the_decode_pools():
     for changes in ({"itl_met": 0.5}, {"slices": None}):
         planner = Planner(CONFIG)
-        calm = follow(planner, [4.0] * 8)[-1]
+        calm = follow(planner, [4.0] * 16)[-1]
         if changes.get("slices", 1) is None:
             full = [SliceSample(role=Role.DECODE, age_s=1e3, kv_share=0.95) for _ in range(calm.decode)]
             full += [SliceSample(role=Role.PREFILL, age_s=1e3, kv_share=0.1) for _ in range(calm.prefill)]
             changes = {"slices": full}
-        plans = [planner.plan(seen(15.0 * i, 4.0, calm.prefill, calm.decode, **changes)) for i in range(9, 12)]
+        plans = [planner.plan(seen(15.0 * i, 4.0, calm.prefill, calm.decode, **changes)) for i in range(17, 20)]
         assert max(plan.decode for plan in plans) == calm.decode + 1
         assert max(plan.prefill for plan in plans) == calm.prefill
 
 
 def test_cold_slices_are_not_heard():
     planner = Planner(CONFIG)
-    calm = follow(planner, [4.0] * 8)[-1]
+    calm = follow(planner, [4.0] * 16)[-1]
     cold = [SliceSample(role=Role.DECODE, age_s=1.0, kv_share=0.99) for _ in range(calm.decode)]
     warm = [SliceSample(role=Role.PREFILL, age_s=1e3, kv_share=0.1) for _ in range(calm.prefill)]
-    for i in range(9, 14):
+    for i in range(17, 22):
         plan = planner.plan(seen(15.0 * i, 4.0, calm.prefill, calm.decode, slices=[*warm, *cold]))
         assert plan.decode == calm.decode
 
@@ -178,10 +202,39 @@ def test_flip_is_proposed_where_one_pool_starves_and_the_other_idles():
     plan = follow(Planner(config), [4.0] * 20, prefill=3, decode=9)[4]
     assert plan.flips == ()
     planner = Planner(config)
-    follow(planner, [4.0] * 6, prefill=3, decode=9)
+    follow(planner, [4.0] * 12, prefill=3, decode=9)
     jump = planner.plan(seen(15.0 * 40, 12.0, 3, 9))
     assert jump.flips == ((Role.DECODE, Role.PREFILL),)
     assert "make a decode slice a prefill slice" in jump.advise(3, 9)
+
+
+def test_decode_slices_that_read_prompts_are_kept_while_prefill_needs_them():
+    config = dataclasses.replace(CONFIG, local_share=0.8, min_prefill=3, max_prefill=3, itl_s=0.05)
+    kept = follow(Planner(config), [8.0] * 60, prefill=3, decode=8)[-1]
+    alone = follow(Planner(dataclasses.replace(config, local_share=0.0)), [8.0] * 60, prefill=3, decode=8)[-1]
+    assert kept.prefill == alone.prefill == 3
+    assert kept.decode > alone.decode  # 8 x 0.4 s are more than three slices can read
+
+
+def test_nothing_is_taken_away_before_a_forecast_has_come_true():
+    plans = follow(Planner(CONFIG), [0.5] * 20, prefill=4, decode=4)
+    first = next(i for i, plan in enumerate(plans) if plan.prefill < 4)
+    assert first >= 9  # it looks five windows ahead, and five such looks have to be judged
+
+
+def test_spare_time_of_decode_slices_falls_with_what_they_decode():
+    spare = [spare_share(COSTS, rate, 300.0, 4000.0, 2, 0.05) for rate in (0.0, 4.0, 8.0, 100.0)]
+    per_s = 300.0 * (COSTS.row_s + 4000.0 * COSTS.token_s) / 2
+    assert spare == pytest.approx([0.9, 0.9 - 4 * per_s, 0.9 - 8 * per_s, 0.0])
+    assert spare_share(COSTS, 1.0, 300.0, 4000.0, 0, 0.05) == 0.0
+
+
+def test_costs_are_those_of_all_slices_and_change_slowly():
+    one, other = COSTS, dataclasses.replace(COSTS, step_s=0.007, token_s=2e-8)
+    mean = mean_costs([one, other])
+    assert (mean.step_s, mean.token_s) == pytest.approx((0.006, 1.5e-8))
+    assert smoothed(None, other, 0.1) == other
+    assert smoothed(one, other, 0.1).step_s == pytest.approx(0.0052)
 
 
 def test_network_of_decode_slices_counts():
