@@ -12,6 +12,7 @@ from typing import NamedTuple
 from engine_core.messages import Load, WorkerInfo
 from router.breaker import Breaker
 from router.cost_model import Average, StepModel
+from router.pool_model import DecodeCosts
 from router.standing import WINDOW_S, Standing
 
 
@@ -219,6 +220,18 @@ class Candidate:
             recent_rows.total,
             recent_rows.at,
             self.turn,
+        )
+
+    def decode_costs(self) -> DecodeCosts:
+        """What its decode steps take, as learned, and what it has room for."""
+        step_s, row_s, token_s = self.steps.coefficients[3:]
+        info = self.info
+        return DecodeCosts(
+            step_s=step_s,
+            row_s=row_s,
+            token_s=token_s,
+            num_slots=info.num_slots,
+            kv_tokens=info.num_pages * info.page_size,
         )
 
     def queue_s(self, now: float) -> float:

@@ -100,7 +100,7 @@ class LoadMeter:
             if stream.arrived_at > now - self._ttft_s:
                 break
             late += not stream.first_at
-        costs = [_costs(worker) for worker in decode_workers if worker.steps.is_trusted]
+        costs = [worker.decode_costs() for worker in decode_workers if worker.steps.is_trusted]
         totals = LoadTotals(
             at=now,
             arrived=self._arrived,
@@ -118,15 +118,3 @@ class LoadMeter:
         )
         self._service_s.clear()
         return totals
-
-
-def _costs(worker: Candidate) -> DecodeCosts:
-    step_s, row_s, token_s = worker.steps.coefficients[3:]
-    info = worker.info
-    return DecodeCosts(
-        step_s=step_s,
-        row_s=row_s,
-        token_s=token_s,
-        num_slots=info.num_slots,
-        kv_tokens=info.num_pages * info.page_size,
-    )

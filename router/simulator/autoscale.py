@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from engine_core.types import Role
-from router.candidate import Candidate
 from router.planner import Observation, Plan, Planner, PlannerConfig, SliceSample
 from router.pool_model import DecodeCosts, mean_costs
 from router.simulator.cluster import AnyWorker, Cluster, Scenario, hash_trace
@@ -165,19 +164,7 @@ class Autoscaler:
 
     def _decode_costs(self) -> DecodeCosts:
         """As the router has learned them."""
-        return mean_costs([_costs(candidate) for candidate in self._cluster.gateway.of(Role.DECODE)])
-
-
-def _costs(candidate: Candidate) -> DecodeCosts:
-    step_s, row_s, token_s = candidate.steps.coefficients[3:]
-    info = candidate.info
-    return DecodeCosts(
-        step_s=step_s,
-        row_s=row_s,
-        token_s=token_s,
-        num_slots=info.num_slots,
-        kv_tokens=info.num_pages * info.page_size,
-    )
+        return mean_costs([candidate.decode_costs() for candidate in self._cluster.gateway.of(Role.DECODE)])
 
 
 def _mean_context(jobs: list[Job]) -> float:
