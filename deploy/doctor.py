@@ -22,7 +22,7 @@ import msgspec
 from deploy import run_file
 from deploy.config import ServeConfig
 from deploy.launch import check_port, check_secret
-from engine_core.compiled_library import COMPILERS
+from engine_core.compiled_library import COMPILERS, find_compiler
 from engine_core.errors import ConfigError
 from engine_core.types import Role
 
@@ -112,7 +112,7 @@ class Machine:
 
     def compiler(self) -> str | None:
         """Of C++."""
-        return next((path for name in COMPILERS if (path := shutil.which(name))), None)
+        return find_compiler(COMPILERS)
 
     def clock(self) -> str:
         """yes or no: whether the clock follows others; empty where the machine cannot tell."""

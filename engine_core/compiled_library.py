@@ -49,6 +49,11 @@ class Sources:
         return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
 
 
+def find_compiler(compilers: Sequence[str]) -> str | None:
+    """Path of the first of these commands that there is."""
+    return next((found for name in compilers if (found := shutil.which(name))), None)
+
+
 def build_library(sources: Sources, directory: Path, compilers: Sequence[str]) -> Path | None:
     """A library, compiled where `directory` lacks it.
 
@@ -85,7 +90,7 @@ def _cpu() -> str:
 
 
 def _compile(sources: Sources, path: Path, compilers: Sequence[str]) -> bool:
-    compiler = next((found for name in compilers if (found := shutil.which(name))), None)
+    compiler = find_compiler(compilers)
     if compiler is None:
         logger.info("no C++ compiler for %s: %s", sources.purpose, sources.otherwise)
         return False

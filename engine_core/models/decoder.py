@@ -226,8 +226,9 @@ def _scan_segment(
     def body(
         carry: tuple[jax.Array, jax.Array], scanned: tuple[jax.Array, jax.Array, dict[int, jax.Array]]
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        place, window, own_weights = scanned
-        weights = [(own_weights if i in own_weights else whole)[i] for i in range(len(leaves))]
+        place, window, own = scanned
+        by_number = own | whole
+        weights = [by_number[i] for i in range(len(leaves))]
         index = segment.start + place
         width = segment.windows[0] if same else window
         return layer.bind(weights)(*carry, index, inputs.of_layer(index), width, valid, place), None

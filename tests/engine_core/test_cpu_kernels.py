@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.checkpoints import SHAPES, write_random_checkpoint
-from engine_core.compiled_library import COMPILERS
+from engine_core.compiled_library import COMPILERS, find_compiler
 from engine_core.config import Degrees, EngineConfig, ModelConfig
 from engine_core.cpu_kernels import open_cpu_kernels
 from engine_core.errors import ConfigError
@@ -36,7 +35,7 @@ def kept(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def library(kept):
-    if not any(map(shutil.which, COMPILERS)):
+    if find_compiler(COMPILERS) is None:
         pytest.skip("no C++ compiler")
     built = open_library(kept / "cpu_kernels", COMPILERS)
     assert built is not None

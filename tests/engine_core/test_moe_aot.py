@@ -3,42 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from engine_core.aot.environment import compiler_environment
+from tests.child import lines_of
+
 pytest.importorskip("libtpu")
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v6e-8",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-    "XLA_FLAGS": "",
-}
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 NARROW = ("int8", "float8_e4m3fn", "float8_e5m2")
 WEIGHT_BYTES = 3 * 16 * 512 * 256 * 2
 
 
 def run_worker(*arguments: str) -> list[dict]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine_core.moe_aot_worker", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    environment = compiler_environment(os.environ, [])
+    return lines_of("tests.engine_core.moe_aot_worker", environment, *arguments, timeout_s=280)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from engine_core.compiled_library import COMPILERS
+from engine_core.compiled_library import COMPILERS, find_compiler
 from engine_core.types import Role
 from router.compiled.library import Compiled, open_compiled
 from router.config import GatewayConfig
@@ -33,7 +32,7 @@ def answer_ids() -> list[int]:
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    if not any(map(shutil.which, COMPILERS)):
+    if find_compiler(COMPILERS) is None:
         pytest.skip("no C++ compiler")
     library = open_compiled(tmp_path_factory.mktemp("compiled"), COMPILERS)
     assert library is not None

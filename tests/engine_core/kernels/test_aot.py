@@ -1,17 +1,13 @@
 """Both attention kernels compiled for every TPU generation, none of which is here: each feature, cache in place."""
 
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from engine_core.aot.environment import compiler_environment
 from tests.aot import compiles
+from tests.child import lines_of
 
-ROOT = Path(__file__).parents[3]
 SLICES = ("v5e-1", "v5p-2", "v6e-1", "tpu7x-2")
 IN_MAKE_TEST = {"tpu7x-2"}
 FEW = ["window+soft_cap+sinks+int8"]
@@ -28,11 +24,8 @@ pytestmark = compiles
 
 def compile_steps(topology: str, names: list[str]) -> list[dict]:
     """One subprocess: libtpu reads its environment once."""
-    command = [sys.executable, "-m", "tests.engine_core.kernels.aot_worker", topology, *names]
     environment = compiler_environment(os.environ, [])
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return lines_of("tests.engine_core.kernels.aot_worker", environment, topology, *names, timeout_s=None)
 
 
 def check(result: dict) -> None:
