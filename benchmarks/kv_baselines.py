@@ -14,12 +14,21 @@ from typing import Any
 
 import numpy as np
 
-from kv_transfer.blocks import copy_with_digests, digests, payload_rows
+from kv_transfer.arena import ALIGNMENT
+from kv_transfer.blocks import payload_rows
+from kv_transfer.digester import Digester
 from kv_transfer.layout import BlockLayout
 from kv_transfer.sender import FRAME_BYTES
 
 SOCKET_BYTES = 1 << 20  # of one send or receive call
 TARGET_BYTES = 256 << 20  # of memory to receive into, again and again
+
+
+def touched(num_bytes: int) -> np.ndarray:
+    """Memory of this process, `[num_bytes]` u8, written to before, at such an address as an arena's."""
+    memory = np.ones(num_bytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + num_bytes]
 
 
 class Memcpy:
@@ -32,7 +41,7 @@ class Memcpy:
     def __init__(self, source: np.ndarray) -> None:
         self.name = "memcpy"
         self._source = source
-        self._target = np.ones_like(source)
+        self._target = touched(len(source))
         self._cpu_s = 0.0
 
     def move(self, num_bytes: int) -> float:
@@ -56,9 +65,11 @@ class Digests:
     Args:
         source: as many bytes as the largest move.
         layout: of the blocks.
+        digester: that hand-offs have.
     """
 
-    def __init__(self, source: np.ndarray, layout: BlockLayout) -> None:
+    def __init__(self, source: np.ndarray, layout: BlockLayout, digester: Digester) -> None:
+        self._digester = digester
         self.name = "checksum, one pass"
         self._source = source
         self._layout = layout
@@ -69,7 +80,7 @@ class Digests:
         n = num_bytes // self._layout.block_bytes
         rows = payload_rows(self._source[: n * self._layout.block_bytes], n, self._layout)
         cpu_s, start_s = time.process_time(), time.monotonic()
-        digests(rows, range(n))
+        self._digester.digests(rows, range(n))
         self._cpu_s += time.process_time() - cpu_s
         return time.monotonic() - start_s
 
@@ -89,12 +100,14 @@ class SameWork:
     Args:
         source: as many bytes as the largest move.
         layout: of the blocks.
+        digester: that hand-offs have.
     """
 
-    def __init__(self, source: np.ndarray, layout: BlockLayout) -> None:
+    def __init__(self, source: np.ndarray, layout: BlockLayout, digester: Digester) -> None:
+        self._digester = digester
         self.name = "copy, digest, verify"
         self._source = source
-        self._target = np.ones_like(source)
+        self._target = touched(len(source))
         self._layout = layout
         self._cpu_s = 0.0
 
@@ -108,7 +121,8 @@ class SameWork:
             part = [row[at : at + each] for row in rows]
             begin, count = at * layout.block_bytes, len(part[0])
             landed = payload_rows(self._target[begin : begin + count * layout.block_bytes], count, layout)
-            assert copy_with_digests(part, landed) == digests(landed, range(count))
+            copied = self._digester.copy(part, landed, streams=True)
+            assert copied == self._digester.digests(landed, range(count))
         self._cpu_s += time.process_time() - cpu_s
         return time.monotonic() - start_s
 
@@ -165,7 +179,7 @@ class RawSockets:
 
 def _receive_raw(pipe: Connection, port: int, num_connections: int) -> None:
     sockets = [socket.create_connection(("127.0.0.1", port)) for _ in range(num_connections)]
-    target = np.ones(TARGET_BYTES, np.uint8)
+    target = touched(TARGET_BYTES)
     used_s = 0.0
     while True:
         try:
@@ -347,7 +361,7 @@ def _mooncake() -> Any:
 
 def _land_mooncake(pipe: Connection, num_bytes: int) -> None:
     engine = _mooncake()
-    target = np.ones(num_bytes, np.uint8)
+    target = touched(num_bytes)
     _must_be_zero(engine.register_memory(target.ctypes.data, num_bytes), "register_memory")
     pipe.send((f"127.0.0.1:{engine.get_rpc_port()}", target.ctypes.data))
     idle_s = time.process_time()
@@ -413,7 +427,7 @@ def _nixl(name: str) -> Any:
 
 def _land_nixl(pipe: Connection, num_bytes: int) -> None:
     agent = _nixl("decode")
-    target = np.ones(num_bytes, np.uint8)
+    target = touched(num_bytes)
     agent.register_memory([(target.ctypes.data, num_bytes, 0, "")], "DRAM")
     pipe.send((agent.get_agent_metadata(), target.ctypes.data))
     idle_s = time.process_time()

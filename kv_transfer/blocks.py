@@ -1,8 +1,8 @@
 """Blocks on the host: rows of bytes, their checksums, and their way into another memory.
 
-Rows are `[n, layer_bytes]` u8 arrays, one per layer; row i of each belongs to the same block. A block's digest is
-xxh3_64 (Collet) over its bytes in all layers; its checksum is the digest mixed with its name, (request_id, epoch,
-block_index, generation). The digest is taken once, as early as the bytes are touched anyway, and travels with them.
+Rows are those of `kv_transfer.digester`, which takes a block's digest; its checksum is the digest mixed with its name,
+(request_id, epoch, block_index, generation). The digest is taken once, as early as the bytes are touched anyway, and
+travels with them.
 """
 
 from __future__ import annotations
@@ -15,14 +15,10 @@ import xxhash
 
 from kv_transfer.arena import Segment
 from kv_transfer.base import Layers
+from kv_transfer.digester import Digester, Rows
 from kv_transfer.layout import BlockLayout
 from kv_transfer.ticket import Ticket
 from kv_transfer.wire import KvBlocks, Place
-
-Rows = Sequence[np.ndarray]
-
-SMALL_ROW_BYTES = 4096
-"""Rows of at most so many bytes are put side by side before they are hashed: a call costs more than the copy."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,11 +36,15 @@ class HostBlocks:
     digests: tuple[int, ...] | None = None
 
     def checksums(
-        self, places: Sequence[int], ticket_key: tuple[str, int], blocks: Sequence[tuple[int, int]]
+        self,
+        places: Sequence[int],
+        ticket_key: tuple[str, int],
+        blocks: Sequence[tuple[int, int]],
+        digester: Digester,
     ) -> tuple[int, ...]:
         """One per block of `places`, whose (block_index, generation) are `blocks`."""
         if self.digests is None:
-            return checksums(self.rows, places, ticket_key, blocks)
+            return named(digester.digests(self.rows, places), ticket_key, blocks)
         return named([self.digests[place] for place in places], ticket_key, blocks)
 
 
@@ -99,43 +99,6 @@ def as_layers(rows: Rows, layout: BlockLayout) -> list[np.ndarray]:
     return layers
 
 
-def checksums(
-    rows: Rows, places: Sequence[int], ticket_key: tuple[str, int], blocks: Sequence[tuple[int, int]]
-) -> tuple[int, ...]:
-    """One per block of `places`, whose (block_index, generation) are `blocks`."""
-    return named(digests(rows, places), ticket_key, blocks)
-
-
-def digests(rows: Rows, places: Sequence[int]) -> tuple[int, ...]:
-    """One per block of `places`."""
-    if rows and rows[0].shape[1] <= SMALL_ROW_BYTES:
-        side_by_side = np.stack([row[list(places)] for row in rows], axis=1)
-        return tuple(xxhash.xxh3_64_intdigest(block) for block in side_by_side)
-    hashers = [xxhash.xxh3_64() for _ in places]
-    for row in rows:
-        for hasher, place in zip(hashers, places, strict=True):
-            hasher.update(row[place])
-    return tuple(hasher.intdigest() for hasher in hashers)
-
-
-def copy_with_digests(rows: Rows, targets: Rows) -> tuple[int, ...]:
-    """Copy rows to `targets`, of the same shapes, and return a digest per block.
-
-    What was just written is hashed while it is still in the core's cache, layer by layer: one pass over memory.
-    """
-    if rows[0].shape[1] <= SMALL_ROW_BYTES:
-        for row, target in zip(rows, targets, strict=True):
-            np.copyto(target, row)
-        return digests(targets, range(len(targets[0])))
-    hashers = [xxhash.xxh3_64() for _ in targets[0]]
-    updates = [hasher.update for hasher in hashers]
-    for row, target in zip(rows, targets, strict=True):
-        np.copyto(target, row)
-        for update, piece in zip(updates, target, strict=True):
-            update(piece)
-    return tuple(hasher.intdigest() for hasher in hashers)
-
-
 def named(found: Sequence[int], ticket_key: tuple[str, int], blocks: Sequence[tuple[int, int]]) -> tuple[int, ...]:
     """Checksums of digests: of the same bytes under another name they differ."""
     request_id, epoch = ticket_key
@@ -145,11 +108,10 @@ def named(found: Sequence[int], ticket_key: tuple[str, int], blocks: Sequence[tu
     )
 
 
-def is_intact(header: KvBlocks, rows: Rows) -> bool:
-    """Whether every block's bytes are those that were sent under that name."""
+def is_intact(header: KvBlocks, digests: Sequence[int]) -> bool:
+    """Whether every block's bytes, of which these are the digests, are those that were sent under that name."""
     blocks = list(zip(header.blocks, header.generations, strict=True))
-    key = (header.request_id, header.epoch)
-    return checksums(rows, range(len(blocks)), key, blocks) == header.checksums
+    return named(digests, (header.request_id, header.epoch), blocks) == header.checksums
 
 
 def block_header(

@@ -28,9 +28,10 @@ from engine_core.messages import Message, PeerAddress, TokenChunk
 from kv_transfer.arena import Arena, Segment
 from kv_transfer.auth import check_bind
 from kv_transfer.base import Layers, ReceiverEvents, SenderEvents
-from kv_transfer.blocks import as_layers, as_rows, copy_with_digests, payload_rows, strided_bytes, strided_rows
+from kv_transfer.blocks import as_layers, as_rows, payload_rows, strided_bytes, strided_rows
 from kv_transfer.channel import Channel
 from kv_transfer.commands import Commands
+from kv_transfer.compiled.digester import open_digester
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
 from kv_transfer.layout import BlockLayout
@@ -58,7 +59,7 @@ from kv_transfer.receiver import NetKvReceiver
 from kv_transfer.returns import Returns
 from kv_transfer.sender import FRAME_BYTES, MAX_FRAME_BYTES, NetKvSender
 from kv_transfer.ticket import Ticket
-from kv_transfer.wire import Place
+from kv_transfer.wire import Place, Transport
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,7 @@ class _Plane:
                 options.num_connections,
                 options.arena_bytes,
                 options.encrypts,
+                str(options.library or ""),
             )
         )
         try:
@@ -213,6 +215,8 @@ class PlaneKvSender:
         self._options = options
         self._loop = asyncio.get_running_loop()
         self._plane = _Plane(self)
+        self._digester = open_digester(options.library)
+        self._streams = Transport.SHARED_MEMORY in options.transports
         self._arena_bytes = max(options.arena_bytes, MIN_LOANS * identity.layout.block_bytes)
         self._lock = threading.Lock()  # over the following
         self._arena = Arena(self._arena_bytes)
@@ -357,7 +361,7 @@ class PlaneKvSender:
             return None
         offset, memory = loan
         layout = self._identity.layout
-        digests = copy_with_digests(blocks.rows, payload_rows(memory, n, layout))
+        digests = self._digester.copy(blocks.rows, payload_rows(memory, n, layout), streams=self._streams)
         number = self._next_loan
         self._next_loan += 1
         self._loans[number] = (memory, num_bytes)

@@ -13,6 +13,7 @@ import socket
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -243,6 +244,7 @@ def _options(start: PlaneStart) -> TransferOptions:
         num_connections=start.num_connections,
         arena_bytes=start.arena_bytes,
         encrypts=start.encrypts,
+        library=Path(start.library) if start.library else None,
     )
 
 

@@ -24,7 +24,7 @@ class PlaneStart(Message, frozen=True):
     Attributes:
         layout: fields of the BlockLayout.
         host: where to listen for decode workers; empty: the worker is one and listens nowhere.
-        transports, num_connections, arena_bytes, encrypts: see TransferOptions.
+        transports, num_connections, arena_bytes, encrypts, library: see TransferOptions; library: empty for none.
     """
 
     worker_id: str
@@ -38,6 +38,7 @@ class PlaneStart(Message, frozen=True):
     num_connections: int
     arena_bytes: int
     encrypts: bool
+    library: str
 
 
 class PlaneReady(Message, frozen=True):

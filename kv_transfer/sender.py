@@ -19,7 +19,8 @@ from kv_transfer import beats, handoff
 from kv_transfer.arena import Arena, SegmentRef
 from kv_transfer.auth import check_bind
 from kv_transfer.base import SenderEvents
-from kv_transfer.blocks import HostBlocks, as_layers, block_header, copy_with_digests, first_run, named, payload_rows
+from kv_transfer.blocks import HostBlocks, as_layers, block_header, first_run, named, payload_rows
+from kv_transfer.compiled.digester import open_digester
 from kv_transfer.connection import ROOM_BYTES, KvConnection
 from kv_transfer.endpoint import KvIdentity, SenderEndpoint
 from kv_transfer.fabric import DeviceFabric
@@ -58,6 +59,7 @@ class NetKvSender(SenderEndpoint):
         self.secret = secret
         self.own_memory = OwnMemory(options.arena_bytes)
         self.worker_memory: SharedMemory | None = None
+        self.digester = open_digester(options.library)
         self._options = options
         self._sessions: dict[bytes, _ToDecode] = {}
         self._waiting: set[ListenerHandshake] = set()
@@ -363,7 +365,7 @@ class _ToDecode:
         connection = min(self._connections, key=lambda each: each.queued_bytes)
         if connection.queued_bytes >= ROOM_BYTES or not self._is_granted(num_bytes):
             return 0
-        sums = source.checksums(places, item.key, blocks)
+        sums = source.checksums(places, item.key, blocks, self._owner.digester)
         header = block_header(item.ticket, blocks, sums, layout, self._note(item, blocks, num_bytes, None), None)
         connection.send(header, _pieces(source, places))
         return len(blocks)
@@ -399,7 +401,8 @@ class _ToDecode:
             return 0
         offset, memory = loan
         rows = [row[run.start : run.stop] for row in source.rows]
-        sums = named(copy_with_digests(rows, payload_rows(memory, len(run), layout)), item.key, blocks)
+        digests = self._owner.digester.copy(rows, payload_rows(memory, len(run), layout), streams=True)
+        sums = named(digests, item.key, blocks)
         place = Place(shared.number, offset, len(run) * layout.layer_bytes)
         self._send_place(item, blocks, sums, place, memory)
         return len(run)
@@ -408,7 +411,7 @@ class _ToDecode:
         """The blocks lie in shared memory already."""
         layout, source = self.layout, item.source
         blocks = item.blocks[: len(run)]
-        sums = source.checksums(run, item.key, blocks)
+        sums = source.checksums(run, item.key, blocks, self._owner.digester)
         offset = place.offset + run.start * layout.layer_bytes
         self._send_place(item, blocks, sums, Place(place.segment, offset, place.layer_stride), source)
         return len(run)
