@@ -19,18 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.kv_baselines import (
-    Digests,
-    JaxTransfer,
-    Memcpy,
-    MooncakeEngine,
-    NixlAgent,
-    RawSockets,
-    SameWork,
-    has,
-    touched,
-)
+from benchmarks.kv_baselines import Digests, Memcpy, RawSockets, SameWork, touched
 from benchmarks.kv_hand_off import HandOff, Way
+from benchmarks.kv_libraries import JaxTransfer, MooncakeEngine, NixlAgent, has
 from benchmarks.table import Table
 from engine_core.config import EngineConfig
 from kv_transfer.compiled.digester import build_digester, open_digester

@@ -59,14 +59,15 @@ from kv_transfer.receiver import NetKvReceiver
 from kv_transfer.returns import Returns
 from kv_transfer.sender import FRAME_BYTES, MAX_FRAME_BYTES, NetKvSender
 from kv_transfer.ticket import Ticket
-from kv_transfer.wire import Place, Transport
+from kv_transfer.wire import Place
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
 MIN_LOANS = 4  # blocks that an arena has room for at the least
-PIPELINE_FRAMES = 8  # parts of a large hand-over, so that all processes on the way work at once
+PIPELINE_FRAMES = 8  # in an arena at the least, so that all processes on the way work at once
+STREAM_BYTES = 8 << 20  # handed over at once: more is written past the caches
 Key = tuple[str, int]
 
 
@@ -195,11 +196,12 @@ def _spawn(connected: socket.socket) -> subprocess.Popen[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class _Unstaged:
-    """Blocks that found no room in shared memory."""
+    """Blocks that found no room in shared memory; `streams`: see Digester."""
 
     key: Key
     indices: tuple[int, ...]
     rows: tuple[np.ndarray, ...]
+    streams: bool
 
 
 class PlaneKvSender:
@@ -216,7 +218,6 @@ class PlaneKvSender:
         self._loop = asyncio.get_running_loop()
         self._plane = _Plane(self)
         self._digester = open_digester(options.library)
-        self._streams = Transport.SHARED_MEMORY in options.transports
         self._arena_bytes = max(options.arena_bytes, MIN_LOANS * identity.layout.block_bytes)
         self._lock = threading.Lock()  # over the following
         self._arena = Arena(self._arena_bytes)
@@ -271,13 +272,15 @@ class PlaneKvSender:
         indices = tuple(int(index) for index in block_indices)
         layout = self._identity.layout
         rows = as_rows(layers, len(indices), layout)
-        each = self._frame_blocks(len(indices))
-        for start in range(0, len(indices), each):
-            part = slice(start, start + each)
-            blocks = _Unstaged((request_id, epoch), indices[part], tuple(row[part] for row in rows))
+        streams = len(indices) * layout.block_bytes > STREAM_BYTES
+        start = 0
+        while start < len(indices):
+            part = slice(start, start + self._frame_blocks(len(indices) - start))
+            blocks = _Unstaged((request_id, epoch), indices[part], tuple(row[part] for row in rows), streams)
             with self._lock:
                 self._inflight_bytes += self._num_bytes(blocks)
             self._put(blocks)
+            start = part.stop
 
     def finish(self, request_id: str, epoch: int, first_token: TokenChunk) -> None:
         """See KvSender."""
@@ -328,12 +331,15 @@ class PlaneKvSender:
 
     # Staging
 
-    def _frame_blocks(self, count: int) -> int:
-        """Blocks per frame of so many: what a frame costs beside its bytes is paid less often in large hand-overs."""
+    def _frame_blocks(self, rest: int) -> int:
+        """Blocks of the next frame while so many are left.
+
+        What a frame costs beside its bytes is paid less often if it is large; the last are small, as nobody works
+        beside who verifies those.
+        """
         block_bytes = self._identity.layout.block_bytes
         most = min(MAX_FRAME_BYTES, max(FRAME_BYTES, self._arena_bytes // PIPELINE_FRAMES))
-        wanted = min(max(FRAME_BYTES, count * block_bytes // PIPELINE_FRAMES), most)
-        return max(1, wanted // block_bytes)
+        return max(1, min(max(FRAME_BYTES, rest * block_bytes // 2), most) // block_bytes)
 
     def _num_bytes(self, blocks: _Unstaged) -> int:
         return len(blocks.indices) * self._identity.layout.block_bytes
@@ -361,7 +367,7 @@ class PlaneKvSender:
             return None
         offset, memory = loan
         layout = self._identity.layout
-        digests = self._digester.copy(blocks.rows, payload_rows(memory, n, layout), streams=self._streams)
+        digests = self._digester.copy(blocks.rows, payload_rows(memory, n, layout), streams=blocks.streams)
         number = self._next_loan
         self._next_loan += 1
         self._loans[number] = (memory, num_bytes)

@@ -342,7 +342,8 @@ class _ToDecode:
 
     def _send_frame(self, item: handoff.SendBlocks) -> bool:
         """Send the first frame's worth of `item` and leave the rest in front; False while there is no room."""
-        limit = FRAME_BYTES if item.source.place is None else MAX_FRAME_BYTES  # the worker has cut it
+        is_cut = item.source.place is not None and self.transport is Transport.SHARED_MEMORY  # by the worker
+        limit = MAX_FRAME_BYTES if is_cut else FRAME_BYTES  # what a socket brings is verified while caches hold it
         n = max(1, limit // self.layout.block_bytes)
         ways = {Transport.SHARED_MEMORY: self._share, Transport.TCP: self._stream, Transport.DEVICE: self._offer}
         n = ways[self.transport](item, n)

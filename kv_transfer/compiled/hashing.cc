@@ -123,9 +123,7 @@ inline uint64_t Fold(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
 }
 
-uint64_t Merge(const Sums& sums, uint64_t num_bytes) {
-  uint64_t values[8];
-  sums.Store(values);
+uint64_t Merge(const uint64_t (&values)[8], uint64_t num_bytes) {
   uint64_t found = num_bytes * kPrime64_1;
   for (int i = 0; i < 8; i += 2) {
     found += Fold(values[i] ^ Load(kSecret + kMergeKey + 8 * i), values[i + 1] ^ Load(kSecret + kMergeKey + 8 * i + 8));
@@ -192,7 +190,9 @@ void TakeBlocks(const Rows& rows, const int64_t* places, int64_t first, uint64_t
     if (is_last) group.Take(kSecret + kLastKey);
   }
   for (int i = 0; i < kTogether; ++i) {
-    found[first + i] = Merge(group.sums[i], rows.num_layers * rows.layer_bytes);
+    uint64_t values[8];  // a copy: were the address of the sums known elsewhere, every write could change them
+    group.sums[i].Store(values);
+    found[first + i] = Merge(values, rows.num_layers * rows.layer_bytes);
   }
 }
 
