@@ -31,7 +31,7 @@ class HostBlocks:
         digests: one per block, taken when they were put there; None: not taken yet.
     """
 
-    rows: tuple[np.ndarray, ...]
+    rows: Rows
     place: Place | None
     digests: tuple[int, ...] | None = None
 
@@ -75,9 +75,9 @@ def as_rows(layers: Layers, n: int, layout: BlockLayout) -> tuple[np.ndarray, ..
     return tuple(np.ascontiguousarray(layer).reshape(n, -1).view(np.uint8) for layer in layers)
 
 
-def payload_rows(payload: np.ndarray, n: int, layout: BlockLayout) -> list[np.ndarray]:
-    """The rows of a payload of n blocks, `[L * n * layer_bytes]` u8, in place."""
-    return list(payload.reshape(layout.num_layers, n, layout.layer_bytes))
+def payload_rows(payload: np.ndarray, n: int, layout: BlockLayout) -> np.ndarray:
+    """The rows of a payload of n blocks, `[L * n * layer_bytes]` u8, in place: `[L, n, layer_bytes]`."""
+    return payload.reshape(layout.num_layers, n, layout.layer_bytes)
 
 
 def strided_bytes(n: int, layer_stride: int, layout: BlockLayout) -> int:
@@ -85,14 +85,19 @@ def strided_bytes(n: int, layer_stride: int, layout: BlockLayout) -> int:
     return (layout.num_layers - 1) * layer_stride + n * layout.layer_bytes
 
 
-def strided_rows(memory: np.ndarray, n: int, layer_stride: int, layout: BlockLayout) -> list[np.ndarray]:
-    """The rows of n blocks in `[strided_bytes]` u8, in place."""
-    shape, strides = (layout.num_layers, n, layout.layer_bytes), (layer_stride, layout.layer_bytes, 1)
-    return list(np.ndarray(shape, np.uint8, memory, strides=strides))
+def strided_rows(memory: np.ndarray, n: int, layer_stride: int, layout: BlockLayout) -> np.ndarray:
+    """The rows of n blocks in `[strided_bytes]` u8, in place: `[L, n, layer_bytes]`."""
+    layer_bytes = layout.layer_bytes
+    shape, strides = (layout.num_layers, n, layer_bytes), (layer_stride, layer_bytes, 1)
+    return np.ndarray(shape, np.uint8, memory, strides=strides)
 
 
 def as_layers(rows: Rows, layout: BlockLayout) -> list[np.ndarray]:
     """Rows as read-only arrays of the layout's dtype, `[n, page_size, 2K, H]`, in place."""
+    if isinstance(rows, np.ndarray):
+        whole = rows.view(layout.numpy_dtype).reshape(*rows.shape[:2], *layout.shape)
+        whole.flags.writeable = False
+        return list(whole)
     layers = [row.view(layout.numpy_dtype).reshape(-1, *layout.shape) for row in rows]
     for layer in layers:
         layer.flags.writeable = False

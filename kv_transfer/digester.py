@@ -1,6 +1,6 @@
 """Who takes the digests of blocks: one xxh3_64 (Collet) over a block's bytes in all layers.
 
-Rows are `[n, layer_bytes]` u8 arrays, one per layer; row i of each belongs to the same block.
+Rows are `[n, layer_bytes]` u8 arrays, one per layer, or one array of them; row i of each belongs to the same block.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import xxhash
 
-Rows = Sequence[np.ndarray]
+Rows = Sequence[np.ndarray] | np.ndarray
 
 SMALL_ROW_BYTES = 4096
 """Rows of at most so many bytes are put side by side before they are hashed: a call costs more than the copy."""

@@ -532,10 +532,8 @@ class ReceiverCore:
 
 def _fits(entry: _Incoming, header: KvBlocks) -> bool:
     """The fence: an answer to this very ticket, every block still missing, every page of the generation reserved."""
-    named = zip(header.blocks, header.generations, strict=True)
-    return header.serial == entry.ticket.serial and all(
-        entry.missing.get(index) == generation for index, generation in named
-    )
+    named = dict(zip(header.blocks, header.generations, strict=True))
+    return header.serial == entry.ticket.serial and named.items() <= entry.missing.items()
 
 
 def error_named(code: str, text: str, retryable: bool) -> BatonError:

@@ -152,7 +152,7 @@ class _PrefillPlane:
         memory = self._segments[place.segment].lend(place.offset, num_bytes, lambda: self._returns.add(loan))
         rows = strided_rows(memory, n, place.layer_stride, layout)
         self._sender.send_host_blocks(
-            message.request_id, message.epoch, message.indices, HostBlocks(tuple(rows), place, message.digests)
+            message.request_id, message.epoch, message.indices, HostBlocks(rows, place, message.digests)
         )
 
 

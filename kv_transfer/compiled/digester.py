@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ _SOURCES = Sources(
 _STRIPE_BYTES = 64
 _MIN_BLOCK_BYTES = 241  # shorter ones are hashed in other ways
 
-Digest = Callable[[int, int, int | None, int, int, int, int, int, bool, int], None]
+Digest = Callable[..., None]
+"""See `BatonDigest`."""
 
 
 def build_digester(compile_cache: str) -> Path | None:
@@ -63,51 +65,63 @@ class CompiledDigester:
 
     def digests(self, rows: Rows, places: Sequence[int]) -> tuple[int, ...]:
         """See Digester."""
-        if not _suit(rows):
+        source = _Rows.of(rows)
+        if source is None:
             return self._plain.digests(rows, places)
-        wanted = np.array(places, np.int64)
-        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(rows[0]):
-            raise IndexError(f"blocks {list(places)} of {len(rows[0])}")
-        return self._call(rows, None, wanted, streams=False)
+        if places and not 0 <= min(places) <= max(places) < source.n:
+            raise IndexError(f"blocks {list(places)} of {source.n}")
+        found = (ctypes.c_uint64 * len(places))()
+        wanted = (ctypes.c_int64 * len(places))(*places)
+        self._digest(source.addresses, source.stride, None, 0, *source.sizes, wanted, len(places), False, found)
+        return tuple(found)
 
     def copy(self, rows: Rows, targets: Rows, *, streams: bool) -> tuple[int, ...]:
         """See Digester."""
-        shapes = {(len(each), *(row.shape for row in each)) for each in (rows, targets)}
-        if len(shapes) > 1:
-            raise ValueError(f"rows and targets of other shapes: {shapes}")
-        if not (_suit(rows) and _suit(targets)):
+        source, target = _Rows.of(rows), _Rows.of(targets)
+        if source is None or target is None:
             return self._plain.copy(rows, targets, streams=streams)
-        return self._call(rows, targets, np.arange(len(rows[0])), streams=streams)
-
-    def _call(self, rows: Rows, targets: Rows | None, places: np.ndarray, *, streams: bool) -> tuple[int, ...]:
-        found = np.empty(len(places), np.uint64)
-        sources, written = _addresses(rows), None if targets is None else _addresses(targets)
-        self._digest(
-            sources.ctypes.data,
-            rows[0].strides[0],
-            None if written is None else written.ctypes.data,
-            0 if targets is None else targets[0].strides[0],
-            len(rows),
-            rows[0].shape[1],
-            places.ctypes.data,
-            len(places),
-            streams,
-            found.ctypes.data,
-        )
-        return tuple(found.tolist())
+        if (source.n, source.sizes) != (target.n, target.sizes):
+            raise ValueError(f"rows of other shapes: {source}, {target}")
+        found, n = (ctypes.c_uint64 * source.n)(), source.n
+        places = (ctypes.c_int64 * n)(*range(n))
+        written = (target.addresses, target.stride)
+        self._digest(source.addresses, source.stride, *written, *source.sizes, places, n, streams, found)
+        return tuple(found)
 
 
-def _suit(rows: Rows) -> bool:
-    """Whether they are of a size that the library takes, and lie alike."""
-    first = rows[0]
-    shape, strides = first.shape, first.strides
-    return (
-        shape[1] % _STRIPE_BYTES == 0
-        and shape[1] * len(rows) >= _MIN_BLOCK_BYTES
-        and strides[1] == 1
-        and all(row.shape == shape and row.strides == strides for row in rows)
-    )
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows as the library takes them.
+
+    Attributes:
+        addresses: of each layer's first.
+        stride: from one block's row to the next one's.
+        n: blocks.
+        sizes: number of layers, bytes of a row.
+    """
+
+    addresses: ctypes.Array[ctypes.c_uint64]
+    stride: int
+    n: int
+    sizes: tuple[int, int]
+
+    @classmethod
+    def of(cls, rows: Rows) -> _Rows | None:
+        """None where they do not suit."""
+        num_layers, first = len(rows), rows[0]
+        shape, strides = first.shape, first.strides
+        n, layer_bytes = shape
+        if layer_bytes % _STRIPE_BYTES or layer_bytes * num_layers < _MIN_BLOCK_BYTES or strides[1] != 1:
+            return None
+        if isinstance(rows, np.ndarray):
+            begin, step = _address(rows), rows.strides[0]
+            addresses = [begin + layer * step for layer in range(num_layers)]
+        elif all(row.shape == shape and row.strides == strides for row in rows):
+            addresses = [_address(row) for row in rows]
+        else:
+            return None
+        return cls((ctypes.c_uint64 * num_layers)(*addresses), strides[0], n, (num_layers, layer_bytes))
 
 
-def _addresses(rows: Rows) -> np.ndarray:
-    return np.array([row.__array_interface__["data"][0] for row in rows], np.uint64)
+def _address(array: np.ndarray) -> int:
+    return int(array.__array_interface__["data"][0])

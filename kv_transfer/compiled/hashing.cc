@@ -136,7 +136,7 @@ uint64_t Merge(const uint64_t (&values)[8], uint64_t num_bytes) {
 template <Write kWrite, int kTogether>
 struct Group {
   static constexpr int kAhead = kWrite == Write::kStreamed ? 2048 : 1024;  // bytes called before they are needed
-  static constexpr int kKept = kWrite == Write::kStreamed ? 0 : 3;         // in which caches, as the compiler counts
+  static constexpr int kKept = kWrite == Write::kStreamed ? 0 : 3;  // in which caches, as the compiler counts
 
   Sums sums[kTogether];
   const uint8_t* from[kTogether];
