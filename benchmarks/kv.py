@@ -63,7 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", nargs="+", type=int, default=[1, 16, 256, 1024], metavar="MIB", help="of a hand-off")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--connections", type=int, default=2, help="of one pair over TCP")
-    parser.add_argument("--others", nargs="*", choices=list(OTHERS), default=list(OTHERS), help="other libraries")
+    parser.add_argument(
+        "--others",
+        nargs="*",
+        choices=list(OTHERS),
+        default=list(OTHERS),
+        help="other libraries; how to install them is in benchmarks/kv_libraries.py",
+    )
     kept = EngineConfig().compile_cache
     parser.add_argument("--compile-cache", default=kept, help=f"of compiled digests (default {kept}; empty: Python's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")

@@ -1,4 +1,9 @@
-"""Other libraries' transfers, for `baton bench kv`; each takes part where it is installed (docs/architecture.md)."""
+"""Other libraries' transfers, for `baton bench kv`; each takes part where it is installed.
+
+NIXL without CUDA: `pip install --no-deps nixl nixl-cu12`. Mooncake: `pip install --no-deps
+mooncake-transfer-engine-non-cuda`, which needs Debian's libibverbs1, libnuma1 and libcurl4.
+Last run with NIXL 1.5.2 (nixl-cu12 1.5.1) and Mooncake 0.3.13.post1, Python 3.11, in a virtual machine without RDMA.
+"""
 
 from __future__ import annotations
 

@@ -227,6 +227,11 @@ class SenderCore:
             return []
         return self._send(entry, block_indices, source, num_bytes)
 
+    def peer(self, key: Key) -> Peer:
+        """Who asked for an open hand-off; None while nobody has."""
+        entry = self._open.get(key)
+        return entry.peer if entry else None
+
     def finish(self, now: float, key: Key, first_token: TokenChunk) -> list[Effect]:
         """Everything has been sent."""
         entry = self._open.get(key)

@@ -59,7 +59,7 @@ from kv_transfer.receiver import NetKvReceiver
 from kv_transfer.returns import Returns
 from kv_transfer.sender import FRAME_BYTES, MAX_FRAME_BYTES, NetKvSender
 from kv_transfer.ticket import Ticket
-from kv_transfer.wire import Place
+from kv_transfer.wire import Place, Transport
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +226,7 @@ class PlaneKvSender:
         self._next_loan = 1
         self._inflight_bytes = 0
         self._queue: deque[Message | _Unstaged] = deque()  # behind blocks that have no room
-        self._open: set[Key] = set()
+        self._open: dict[Key, Transport | None] = {}  # by which way, once that is known
         self._room = asyncio.Event()
         self.on_refused: Callable[[str], None] = lambda code: None
         """See NetKvSender."""
@@ -264,7 +264,7 @@ class PlaneKvSender:
 
     def offer(self, request_id: str, epoch: int, lease_s: float) -> None:
         """See KvSender."""
-        self._open.add((request_id, epoch))
+        self._open[request_id, epoch] = None
         self._put(PlaneOffer(request_id, epoch, lease_s))
 
     def send_blocks(self, request_id: str, epoch: int, block_indices: Sequence[int], layers: Layers) -> None:
@@ -272,24 +272,26 @@ class PlaneKvSender:
         indices = tuple(int(index) for index in block_indices)
         layout = self._identity.layout
         rows = as_rows(layers, len(indices), layout)
-        streams = len(indices) * layout.block_bytes > STREAM_BYTES
+        to_socket = self._open.get((request_id, epoch)) is Transport.TCP
+        streams = not to_socket and len(indices) * layout.block_bytes > STREAM_BYTES
         start = 0
         while start < len(indices):
-            part = slice(start, start + self._frame_blocks(len(indices) - start))
+            each = self._frame_blocks(0 if to_socket else len(indices) - start)
+            part = slice(start, start + each)
             blocks = _Unstaged((request_id, epoch), indices[part], tuple(row[part] for row in rows), streams)
             with self._lock:
                 self._inflight_bytes += self._num_bytes(blocks)
             self._put(blocks)
-            start = part.stop
+            start += each
 
     def finish(self, request_id: str, epoch: int, first_token: TokenChunk) -> None:
         """See KvSender."""
-        self._open.discard((request_id, epoch))
+        self._open.pop((request_id, epoch), None)
         self._put(PlaneFinish(request_id, epoch, first_token))
 
     def abort(self, request_id: str, epoch: int, error: BatonError) -> None:
         """See KvSender."""
-        self._open.discard((request_id, epoch))
+        self._open.pop((request_id, epoch), None)
         self._drop_unstaged((request_id, epoch))
         self._put(abort_of(request_id, epoch, error))
 
@@ -302,10 +304,12 @@ class PlaneKvSender:
     def on_message(self, message: Any) -> None:
         """See KvSender's events."""
         match message:
-            case PlaneTicket(ticket):
+            case PlaneTicket(ticket, _, transport):
+                if ticket.key in self._open:
+                    self._open[ticket.key] = transport
                 self._events.on_ticket(ticket)
             case PlaneAbort(request_id, epoch):
-                self._open.discard((request_id, epoch))
+                self._open.pop((request_id, epoch), None)
                 self._drop_unstaged((request_id, epoch))
                 self._events.on_cancel(request_id, epoch, error_of(message))
             case PlaneReturn(loans):
@@ -320,7 +324,7 @@ class PlaneKvSender:
     def on_lost(self) -> None:
         """Nothing can be handed over any more."""
         self.healthy = False
-        lost, self._open = self._open, set()
+        lost, self._open = self._open, {}
         with self._lock:
             self._loans.clear()
             self._queue.clear()
@@ -332,7 +336,7 @@ class PlaneKvSender:
     # Staging
 
     def _frame_blocks(self, rest: int) -> int:
-        """Blocks of the next frame while so many are left.
+        """Blocks of the next frame while so many are left; sockets take small ones.
 
         What a frame costs beside its bytes is paid less often if it is large; the last are small, as nobody works
         beside who verifies those.
@@ -460,7 +464,7 @@ class PlaneKvReceiver:
         with self._lock:
             if self.healthy:
                 self._open[ticket.key] = self._identity.facing(address).layout
-                self._plane.send(PlaneTicket(ticket, address))
+                self._plane.send(PlaneTicket(ticket, address, None))
                 return
         with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is stopping
             self._loop.call_soon_threadsafe(self._fail, ticket.key)

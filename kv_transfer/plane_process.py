@@ -119,7 +119,7 @@ class _PrefillPlane:
 
     def on_ticket(self, ticket: Ticket) -> None:
         """Pass on."""
-        self._channel.send(PlaneTicket(ticket, None))
+        self._channel.send(PlaneTicket(ticket, None, self._sender.transport_of(ticket.key)))
 
     def on_cancel(self, request_id: str, epoch: int, error: BatonError) -> None:
         """Pass on."""

@@ -15,7 +15,7 @@ from engine_core.messages import Message, PeerAddress, TokenChunk
 from kv_transfer.arena import SegmentRef
 from kv_transfer.handoff import error_named
 from kv_transfer.ticket import Ticket
-from kv_transfer.wire import Place
+from kv_transfer.wire import Place, Transport
 
 
 class PlaneStart(Message, frozen=True):
@@ -100,10 +100,16 @@ class PlaneAbort(Message, frozen=True):
 
 
 class PlaneTicket(Message, frozen=True):
-    """Plane -> prefill worker: `on_ticket`. Decode worker -> plane: `request`, of the prefill worker at `address`."""
+    """Plane -> prefill worker: `on_ticket`. Decode worker -> plane: `request`.
+
+    Attributes:
+        address: of the prefill worker, to the plane.
+        transport: how blocks will travel, from the plane.
+    """
 
     ticket: Ticket
     address: PeerAddress | None
+    transport: Transport | None
 
 
 class PlaneReturn(Message, frozen=True):

@@ -111,6 +111,11 @@ class NetKvSender(SenderEndpoint):
         if self.worker_memory is not None:
             self.worker_memory.retire()
 
+    def transport_of(self, key: Key) -> Transport | None:
+        """How an open hand-off travels; None while nobody has asked for it."""
+        link = self.core.peer(key)
+        return link.transport if isinstance(link, _ToDecode) else None
+
     def fill_all(self) -> None:
         """There is room in the arena: send what waited for it."""
         for link in list(self._sessions.values()):
@@ -453,6 +458,8 @@ class _ToDecode:
 def _pieces(source: HostBlocks, places: tuple[int, ...]) -> list[memoryview]:
     """The bytes at `places`, layer-major, in as few pieces as they allow."""
     run = first_run(places, len(places))
+    if isinstance(source.rows, np.ndarray) and len(run) == source.rows.shape[1] and source.rows.flags.c_contiguous:
+        return [source.rows.reshape(-1).data]
     if len(run) == len(places):
         return [row[run.start : run.stop].reshape(-1).data for row in source.rows]
     return [row[place].data for row in source.rows for place in places]
