@@ -16,6 +16,9 @@ Rows = Sequence[np.ndarray] | np.ndarray
 SMALL_ROW_BYTES = 4096
 """Rows of at most so many bytes are put side by side before they are hashed: a call costs more than the copy."""
 
+STREAM_BYTES = 8 << 20
+"""What is more than this at once is better written past the caches: they would not keep it for its reader."""
+
 
 class Digester(Protocol):
     """Reads blocks; on any thread."""

@@ -32,6 +32,7 @@ from kv_transfer.blocks import as_layers, as_rows, payload_rows, strided_bytes, 
 from kv_transfer.channel import Channel
 from kv_transfer.commands import Commands
 from kv_transfer.compiled.digester import open_digester
+from kv_transfer.digester import STREAM_BYTES
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
 from kv_transfer.layout import BlockLayout
@@ -67,7 +68,6 @@ START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
 MIN_LOANS = 4  # blocks that an arena has room for at the least
 PIPELINE_FRAMES = 8  # in an arena at the least, so that all processes on the way work at once
-STREAM_BYTES = 8 << 20  # handed over at once: more is written past the caches
 Key = tuple[str, int]
 
 

@@ -22,6 +22,7 @@ from kv_transfer.base import SenderEvents
 from kv_transfer.blocks import HostBlocks, as_layers, block_header, first_run, named, payload_rows
 from kv_transfer.compiled.digester import open_digester
 from kv_transfer.connection import ROOM_BYTES, KvConnection
+from kv_transfer.digester import STREAM_BYTES
 from kv_transfer.endpoint import KvIdentity, SenderEndpoint
 from kv_transfer.fabric import DeviceFabric
 from kv_transfer.handoff import Key
@@ -407,7 +408,8 @@ class _ToDecode:
             return 0
         offset, memory = loan
         rows = [row[run.start : run.stop] for row in source.rows]
-        digests = self._owner.digester.copy(rows, payload_rows(memory, len(run), layout), streams=True)
+        streams = len(item.blocks) * layout.block_bytes > STREAM_BYTES
+        digests = self._owner.digester.copy(rows, payload_rows(memory, len(run), layout), streams=streams)
         sums = named(digests, item.key, blocks)
         place = Place(shared.number, offset, len(run) * layout.layer_bytes)
         self._send_place(item, blocks, sums, place, memory)
