@@ -15,12 +15,16 @@ import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
-from benchmarks.kv_baselines import Digests, JaxTransfer, Memcpy, MooncakeEngine, NixlAgent, RawSockets, SameWork, has
+from benchmarks.kv_baselines import Digests, Memcpy, RawSockets, SameWork, touched
 from benchmarks.kv_hand_off import HandOff, Way
+from benchmarks.kv_libraries import JaxTransfer, MooncakeEngine, NixlAgent, has
 from benchmarks.table import Table
+from engine_core.config import EngineConfig
+from kv_transfer.compiled.digester import build_digester, open_digester
 from kv_transfer.layout import BlockLayout
 from kv_transfer.wire import Transport
 
@@ -41,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     sizes = [mebibytes << 20 for mebibytes in args.sizes]
     print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
-    fixed = _fixed_cost(args.rounds)
-    ways = _open_ways(max(sizes), args.connections, args.others)
+    library = build_digester(args.compile_cache)
+    fixed = _fixed_cost(args.rounds, library)
+    ways = _open_ways(max(sizes), args.connections, args.others, library)
     try:
         moves = [_measure(ways, size, args.rounds) for size in sizes]
     finally:
@@ -58,7 +63,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", nargs="+", type=int, default=[1, 16, 256, 1024], metavar="MIB", help="of a hand-off")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--connections", type=int, default=2, help="of one pair over TCP")
-    parser.add_argument("--others", nargs="*", choices=list(OTHERS), default=list(OTHERS), help="other libraries")
+    parser.add_argument(
+        "--others",
+        nargs="*",
+        choices=list(OTHERS),
+        default=list(OTHERS),
+        help="other libraries; how to install them is in benchmarks/kv_libraries.py",
+    )
+    kept = EngineConfig().compile_cache
+    parser.add_argument("--compile-cache", default=kept, help=f"of compiled digests (default {kept}; empty: Python's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser
 
@@ -86,16 +99,18 @@ class Moves:
         )
 
 
-def _open_ways(max_bytes: int, num_connections: int, others: Sequence[str]) -> list[Way]:
-    source = np.random.default_rng(0).integers(0, 256, max_bytes, np.uint8)
+def _open_ways(max_bytes: int, num_connections: int, others: Sequence[str], library: Path | None) -> list[Way]:
+    digester = open_digester(library)
+    source = touched(max_bytes)
+    source[:] = np.random.default_rng(0).integers(0, 256, max_bytes, np.uint8)
     ways: list[Way] = [
         Memcpy(source),
-        Digests(source, LAYOUT),
-        SameWork(source, LAYOUT),
-        HandOff("shared memory", Transport.SHARED_MEMORY, LAYOUT, source, 1, planes=True),
-        HandOff("TCP", Transport.TCP, LAYOUT, source, num_connections, planes=True),
-        HandOff("shared memory, no planes", Transport.SHARED_MEMORY, LAYOUT, source, 1, planes=False),
-        HandOff("TCP, no planes", Transport.TCP, LAYOUT, source, num_connections, planes=False),
+        Digests(source, LAYOUT, digester),
+        SameWork(source, LAYOUT, digester),
+        HandOff("shared memory", Transport.SHARED_MEMORY, LAYOUT, source, 1, planes=True, library=library),
+        HandOff("TCP", Transport.TCP, LAYOUT, source, num_connections, planes=True, library=library),
+        HandOff("shared memory, no planes", Transport.SHARED_MEMORY, LAYOUT, source, 1, planes=False, library=library),
+        HandOff("TCP, no planes", Transport.TCP, LAYOUT, source, num_connections, planes=False, library=library),
         *(RawSockets(n, source) for n in (1, 2, MAX_CONNECTIONS)),
     ]
     for name in others:
@@ -124,11 +139,19 @@ def _measure(ways: Sequence[Way], num_bytes: int, rounds: int) -> Moves:
     return moves
 
 
-def _fixed_cost(rounds: int) -> dict[str, float]:
+def _fixed_cost(rounds: int, library: Path | None) -> dict[str, float]:
     """Milliseconds of a whole hand-off, ticket and all, of a 512-token prompt whose blocks are small."""
     costs = {}
     for name, transport in (("shared memory", Transport.SHARED_MEMORY), ("TCP", Transport.TCP)):
-        way = HandOff(name, transport, SMALL, np.zeros(PROMPT_BLOCKS * SMALL.block_bytes, np.uint8), 1, planes=True)
+        way = HandOff(
+            name,
+            transport,
+            SMALL,
+            np.zeros(PROMPT_BLOCKS * SMALL.block_bytes, np.uint8),
+            1,
+            planes=True,
+            library=library,
+        )
         way.whole_s(PROMPT_BLOCKS)
         costs[name] = statistics.median(way.whole_s(PROMPT_BLOCKS) for _ in range(5 * rounds)) * 1e3
         way.close()

@@ -63,6 +63,7 @@ class HandOff:
 
     Args:
         planes: with a data-plane process beside each, as workers have; else the endpoints do all work themselves.
+        library: that takes digests, see TransferOptions.
         name: in the table.
         transport: the only one both can do.
         layout: of a block.
@@ -79,6 +80,7 @@ class HandOff:
         num_connections: int,
         *,
         planes: bool,
+        library: Path | None,
     ) -> None:
         self.name = name
         self._layout = layout
@@ -90,7 +92,11 @@ class HandOff:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         options = TransferOptions(
-            transports=(transport,), num_connections=num_connections, arena_bytes=256 << 20, encrypts=False
+            transports=(transport,),
+            num_connections=num_connections,
+            arena_bytes=256 << 20,
+            encrypts=False,
+            library=library,
         )
         self._sender = self._call(self._open(options, planes=planes))
         port = self._call(self._sender.start("127.0.0.1", 0))

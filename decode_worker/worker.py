@@ -14,6 +14,7 @@ from engine_core.messages import Decode, Load, PeerAddress, Prefill, TokenChunk,
 from engine_core.replica_loader import open_replica
 from engine_core.types import Role
 from kv_transfer.base import Layers
+from kv_transfer.compiled.digester import build_digester
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
 from kv_transfer.host_links import HostLinks
@@ -61,7 +62,7 @@ class DecodeWorker:
         resolved = self._replica.resolved
         self._identity = KvIdentity.of(worker_id, incarnation, resolved.spec, self._replica.identity, resolved.layout)
         self._secret = secret
-        self._options = TransferOptions.of(config.transfer)
+        self._options = TransferOptions.of(config.transfer, build_digester(config.compile_cache))
         self._options.check_secret(secret)
         self._info = self._replica.worker_info(Role.DECODE, worker_id, incarnation, listen, self._identity.fingerprint)
         self._scheduler = DecodeScheduler(self._replica, self)

@@ -252,7 +252,7 @@ def _check_compiler(machine: Machine, config: ServeConfig) -> Iterable[Finding]:
     if path is not None:
         yield Finding("C++ compiler", Level.OK, path)
     else:
-        text = "none: gateways take twice as long to place a request, workers on CPUs have XLA's products only"
+        text = "none: requests take twice as long to place, KV to copy, and workers on CPUs have XLA's products only"
         yield Finding("C++ compiler", Level.WARN, text, "install g++ before the start")
 
 

@@ -72,10 +72,14 @@ def build_library(sources: Sources, directory: Path, compilers: Sequence[str]) -
         return None
 
 
-def load_library(sources: Sources, path: Path) -> ctypes.PyDLL | None:
-    """What was built; calls keep the interpreter's lock. None where it cannot be loaded: the log says why."""
+def load_library(sources: Sources, path: Path, *, keeps_lock: bool) -> ctypes.CDLL | None:
+    """What was built. None where it cannot be loaded: the log says why.
+
+    Args:
+        keeps_lock: whether calls keep the interpreter's lock: those that are short, or touch Python's objects.
+    """
     try:
-        return ctypes.PyDLL(str(path))
+        return (ctypes.PyDLL if keeps_lock else ctypes.CDLL)(str(path))
     except OSError as error:
         logger.warning("%s cannot be loaded, %s: %s", sources.purpose, sources.otherwise, error)
         return None

@@ -1,8 +1,8 @@
 """Blocks on the host: rows of bytes, their checksums, and their way into another memory.
 
-Rows are `[n, layer_bytes]` u8 arrays, one per layer; row i of each belongs to the same block. A block's digest is
-xxh3_64 (Collet) over its bytes in all layers; its checksum is the digest mixed with its name, (request_id, epoch,
-block_index, generation). The digest is taken once, as early as the bytes are touched anyway, and travels with them.
+Rows are those of `kv_transfer.digester`, which takes a block's digest; its checksum is the digest mixed with its name,
+(request_id, epoch, block_index, generation). The digest is taken once, as early as the bytes are touched anyway, and
+travels with them.
 """
 
 from __future__ import annotations
@@ -15,14 +15,10 @@ import xxhash
 
 from kv_transfer.arena import Segment
 from kv_transfer.base import Layers
+from kv_transfer.digester import Digester, Rows
 from kv_transfer.layout import BlockLayout
 from kv_transfer.ticket import Ticket
 from kv_transfer.wire import KvBlocks, Place
-
-Rows = Sequence[np.ndarray]
-
-SMALL_ROW_BYTES = 4096
-"""Rows of at most so many bytes are put side by side before they are hashed: a call costs more than the copy."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,16 +31,20 @@ class HostBlocks:
         digests: one per block, taken when they were put there; None: not taken yet.
     """
 
-    rows: tuple[np.ndarray, ...]
+    rows: Rows
     place: Place | None
     digests: tuple[int, ...] | None = None
 
     def checksums(
-        self, places: Sequence[int], ticket_key: tuple[str, int], blocks: Sequence[tuple[int, int]]
+        self,
+        places: Sequence[int],
+        ticket_key: tuple[str, int],
+        blocks: Sequence[tuple[int, int]],
+        digester: Digester,
     ) -> tuple[int, ...]:
         """One per block of `places`, whose (block_index, generation) are `blocks`."""
         if self.digests is None:
-            return checksums(self.rows, places, ticket_key, blocks)
+            return named(digester.digests(self.rows, places), ticket_key, blocks)
         return named([self.digests[place] for place in places], ticket_key, blocks)
 
 
@@ -75,9 +75,9 @@ def as_rows(layers: Layers, n: int, layout: BlockLayout) -> tuple[np.ndarray, ..
     return tuple(np.ascontiguousarray(layer).reshape(n, -1).view(np.uint8) for layer in layers)
 
 
-def payload_rows(payload: np.ndarray, n: int, layout: BlockLayout) -> list[np.ndarray]:
-    """The rows of a payload of n blocks, `[L * n * layer_bytes]` u8, in place."""
-    return list(payload.reshape(layout.num_layers, n, layout.layer_bytes))
+def payload_rows(payload: np.ndarray, n: int, layout: BlockLayout) -> np.ndarray:
+    """The rows of a payload of n blocks, `[L * n * layer_bytes]` u8, in place: `[L, n, layer_bytes]`."""
+    return payload.reshape(layout.num_layers, n, layout.layer_bytes)
 
 
 def strided_bytes(n: int, layer_stride: int, layout: BlockLayout) -> int:
@@ -85,55 +85,23 @@ def strided_bytes(n: int, layer_stride: int, layout: BlockLayout) -> int:
     return (layout.num_layers - 1) * layer_stride + n * layout.layer_bytes
 
 
-def strided_rows(memory: np.ndarray, n: int, layer_stride: int, layout: BlockLayout) -> list[np.ndarray]:
-    """The rows of n blocks in `[strided_bytes]` u8, in place."""
-    shape, strides = (layout.num_layers, n, layout.layer_bytes), (layer_stride, layout.layer_bytes, 1)
-    return list(np.ndarray(shape, np.uint8, memory, strides=strides))
+def strided_rows(memory: np.ndarray, n: int, layer_stride: int, layout: BlockLayout) -> np.ndarray:
+    """The rows of n blocks in `[strided_bytes]` u8, in place: `[L, n, layer_bytes]`."""
+    layer_bytes = layout.layer_bytes
+    shape, strides = (layout.num_layers, n, layer_bytes), (layer_stride, layer_bytes, 1)
+    return np.ndarray(shape, np.uint8, memory, strides=strides)
 
 
 def as_layers(rows: Rows, layout: BlockLayout) -> list[np.ndarray]:
     """Rows as read-only arrays of the layout's dtype, `[n, page_size, 2K, H]`, in place."""
+    if isinstance(rows, np.ndarray):
+        whole = rows.view(layout.numpy_dtype).reshape(*rows.shape[:2], *layout.shape)
+        whole.flags.writeable = False
+        return list(whole)
     layers = [row.view(layout.numpy_dtype).reshape(-1, *layout.shape) for row in rows]
     for layer in layers:
         layer.flags.writeable = False
     return layers
-
-
-def checksums(
-    rows: Rows, places: Sequence[int], ticket_key: tuple[str, int], blocks: Sequence[tuple[int, int]]
-) -> tuple[int, ...]:
-    """One per block of `places`, whose (block_index, generation) are `blocks`."""
-    return named(digests(rows, places), ticket_key, blocks)
-
-
-def digests(rows: Rows, places: Sequence[int]) -> tuple[int, ...]:
-    """One per block of `places`."""
-    if rows and rows[0].shape[1] <= SMALL_ROW_BYTES:
-        side_by_side = np.stack([row[list(places)] for row in rows], axis=1)
-        return tuple(xxhash.xxh3_64_intdigest(block) for block in side_by_side)
-    hashers = [xxhash.xxh3_64() for _ in places]
-    for row in rows:
-        for hasher, place in zip(hashers, places, strict=True):
-            hasher.update(row[place])
-    return tuple(hasher.intdigest() for hasher in hashers)
-
-
-def copy_with_digests(rows: Rows, targets: Rows) -> tuple[int, ...]:
-    """Copy rows to `targets`, of the same shapes, and return a digest per block.
-
-    What was just written is hashed while it is still in the core's cache, layer by layer: one pass over memory.
-    """
-    if rows[0].shape[1] <= SMALL_ROW_BYTES:
-        for row, target in zip(rows, targets, strict=True):
-            np.copyto(target, row)
-        return digests(targets, range(len(targets[0])))
-    hashers = [xxhash.xxh3_64() for _ in targets[0]]
-    updates = [hasher.update for hasher in hashers]
-    for row, target in zip(rows, targets, strict=True):
-        np.copyto(target, row)
-        for update, piece in zip(updates, target, strict=True):
-            update(piece)
-    return tuple(hasher.intdigest() for hasher in hashers)
 
 
 def named(found: Sequence[int], ticket_key: tuple[str, int], blocks: Sequence[tuple[int, int]]) -> tuple[int, ...]:
@@ -145,11 +113,10 @@ def named(found: Sequence[int], ticket_key: tuple[str, int], blocks: Sequence[tu
     )
 
 
-def is_intact(header: KvBlocks, rows: Rows) -> bool:
-    """Whether every block's bytes are those that were sent under that name."""
+def is_intact(header: KvBlocks, digests: Sequence[int]) -> bool:
+    """Whether every block's bytes, of which these are the digests, are those that were sent under that name."""
     blocks = list(zip(header.blocks, header.generations, strict=True))
-    key = (header.request_id, header.epoch)
-    return checksums(rows, range(len(blocks)), key, blocks) == header.checksums
+    return named(digests, (header.request_id, header.epoch), blocks) == header.checksums
 
 
 def block_header(

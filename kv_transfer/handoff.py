@@ -227,6 +227,11 @@ class SenderCore:
             return []
         return self._send(entry, block_indices, source, num_bytes)
 
+    def peer(self, key: Key) -> Peer:
+        """Who asked for an open hand-off; None while nobody has."""
+        entry = self._open.get(key)
+        return entry.peer if entry else None
+
     def finish(self, now: float, key: Key, first_token: TokenChunk) -> list[Effect]:
         """Everything has been sent."""
         entry = self._open.get(key)
@@ -532,10 +537,8 @@ class ReceiverCore:
 
 def _fits(entry: _Incoming, header: KvBlocks) -> bool:
     """The fence: an answer to this very ticket, every block still missing, every page of the generation reserved."""
-    named = zip(header.blocks, header.generations, strict=True)
-    return header.serial == entry.ticket.serial and all(
-        entry.missing.get(index) == generation for index, generation in named
-    )
+    named = dict(zip(header.blocks, header.generations, strict=True))
+    return header.serial == entry.ticket.serial and named.items() <= entry.missing.items()
 
 
 def error_named(code: str, text: str, retryable: bool) -> BatonError:

@@ -16,6 +16,7 @@ import logging
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,21 +65,24 @@ class TransferOptions:
         num_connections: of one pair over TCP.
         encrypts: seal every frame that leaves the host's memory; needs a secret.
         arena_bytes: prefill: shared memory for all decode workers together; decode: landing memory per prefill worker.
+        library: that takes digests, see `kv_transfer.compiled`; None: Python does.
     """
 
     transports: tuple[Transport, ...]
     num_connections: int
     arena_bytes: int
     encrypts: bool
+    library: Path | None
 
     @classmethod
-    def of(cls, config: TransferConfig) -> TransferOptions:
+    def of(cls, config: TransferConfig, library: Path | None) -> TransferOptions:
         """Everything this host can do, as configured."""
         return cls(
             transports=HOST_TRANSPORTS if config.transport == "auto" else (Transport(config.transport),),
             num_connections=config.connections,
             arena_bytes=config.arena_bytes,
             encrypts=config.encrypt,
+            library=library,
         )
 
     def check_secret(self, secret: bytes | None) -> None:

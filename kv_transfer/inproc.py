@@ -17,6 +17,7 @@ from engine_core.messages import PeerAddress
 from kv_transfer import handoff
 from kv_transfer.base import ReceiverEvents, SenderEvents
 from kv_transfer.blocks import HostBlocks, LandedBlocks, block_header, is_intact, payload_rows
+from kv_transfer.digester import PlainDigester
 from kv_transfer.endpoint import (
     DEFAULT_INFLIGHT_BYTES,
     KvIdentity,
@@ -181,7 +182,7 @@ class _Link:
     def _deliver_blocks(self, item: handoff.SendBlocks) -> Callable[[], None]:
         layout, receiver, faults = self._receiver.identity.layout, self._receiver, self._receiver.network.faults
         source: HostBlocks = item.source
-        sums = source.checksums(item.places, item.key, item.blocks)
+        sums = source.checksums(item.places, item.key, item.blocks, PlainDigester())
         header = block_header(item.ticket, item.blocks, sums, layout, next(self._frames), None)
         payload = np.concatenate([row[list(item.places)].reshape(-1) for row in source.rows])
         if faults.happens(faults.corrupt):
@@ -192,7 +193,8 @@ class _Link:
             arrived = box.pop()
             weakref.finalize(arrived, self._released, item).atexit = False
             rows = payload_rows(arrived, len(item.blocks), layout)
-            effects = receiver.core.on_blocks(receiver.loop.time(), header, is_intact(header, rows))
+            intact = is_intact(header, PlainDigester().digests(rows, range(len(item.blocks))))
+            effects = receiver.core.on_blocks(receiver.loop.time(), header, intact)
             receiver.apply(effects, LandedBlocks(rows, None, 0, 0))
 
         return deliver

@@ -28,9 +28,11 @@ from engine_core.messages import Message, PeerAddress, TokenChunk
 from kv_transfer.arena import Arena, Segment
 from kv_transfer.auth import check_bind
 from kv_transfer.base import Layers, ReceiverEvents, SenderEvents
-from kv_transfer.blocks import as_layers, as_rows, copy_with_digests, payload_rows, strided_bytes, strided_rows
+from kv_transfer.blocks import as_layers, as_rows, payload_rows, strided_bytes, strided_rows
 from kv_transfer.channel import Channel
 from kv_transfer.commands import Commands
+from kv_transfer.compiled.digester import open_digester
+from kv_transfer.digester import STREAM_BYTES
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
 from kv_transfer.layout import BlockLayout
@@ -58,14 +60,14 @@ from kv_transfer.receiver import NetKvReceiver
 from kv_transfer.returns import Returns
 from kv_transfer.sender import FRAME_BYTES, MAX_FRAME_BYTES, NetKvSender
 from kv_transfer.ticket import Ticket
-from kv_transfer.wire import Place
+from kv_transfer.wire import Place, Transport
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
 MIN_LOANS = 4  # blocks that an arena has room for at the least
-PIPELINE_FRAMES = 8  # parts of a large hand-over, so that all processes on the way work at once
+PIPELINE_FRAMES = 8  # in an arena at the least, so that all processes on the way work at once
 Key = tuple[str, int]
 
 
@@ -138,6 +140,7 @@ class _Plane:
                 options.num_connections,
                 options.arena_bytes,
                 options.encrypts,
+                str(options.library or ""),
             )
         )
         try:
@@ -193,11 +196,12 @@ def _spawn(connected: socket.socket) -> subprocess.Popen[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class _Unstaged:
-    """Blocks that found no room in shared memory."""
+    """Blocks that found no room in shared memory; `streams`: see Digester."""
 
     key: Key
     indices: tuple[int, ...]
     rows: tuple[np.ndarray, ...]
+    streams: bool
 
 
 class PlaneKvSender:
@@ -213,6 +217,7 @@ class PlaneKvSender:
         self._options = options
         self._loop = asyncio.get_running_loop()
         self._plane = _Plane(self)
+        self._digester = open_digester(options.library)
         self._arena_bytes = max(options.arena_bytes, MIN_LOANS * identity.layout.block_bytes)
         self._lock = threading.Lock()  # over the following
         self._arena = Arena(self._arena_bytes)
@@ -221,7 +226,7 @@ class PlaneKvSender:
         self._next_loan = 1
         self._inflight_bytes = 0
         self._queue: deque[Message | _Unstaged] = deque()  # behind blocks that have no room
-        self._open: set[Key] = set()
+        self._open: dict[Key, Transport | None] = {}  # by which way, once that is known
         self._room = asyncio.Event()
         self.on_refused: Callable[[str], None] = lambda code: None
         """See NetKvSender."""
@@ -259,7 +264,7 @@ class PlaneKvSender:
 
     def offer(self, request_id: str, epoch: int, lease_s: float) -> None:
         """See KvSender."""
-        self._open.add((request_id, epoch))
+        self._open[request_id, epoch] = None
         self._put(PlaneOffer(request_id, epoch, lease_s))
 
     def send_blocks(self, request_id: str, epoch: int, block_indices: Sequence[int], layers: Layers) -> None:
@@ -267,22 +272,26 @@ class PlaneKvSender:
         indices = tuple(int(index) for index in block_indices)
         layout = self._identity.layout
         rows = as_rows(layers, len(indices), layout)
-        each = self._frame_blocks(len(indices))
-        for start in range(0, len(indices), each):
+        to_socket = self._open.get((request_id, epoch)) is Transport.TCP
+        streams = not to_socket and len(indices) * layout.block_bytes > STREAM_BYTES
+        start = 0
+        while start < len(indices):
+            each = self._frame_blocks(0 if to_socket else len(indices) - start)
             part = slice(start, start + each)
-            blocks = _Unstaged((request_id, epoch), indices[part], tuple(row[part] for row in rows))
+            blocks = _Unstaged((request_id, epoch), indices[part], tuple(row[part] for row in rows), streams)
             with self._lock:
                 self._inflight_bytes += self._num_bytes(blocks)
             self._put(blocks)
+            start += each
 
     def finish(self, request_id: str, epoch: int, first_token: TokenChunk) -> None:
         """See KvSender."""
-        self._open.discard((request_id, epoch))
+        self._open.pop((request_id, epoch), None)
         self._put(PlaneFinish(request_id, epoch, first_token))
 
     def abort(self, request_id: str, epoch: int, error: BatonError) -> None:
         """See KvSender."""
-        self._open.discard((request_id, epoch))
+        self._open.pop((request_id, epoch), None)
         self._drop_unstaged((request_id, epoch))
         self._put(abort_of(request_id, epoch, error))
 
@@ -295,10 +304,12 @@ class PlaneKvSender:
     def on_message(self, message: Any) -> None:
         """See KvSender's events."""
         match message:
-            case PlaneTicket(ticket):
+            case PlaneTicket(ticket, _, transport):
+                if ticket.key in self._open:
+                    self._open[ticket.key] = transport
                 self._events.on_ticket(ticket)
             case PlaneAbort(request_id, epoch):
-                self._open.discard((request_id, epoch))
+                self._open.pop((request_id, epoch), None)
                 self._drop_unstaged((request_id, epoch))
                 self._events.on_cancel(request_id, epoch, error_of(message))
             case PlaneReturn(loans):
@@ -313,7 +324,7 @@ class PlaneKvSender:
     def on_lost(self) -> None:
         """Nothing can be handed over any more."""
         self.healthy = False
-        lost, self._open = self._open, set()
+        lost, self._open = self._open, {}
         with self._lock:
             self._loans.clear()
             self._queue.clear()
@@ -324,12 +335,15 @@ class PlaneKvSender:
 
     # Staging
 
-    def _frame_blocks(self, count: int) -> int:
-        """Blocks per frame of so many: what a frame costs beside its bytes is paid less often in large hand-overs."""
+    def _frame_blocks(self, rest: int) -> int:
+        """Blocks of the next frame while so many are left; sockets take small ones.
+
+        What a frame costs beside its bytes is paid less often if it is large; the last are small, as nobody works
+        beside who verifies those.
+        """
         block_bytes = self._identity.layout.block_bytes
         most = min(MAX_FRAME_BYTES, max(FRAME_BYTES, self._arena_bytes // PIPELINE_FRAMES))
-        wanted = min(max(FRAME_BYTES, count * block_bytes // PIPELINE_FRAMES), most)
-        return max(1, wanted // block_bytes)
+        return max(1, min(max(FRAME_BYTES, rest * block_bytes // 2), most) // block_bytes)
 
     def _num_bytes(self, blocks: _Unstaged) -> int:
         return len(blocks.indices) * self._identity.layout.block_bytes
@@ -357,7 +371,7 @@ class PlaneKvSender:
             return None
         offset, memory = loan
         layout = self._identity.layout
-        digests = copy_with_digests(blocks.rows, payload_rows(memory, n, layout))
+        digests = self._digester.copy(blocks.rows, payload_rows(memory, n, layout), streams=blocks.streams)
         number = self._next_loan
         self._next_loan += 1
         self._loans[number] = (memory, num_bytes)
@@ -450,7 +464,7 @@ class PlaneKvReceiver:
         with self._lock:
             if self.healthy:
                 self._open[ticket.key] = self._identity.facing(address).layout
-                self._plane.send(PlaneTicket(ticket, address))
+                self._plane.send(PlaneTicket(ticket, address, None))
                 return
         with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is stopping
             self._loop.call_soon_threadsafe(self._fail, ticket.key)

@@ -13,6 +13,7 @@ import socket
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -118,7 +119,7 @@ class _PrefillPlane:
 
     def on_ticket(self, ticket: Ticket) -> None:
         """Pass on."""
-        self._channel.send(PlaneTicket(ticket, None))
+        self._channel.send(PlaneTicket(ticket, None, self._sender.transport_of(ticket.key)))
 
     def on_cancel(self, request_id: str, epoch: int, error: BatonError) -> None:
         """Pass on."""
@@ -151,7 +152,7 @@ class _PrefillPlane:
         memory = self._segments[place.segment].lend(place.offset, num_bytes, lambda: self._returns.add(loan))
         rows = strided_rows(memory, n, place.layer_stride, layout)
         self._sender.send_host_blocks(
-            message.request_id, message.epoch, message.indices, HostBlocks(tuple(rows), place, message.digests)
+            message.request_id, message.epoch, message.indices, HostBlocks(rows, place, message.digests)
         )
 
 
@@ -243,6 +244,7 @@ def _options(start: PlaneStart) -> TransferOptions:
         num_connections=start.num_connections,
         arena_bytes=start.arena_bytes,
         encrypts=start.encrypts,
+        library=Path(start.library) if start.library else None,
     )
 
 

@@ -15,7 +15,7 @@ from engine_core.messages import Message, PeerAddress, TokenChunk
 from kv_transfer.arena import SegmentRef
 from kv_transfer.handoff import error_named
 from kv_transfer.ticket import Ticket
-from kv_transfer.wire import Place
+from kv_transfer.wire import Place, Transport
 
 
 class PlaneStart(Message, frozen=True):
@@ -24,7 +24,7 @@ class PlaneStart(Message, frozen=True):
     Attributes:
         layout: fields of the BlockLayout.
         host: where to listen for decode workers; empty: the worker is one and listens nowhere.
-        transports, num_connections, arena_bytes, encrypts: see TransferOptions.
+        transports, num_connections, arena_bytes, encrypts, library: see TransferOptions; library: empty for none.
     """
 
     worker_id: str
@@ -38,6 +38,7 @@ class PlaneStart(Message, frozen=True):
     num_connections: int
     arena_bytes: int
     encrypts: bool
+    library: str
 
 
 class PlaneReady(Message, frozen=True):
@@ -99,10 +100,16 @@ class PlaneAbort(Message, frozen=True):
 
 
 class PlaneTicket(Message, frozen=True):
-    """Plane -> prefill worker: `on_ticket`. Decode worker -> plane: `request`, of the prefill worker at `address`."""
+    """Plane -> prefill worker: `on_ticket`. Decode worker -> plane: `request`.
+
+    Attributes:
+        address: of the prefill worker, to the plane.
+        transport: how blocks will travel, from the plane.
+    """
 
     ticket: Ticket
     address: PeerAddress | None
+    transport: Transport | None
 
 
 class PlaneReturn(Message, frozen=True):

@@ -18,7 +18,8 @@ from engine_core.messages import PeerAddress
 from kv_transfer import beats
 from kv_transfer.arena import Arena, Segment
 from kv_transfer.base import ReceiverEvents
-from kv_transfer.blocks import LandedBlocks, as_rows, is_intact, named, strided_bytes, strided_rows
+from kv_transfer.blocks import LandedBlocks, as_rows, is_intact, strided_bytes, strided_rows
+from kv_transfer.compiled.digester import open_digester
 from kv_transfer.connection import KvConnection
 from kv_transfer.endpoint import KvIdentity, ReceiverEndpoint
 from kv_transfer.fabric import DeviceFabric, DevicePeer, Pulled
@@ -69,6 +70,7 @@ class NetKvReceiver(ReceiverEndpoint):
         options.check_secret(secret)
         self.secret = secret
         self.options = options
+        self.digester = open_digester(options.library)
         self.probe = Segment.create(PROBE_BYTES)
         self._links: dict[Spot, _ToPrefill] = {}
         self._apart: set[Spot] = set()  # whose memory could not be mapped
@@ -264,8 +266,9 @@ class _ToPrefill:
 
     def _on_landed(self, header: KvBlocks, memory: np.ndarray, segment: Segment, offset: int, stride: int) -> None:
         owner = self._owner
-        rows = strided_rows(memory, len(header.blocks), stride, self.identity.layout)
-        intact = owner.core.wants(header) and is_intact(header, rows)
+        n = len(header.blocks)
+        rows = strided_rows(memory, n, stride, self.identity.layout)
+        intact = owner.core.wants(header) and is_intact(header, owner.digester.digests(rows, range(n)))
         effects = owner.core.on_blocks(owner.loop.time(), header, intact)
         owner.apply(effects, LandedBlocks(rows, segment, offset, stride))
 
@@ -292,8 +295,7 @@ class _ToPrefill:
             self._fail(TransferError(f"cannot pull blocks: {result}"))
             return
         owner, n = self._owner, len(header.blocks)
-        blocks = list(zip(header.blocks, header.generations, strict=True))
-        intact = named(result.digests, (header.request_id, header.epoch), blocks) == header.checksums
+        intact = is_intact(header, result.digests)
         left = [len(result.layers)]
         for layer in result.layers:
             weakref.finalize(layer, self._let_go, left, header.frame).atexit = False

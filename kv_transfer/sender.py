@@ -19,8 +19,10 @@ from kv_transfer import beats, handoff
 from kv_transfer.arena import Arena, SegmentRef
 from kv_transfer.auth import check_bind
 from kv_transfer.base import SenderEvents
-from kv_transfer.blocks import HostBlocks, as_layers, block_header, copy_with_digests, first_run, named, payload_rows
+from kv_transfer.blocks import HostBlocks, as_layers, block_header, first_run, named, payload_rows
+from kv_transfer.compiled.digester import open_digester
 from kv_transfer.connection import ROOM_BYTES, KvConnection
+from kv_transfer.digester import STREAM_BYTES
 from kv_transfer.endpoint import KvIdentity, SenderEndpoint
 from kv_transfer.fabric import DeviceFabric
 from kv_transfer.handoff import Key
@@ -58,6 +60,7 @@ class NetKvSender(SenderEndpoint):
         self.secret = secret
         self.own_memory = OwnMemory(options.arena_bytes)
         self.worker_memory: SharedMemory | None = None
+        self.digester = open_digester(options.library)
         self._options = options
         self._sessions: dict[bytes, _ToDecode] = {}
         self._waiting: set[ListenerHandshake] = set()
@@ -108,6 +111,11 @@ class NetKvSender(SenderEndpoint):
         self.own_memory.retire()
         if self.worker_memory is not None:
             self.worker_memory.retire()
+
+    def transport_of(self, key: Key) -> Transport | None:
+        """How an open hand-off travels; None while nobody has asked for it."""
+        link = self.core.peer(key)
+        return link.transport if isinstance(link, _ToDecode) else None
 
     def fill_all(self) -> None:
         """There is room in the arena: send what waited for it."""
@@ -340,7 +348,8 @@ class _ToDecode:
 
     def _send_frame(self, item: handoff.SendBlocks) -> bool:
         """Send the first frame's worth of `item` and leave the rest in front; False while there is no room."""
-        limit = FRAME_BYTES if item.source.place is None else MAX_FRAME_BYTES  # the worker has cut it
+        is_cut = item.source.place is not None and self.transport is Transport.SHARED_MEMORY  # by the worker
+        limit = MAX_FRAME_BYTES if is_cut else FRAME_BYTES  # what a socket brings is verified while caches hold it
         n = max(1, limit // self.layout.block_bytes)
         ways = {Transport.SHARED_MEMORY: self._share, Transport.TCP: self._stream, Transport.DEVICE: self._offer}
         n = ways[self.transport](item, n)
@@ -363,7 +372,7 @@ class _ToDecode:
         connection = min(self._connections, key=lambda each: each.queued_bytes)
         if connection.queued_bytes >= ROOM_BYTES or not self._is_granted(num_bytes):
             return 0
-        sums = source.checksums(places, item.key, blocks)
+        sums = source.checksums(places, item.key, blocks, self._owner.digester)
         header = block_header(item.ticket, blocks, sums, layout, self._note(item, blocks, num_bytes, None), None)
         connection.send(header, _pieces(source, places))
         return len(blocks)
@@ -399,7 +408,9 @@ class _ToDecode:
             return 0
         offset, memory = loan
         rows = [row[run.start : run.stop] for row in source.rows]
-        sums = named(copy_with_digests(rows, payload_rows(memory, len(run), layout)), item.key, blocks)
+        streams = len(item.blocks) * layout.block_bytes > STREAM_BYTES
+        digests = self._owner.digester.copy(rows, payload_rows(memory, len(run), layout), streams=streams)
+        sums = named(digests, item.key, blocks)
         place = Place(shared.number, offset, len(run) * layout.layer_bytes)
         self._send_place(item, blocks, sums, place, memory)
         return len(run)
@@ -408,7 +419,7 @@ class _ToDecode:
         """The blocks lie in shared memory already."""
         layout, source = self.layout, item.source
         blocks = item.blocks[: len(run)]
-        sums = source.checksums(run, item.key, blocks)
+        sums = source.checksums(run, item.key, blocks, self._owner.digester)
         offset = place.offset + run.start * layout.layer_bytes
         self._send_place(item, blocks, sums, Place(place.segment, offset, place.layer_stride), source)
         return len(run)
@@ -449,6 +460,8 @@ class _ToDecode:
 def _pieces(source: HostBlocks, places: tuple[int, ...]) -> list[memoryview]:
     """The bytes at `places`, layer-major, in as few pieces as they allow."""
     run = first_run(places, len(places))
+    if isinstance(source.rows, np.ndarray) and len(run) == source.rows.shape[1] and source.rows.flags.c_contiguous:
+        return [source.rows.reshape(-1).data]
     if len(run) == len(places):
         return [row[run.start : run.stop].reshape(-1).data for row in source.rows]
     return [row[place].data for row in source.rows for place in places]

@@ -12,6 +12,7 @@ from engine_core.errors import BatonError
 from engine_core.host_commands import Export, ExportAbort, ExportCommand, ExportFinish, ExportOffer
 from engine_core.messages import KvShard
 from engine_core.replica_loader import open_follower
+from kv_transfer.compiled.digester import build_digester
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handoff import error_named
 from kv_transfer.handshake import TransferOptions
@@ -46,7 +47,7 @@ class PrefillFollower:
     ) -> None:
         self._leader = leader
         self._listen_host = host
-        self._options = TransferOptions.of(config.transfer)
+        self._options = TransferOptions.of(config.transfer, build_digester(config.compile_cache))
         try:
             begin = leader.wait_begin()
             self._follower = open_follower(config, model_dir, progress, decodes=False, begin=begin, exports=self)

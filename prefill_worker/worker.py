@@ -16,6 +16,7 @@ from engine_core.host_commands import ExportAbort, ExportCommand, ExportFinish, 
 from engine_core.messages import Decode, KvShard, Load, PeerAddress, Prefill, TokenChunk, WorkerInfo
 from engine_core.replica_loader import open_replica
 from engine_core.types import Role
+from kv_transfer.compiled.digester import build_digester
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
 from kv_transfer.host_links import HostLinks
@@ -70,7 +71,7 @@ class PrefillWorker:
         if shards is not None:
             self._identity = self._identity.part(shards.exported[0].first, shards.exported[0].count)
         self._secret = secret
-        self._options = TransferOptions.of(config.transfer)
+        self._options = TransferOptions.of(config.transfer, build_digester(config.compile_cache))
         self._options.check_secret(secret)
         self._info = self._replica.worker_info(Role.PREFILL, worker_id, incarnation, listen, self._identity.fingerprint)
         self._scheduler = PrefillScheduler(self._replica, self)

@@ -55,7 +55,7 @@ def open_compiled(directory: Path, compilers: Sequence[str]) -> Compiled | None:
         None where there is no compiler, or it fails; the log says why.
     """
     path = build_library(_SOURCES, directory, compilers)
-    functions = load_library(_SOURCES, path) if path is not None else None
+    functions = load_library(_SOURCES, path, keeps_lock=True) if path is not None else None
     if functions is None:
         return None
     logger.info("placement is compiled: %s", path)

@@ -127,8 +127,8 @@ async def test_the_pair_agrees_on_another_transport_where_it_cannot_be(reason):
 
 
 def test_workers_do_not_offer_it():
-    assert TransferOptions.of(TransferConfig()).transports == HOST_TRANSPORTS
-    assert TransferOptions.of(TransferConfig(transport="tcp")).transports == (Transport.TCP,)
+    assert TransferOptions.of(TransferConfig(), None).transports == HOST_TRANSPORTS
+    assert TransferOptions.of(TransferConfig(transport="tcp"), None).transports == (Transport.TCP,)
     with pytest.raises(ConfigError, match=r"transfer\.transport device is not for workers yet"):
         TransferConfig(transport="device")
     with pytest.raises(ConfigError, match=r"transfer\.transport must be auto, shared_memory or tcp, not 'rdma'"):

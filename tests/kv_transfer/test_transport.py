@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import functools
 import os
 import random
 import resource
+import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,6 +37,7 @@ from engine_core.errors import (
 from engine_core.messages import PeerAddress, TokenChunk
 from engine_core.types import FinishReason
 from kv_transfer.base import Layers
+from kv_transfer.compiled.digester import build_digester
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
 from kv_transfer.inproc import Faults, InprocKvReceiver, InprocKvSender, InprocNetwork
@@ -44,8 +50,16 @@ from kv_transfer.wire import HOST_TRANSPORTS, Transport
 
 ARENA_BYTES = 16 << 20
 NUM_CONNECTIONS = 3
-ALL_TRANSPORTS = TransferOptions.of(TransferConfig())
+ALL_TRANSPORTS = TransferOptions.of(TransferConfig(), None)
 LAYOUT = BlockLayout(num_layers=3, page_size=4, num_kv_heads=2, head_dim=8, dtype="bfloat16")
+
+
+@functools.cache
+def compiled_library() -> Path | None:
+    """As workers have it, where there is a compiler; other tests of hand-offs go without."""
+    directory = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, directory)
+    return build_digester(directory)
 
 
 class PrefillEars:
@@ -108,6 +122,7 @@ class Pair:
             num_connections=NUM_CONNECTIONS,
             arena_bytes=ARENA_BYTES,
             encrypts=self.encrypts,
+            library=compiled_library(),
         )
 
     @property

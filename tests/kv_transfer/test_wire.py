@@ -19,8 +19,9 @@ from engine_core.models.spec import ModelSpec
 from kv_transfer import beats, handshake
 from kv_transfer.arena import Segment, SegmentRef
 from kv_transfer.auth import Side, make_proof
-from kv_transfer.blocks import as_layers, as_rows, block_header, checksums, is_intact, payload_rows
+from kv_transfer.blocks import as_layers, as_rows, block_header, is_intact, named, payload_rows
 from kv_transfer.connection import KvConnection
+from kv_transfer.digester import PlainDigester
 from kv_transfer.framing import HEAD
 from kv_transfer.framing import frame as framed
 from kv_transfer.layout import BlockLayout, fingerprint
@@ -83,12 +84,16 @@ async def read_frame(reader: asyncio.StreamReader) -> bytes:
 def frame(layout: BlockLayout = LAYOUT) -> tuple[KvBlocks, np.ndarray]:
     payload = np.random.default_rng(0).integers(0, 256, 2 * layout.block_bytes, np.uint8)
     blocks = [(0, 100), (1, 101)]
-    sums = checksums(payload_rows(payload, 2, layout), [0, 1], TICKET.key, blocks)
+    sums = named(digests_of(payload, layout), TICKET.key, blocks)
     return block_header(TICKET, blocks, sums, layout, 0, None), payload
 
 
+def digests_of(payload: np.ndarray, layout: BlockLayout) -> tuple[int, ...]:
+    return PlainDigester().digests(payload_rows(payload, 2, layout), [0, 1])
+
+
 def intact(header: KvBlocks, payload: np.ndarray) -> bool:
-    return is_intact(header, payload_rows(payload, 2, LAYOUT))
+    return is_intact(header, digests_of(payload, LAYOUT))
 
 
 def test_a_frame_survives_and_its_arrays_lie_in_place():
@@ -123,7 +128,7 @@ def test_the_checksum_covers_the_name(change):
 
 def test_names_do_not_run_into_each_other():
     names = [(("r1", 1), (2, 3)), (("r", 11), (2, 3)), (("r", 1), (12, 3)), (("r", 1), (1, 23))]
-    assert len({checksums([], [0], key, [block]) for key, block in names}) == len(names)
+    assert len({named([42], key, [block]) for key, block in names}) == len(names)
 
 
 @pytest.mark.parametrize(

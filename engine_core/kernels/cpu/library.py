@@ -32,7 +32,7 @@ def open_library(directory: Path, compilers: Sequence[str]) -> Library | None:
     """
     sources = _sources()
     path = build_library(sources, directory, compilers)
-    functions = load_library(sources, path) if path is not None else None
+    functions = load_library(sources, path, keeps_lock=True) if path is not None else None
     if functions is None:
         return None
     identity = sources.identity()  # an executable that calls a kernel fits only its own
