@@ -285,9 +285,10 @@ def _scenarios(arguments: argparse.Namespace) -> dict[str, Scenario]:
 
 
 def _scenario(arguments: argparse.Namespace, policy: str, off: Mapping[str, int]) -> Scenario:
+    switched: dict[str, Any] = {TERMS[term]: value for term, value in off.items()}
     return Scenario(
         policy=policy,
-        placement=PlacementConfig(**{TERMS[term]: value for term, value in off.items()}),
+        placement=PlacementConfig(**switched),
         num_prefill=arguments.prefill,
         num_decode=arguments.decode,
         profile=_profile(arguments.profile),

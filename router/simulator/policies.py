@@ -76,7 +76,7 @@ class Joint:
         avoid: Collection[WorkerKey],
     ) -> Placement:
         """See `JointPlacement.place`, which hashes the prompt itself."""
-        return self._placement.place(request, prefill, decode, now=now, avoid=avoid, session=None)
+        return self._placement.place(request, prefill, decode, now=now, avoid=avoid, session=None, donors=True)
 
     def has_room(self, prefill: Sequence[Candidate], decode: Sequence[Candidate], now: float) -> bool:
         """See `JointPlacement`."""

@@ -113,12 +113,13 @@ class Fleet:
     def of(self, role: Role) -> list[Candidate]:
         return [worker for worker in self.workers.values() if worker.info.role is role]
 
-    def place(self, tokens: list[int], avoid=(), session: str | None = None, max_tokens: int = 32) -> Placement:
+    def place(
+        self, tokens: list[int], avoid=(), session: str | None = None, max_tokens: int = 32, donors: bool = False
+    ) -> Placement:
         self.count += 1
         asked = request(tokens, max_tokens, f"r{self.count}")
-        return self.placement.place(
-            asked, self.of(Role.PREFILL), self.of(Role.DECODE), now=self.now, avoid=avoid, session=session
-        )
+        pools = self.of(Role.PREFILL), self.of(Role.DECODE)
+        return self.placement.place(asked, *pools, now=self.now, avoid=avoid, session=session, donors=donors)
 
     def hold(self, worker_id: str, tokens: list[int]) -> None:
         keys = BlockHasher(PAGE, b"", bytes.fromhex(NAMESPACE)).keys(tokens)
