@@ -60,6 +60,7 @@ COLUMNS = (
     ("p99", "itl_p99_ms", "{:.1f}"),
     ("hits", "hit_ratio", "{:.1%}"),
     ("of oracle", "oracle_share", "{:.1%}"),
+    ("fetched", "fetched_ratio", "{:.1%}"),
     ("local", "local_prefills", "{}"),
     ("spread P", "prefill_spread", "{:.2f}"),
     ("D", "decode_spread", "{:.2f}"),
