@@ -12,7 +12,7 @@ from engine_core.errors import ConfigError
 
 TIMEOUT_S = 10.0
 TRIES = 16  # gateways of one machine share the port: each new connection may reach another one
-COLUMNS = ("queue", "fetch", "prefill", "transfer", "itl", "crowding", "followers", "affinity", "donor")
+COLUMNS = ("queue", "fetch", "prefill", "transfer", "itl", "crowding", "followers", "affinity")
 
 
 def run(url: str, request_id: str, api_key: str | None, as_json: bool) -> int:

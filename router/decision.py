@@ -22,7 +22,6 @@ class Terms(msgspec.Struct, frozen=True, gc=False):
         followers_s: what reading it adds to the waits of prompts still to come, at the fleet's recent utilization.
         affinity_s: negative where the session was here before.
         fetch_s: until the donor's blocks are there, beyond the prompts before it.
-        donor_s: hand-overs of a donor that is a prefill worker, held up by what it sends.
     """
 
     queue_s: float
@@ -33,7 +32,6 @@ class Terms(msgspec.Struct, frozen=True, gc=False):
     followers_s: float
     affinity_s: float
     fetch_s: float
-    donor_s: float
 
     @property
     def total_s(self) -> float:
@@ -47,7 +45,6 @@ class Terms(msgspec.Struct, frozen=True, gc=False):
             + self.followers_s
             + self.affinity_s
             + self.fetch_s
-            + self.donor_s
         )
 
     @property

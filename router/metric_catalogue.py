@@ -159,7 +159,6 @@ SPECS: tuple[MetricSpec, ...] = (
         "donor",
         "prefill",
     ),
-    _gateway(Kind.COUNTER, "baton_fetched_tokens", "Prompt tokens that were to be fetched in them"),
     _gateway(Kind.COUNTER, "baton_refused_requests", "Requests that found no room or no worker", "reason"),
     _gateway(Kind.GAUGE, "baton_requests_waiting", "Requests in the gateway's queue"),
     _histogram("baton_queue_wait_seconds", "In the gateway's queue, of requests that waited", QUEUE_BOUNDS),

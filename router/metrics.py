@@ -21,7 +21,7 @@ from router.block_feed import FeedState
 from router.block_index import BlockIndex
 from router.breaker import BreakerState
 from router.config import GatewayConfig
-from router.decision import Option, Terms
+from router.decision import Terms
 from router.fleet_metrics import fleet_families
 from router.fleet_view import FleetView
 from router.metric_catalogue import BY_NAME, MetricSpec
@@ -136,7 +136,7 @@ class Metrics(Collector):
         refused: requests that found no room or no worker, by reason.
         terms: of the pairs chosen.
         placements: attempts by (prefill worker or LOCAL, decode worker).
-        fetches: attempts by (donor, prefill worker); `fetched_tokens` were to be fetched in them.
+        fetches: attempts with a donor by (donor, prefill worker).
         ttft_error: time to the first token of an attempt less what placement predicted.
     """
 
@@ -160,7 +160,6 @@ class Metrics(Collector):
         self.choices: Counter[str] = Counter({"stop": 0, "length": 0, "cancelled": 0, "error": 0})
         self.placements: Counter[tuple[str, str]] = Counter()
         self.fetches: Counter[tuple[str, str]] = Counter()
-        self.fetched_tokens = 0
         self.within_slo = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -179,14 +178,11 @@ class Metrics(Collector):
         self.prompt_tokens += num_prompt_tokens
         self._prompt_lengths.observe(num_prompt_tokens)
 
-    def placed(
-        self, option: Option, prefill: WorkerState | None, decode: WorkerState, donor: WorkerState | None
-    ) -> None:
+    def placed(self, prefill: WorkerState | None, decode: WorkerState, donor: WorkerState | None) -> None:
         """An attempt begins there."""
         self.placements[prefill.info.worker_id if prefill else LOCAL, decode.info.worker_id] += 1
         if prefill is not None and donor is not None:
             self.fetches[donor.info.worker_id, prefill.info.worker_id] += 1
-            self.fetched_tokens += option.fetched_tokens
 
     def ended(self, stream: Stream, reason: str) -> None:
         """A choice is over. `reason`: stop, length, cancelled or error."""
@@ -233,7 +229,6 @@ class Metrics(Collector):
             "baton_refused_requests": {(reason,): count for reason, count in self.refused.items()},
             "baton_placements": {(prefill, decode): count for (prefill, decode), count in self.placements.items()},
             "baton_fetches": {(donor, prefill): count for (donor, prefill), count in self.fetches.items()},
-            "baton_fetched_tokens": {(): self.fetched_tokens},
             "baton_choices_within_slo": {(): self.within_slo},
             "baton_prompt_tokens": {(): self.prompt_tokens},
             "baton_cached_prompt_tokens": {(): self.cached_tokens},

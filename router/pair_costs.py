@@ -12,7 +12,6 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from engine_core.types import Role
 from router.candidate import Candidate
 from router.cost_model import TransferModel, num_chunks
 from router.decision import Option, Terms
@@ -67,7 +66,6 @@ class Reader(NamedTuple):
     affinity_s: float
     total_s: float
     fetch_s: float
-    donor_s: float
     donor: Candidate | None
     fetched: int
 
@@ -234,7 +232,6 @@ class PairCosts:
             followers_s=reading.followers_s,
             affinity_s=reading.affinity_s + writer.affinity_s,
             fetch_s=reading.fetch_s,
-            donor_s=reading.donor_s,
         )
         option = Option(
             prefill=worker.name if reader else None,
@@ -264,7 +261,7 @@ class PairCosts:
         total_s = queue_s + prefill_s + crowding_s + followers_s + affinity_s
         chunks = num_chunks(missing, info.chunk_tokens)
         terms = queue_s, prefill_s, crowding_s, followers_s, affinity_s
-        return Reader(worker, held, missing, chunks, *terms, total_s, 0.0, 0.0, None, 0)
+        return Reader(worker, held, missing, chunks, *terms, total_s, 0.0, None, 0)
 
     def _donors(self, sources: Sequence[Candidate], targets: Sequence[Candidate]) -> list[Donor]:
         return rank_donors([*sources, *targets, *self._asked.leaving], self._asked.told)
@@ -283,7 +280,6 @@ class PairCosts:
         fixed_s, byte_s = self._transfers.link(donor.key, worker.key)
         moving_s = fixed_s + byte_s * (fetched // info.page_size * info.block_bytes)
         fetch_s = config.transfer * max(moving_s - worker.standing().queue_s(self._now), 0.0)
-        donor_s = config.transfer * moving_s if donor.info.role is Role.PREFILL else 0.0
         there, missing = reader.held + fetched, reader.missing - fetched
         prefill_s = config.prefill * worker.steps.prefill_s(missing, there, info.chunk_tokens)
         total_s = reader.queue_s + prefill_s + reader.crowding_s + reader.followers_s + reader.affinity_s
@@ -291,9 +287,8 @@ class PairCosts:
             missing=missing,
             chunks=num_chunks(missing, info.chunk_tokens),
             prefill_s=prefill_s,
-            total_s=total_s + fetch_s + donor_s,
+            total_s=total_s + fetch_s,
             fetch_s=fetch_s,
-            donor_s=donor_s,
             donor=donor,
             fetched=fetched,
         )

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from engine_core.messages import WorkerInfo
-from engine_core.types import Role
 from router.candidate import Candidate
 from router.cost_model import TransferModel
 from router.donors import find_donor, rank_donors
@@ -163,9 +162,8 @@ class PairMatrix:
         chunks = np.ceil(missing / chunk_tokens)
         prefill_s = missing * (token_s + pair_s * (asked.num_tokens + 0.5 - 0.5 * missing)) + step_s * chunks
         prefill_s *= config.prefill
-        sends = np.array([donor.info.role is Role.PREFILL for _, donor, _ in found])
-        late_s = np.maximum(moving_s - reading.queue_s[at], 0.0) + sends * moving_s
-        total_s = own.total_s[at] - own.prefill_s[at] + prefill_s + config.transfer * late_s
+        fetch_s = config.transfer * np.maximum(moving_s - reading.queue_s[at], 0.0)
+        total_s = own.total_s[at] - own.prefill_s[at] + prefill_s + fetch_s
         fetching = _Rows(at, chunks, prefill_s, total_s)
         return _Rows(*(np.concatenate(parts) for parts in zip(own, fetching, strict=True)))
 

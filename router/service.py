@@ -363,7 +363,7 @@ class Service:
         if self.tracing is not None:
             stream.begin_attempt()
         self.decisions.record(placement.decision)
-        self.metrics.placed(placement.decision.chosen, prefill, decode, donor)
+        self.metrics.placed(prefill, decode, donor)
         if not stream.journal.epoch:
             self.meter.placed(placement.decision.chosen.terms.prefill_s, self._placement.network_s(placement))
         try:

@@ -43,14 +43,14 @@ struct Question {
 struct Ranked {
   int64_t source, target, donor;  // source -1: the target reads the prompt; donor -1: nobody
   int64_t held, missing, held_decode, fetched, num_bytes;
-  double reading_s, queue_s, prefill_s, transfer_s, itl_s, crowding_s, followers_s, affinity_s, fetch_s, donor_s;
+  double reading_s, queue_s, prefill_s, transfer_s, itl_s, crowding_s, followers_s, affinity_s, fetch_s;
 };
 
 struct Reader {
   int64_t worker, held, missing, chunks;
   double reading_s, queue_s, prefill_s, crowding_s, followers_s, affinity_s, total_s;
   double late;  // of a hand-over, as a share: 1 - 1 / chunks
-  double fetch_s, donor_s;
+  double fetch_s;
   int64_t donor, fetched;  // donor -1: nobody
 };
 
@@ -151,7 +151,7 @@ class Ranking {
     reader.total_s =
         reader.queue_s + reader.prefill_s + reader.crowding_s + reader.followers_s + reader.affinity_s;
     reader.late = 1 - 1 / double(reader.chunks);
-    reader.fetch_s = reader.donor_s = 0.0;
+    reader.fetch_s = 0.0;
     reader.donor = -1;
     reader.fetched = 0;
     return reader;
@@ -186,18 +186,17 @@ class Ranking {
   }
 
   Reader Fetching(Reader reader, int64_t donor, int64_t fetched) const {
-    const Worker &worker = asked_.workers[reader.worker], &from = asked_.workers[donor];
-    const Link link = LinkOf(from, worker);
+    const Worker& worker = asked_.workers[reader.worker];
+    const Link link = LinkOf(asked_.workers[donor], worker);
     const double moving_s = link.fixed_s + link.byte_s * double(fetched / worker.page_size * worker.block_bytes);
     reader.fetch_s = asked_.transfer * std::max(moving_s - QueueS(worker, asked_.now), 0.0);
-    reader.donor_s = from.is_prefill ? asked_.transfer * moving_s : 0.0;
     reader.missing -= fetched;
     reader.chunks = worker.chunk_tokens ? CeilDiv(reader.missing, worker.chunk_tokens) : 1;
     reader.reading_s = PrefillS(worker, reader.missing, reader.held + fetched, reader.chunks);
     reader.prefill_s = asked_.prefill * reader.reading_s;
     const double total_s =
         reader.queue_s + reader.prefill_s + reader.crowding_s + reader.followers_s + reader.affinity_s;
-    reader.total_s = total_s + reader.fetch_s + reader.donor_s;
+    reader.total_s = total_s + reader.fetch_s;
     reader.late = 1 - 1 / double(reader.chunks);
     reader.donor = donor;
     reader.fetched = fetched;
@@ -284,8 +283,7 @@ class Ranking {
            reader.crowding_s,
            reader.followers_s,
            reader.affinity_s + writer.local.affinity_s,
-           reader.fetch_s,
-           reader.donor_s};
+           reader.fetch_s};
   }
 
   const Question& asked_;

@@ -34,7 +34,7 @@ _PRICES = struct.Struct("=2d")
 _PRICES_AT = _FLEET.size
 _ASKED = "=2d3q"
 _ASKED_AT = _PRICES_AT + _PRICES.size
-_RANKED = struct.Struct("=8q10d")
+_RANKED = struct.Struct("=8q9d")
 
 
 class _Known:

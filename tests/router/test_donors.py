@@ -58,7 +58,6 @@ def test_an_idle_worker_fetches_what_a_busy_one_holds() -> None:
     assert (donor_of(placement), placement.donor_blocks, placement.prefill_tokens) == ("p0", 25, 112)
     chosen = placement.decision.chosen
     assert (chosen.donor, chosen.held_prefill_tokens, chosen.fetched_tokens) == ("p0.1", 0, 400)
-    assert chosen.terms.donor_s > 0
     assert fleet.workers["p1"].reserved_tokens == 112
     plain = fleet_with_donor().place(TOKENS)
     assert (names(plain)[0], donor_of(plain), plain.prefill_tokens) == ("p1", None, 512)
@@ -113,7 +112,6 @@ def test_the_longest_match_donates_and_decode_workers_before_prefill_workers() -
     busy(fleet, "p0", "p1")
     first = fleet.place(TOKENS, donors=True)
     assert (names(first)[0], donor_of(first)) == ("p2", "d1")
-    assert first.decision.chosen.terms.donor_s == 0.0
 
 
 def test_of_equal_donors_the_one_that_waited_longest() -> None:
@@ -252,7 +250,6 @@ async def test_all_three_are_told_and_the_donor_when_it_is_over(trio: Cluster) -
     assert heard(trio.prefill[1]) == ["Prefill"]
     metrics = (await trio.http.get("/metrics")).text
     assert 'baton_fetches_total{donor="prefill-0",prefill="prefill-1"} 1.0' in metrics
-    assert "baton_fetched_tokens_total 96.0" in metrics
 
 
 async def test_a_client_that_leaves_frees_the_donor_too(trio: Cluster) -> None:
