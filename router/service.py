@@ -363,7 +363,8 @@ class Service:
         if self.tracing is not None:
             stream.begin_attempt()
         self.decisions.record(placement.decision)
-        self.metrics.placed(prefill, decode, donor)
+        source = prefill.info.worker_id if prefill else None
+        self.metrics.placed(source, decode.info.worker_id, fetches=donor is not None)
         if not stream.journal.epoch:
             self.meter.placed(placement.decision.chosen.terms.prefill_s, self._placement.network_s(placement))
         try:

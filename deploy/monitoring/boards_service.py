@@ -371,7 +371,7 @@ ROUTER = Board(
                     "Attempts whose prefill worker was to fetch leading blocks from a donor.",
                     "reqps",
                     8,
-                    (rate(BOARD, "baton_fetches", ("donor", "prefill")), "{{donor}} to {{prefill}}"),
+                    (rate(BOARD, "baton_fetches", ("instance",)), "{{instance}}"),
                 ),
             ),
         ),

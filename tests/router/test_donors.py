@@ -249,7 +249,7 @@ async def test_all_three_are_told_and_the_donor_when_it_is_over(trio: Cluster) -
     assert 0 < donate.deadline_ms <= asked.deadline_ms
     assert heard(trio.prefill[1]) == ["Prefill"]
     metrics = (await trio.http.get("/metrics")).text
-    assert 'baton_fetches_total{donor="prefill-0",prefill="prefill-1"} 1.0' in metrics
+    assert "baton_fetches_total 1.0" in metrics
 
 
 async def test_a_client_that_leaves_frees_the_donor_too(trio: Cluster) -> None:
