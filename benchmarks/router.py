@@ -91,7 +91,8 @@ class World:
         """One whole decision."""
         sampling = SamplingParams(max_tokens=256)
         request = Request(f"{number:032x}", tokens, len(tokens), sampling, salt=b"tenant")
-        return self.placement.place(request, self.prefill, self.decode, now=self.now, avoid=(), session=None)
+        pools = self.prefill, self.decode
+        return self.placement.place(request, *pools, now=self.now, avoid=(), session=None, donors=True)
 
 
 class Times(NamedTuple):
@@ -211,7 +212,7 @@ def _candidate(index: int, role: Role, page_size: int) -> Candidate:
         block_namespace="be" * 16,
     )
     candidate = Candidate(info, StepModel(None))
-    candidate.usable = True
+    candidate.connected = candidate.usable = True
     candidate.steps.learn(STEPS * 10, 0.0)
     return candidate
 

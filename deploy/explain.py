@@ -12,7 +12,7 @@ from engine_core.errors import ConfigError
 
 TIMEOUT_S = 10.0
 TRIES = 16  # gateways of one machine share the port: each new connection may reach another one
-COLUMNS = ("queue", "prefill", "transfer", "itl", "crowding", "followers", "affinity")
+COLUMNS = ("queue", "fetch", "prefill", "transfer", "itl", "crowding", "followers", "affinity")
 
 
 def run(url: str, request_id: str, api_key: str | None, as_json: bool) -> int:
@@ -38,7 +38,9 @@ def describe(answer: dict[str, Any]) -> str:
             f"request {answer['request_id']}, attempt {attempt['epoch'] + 1}: "
             f"{attempt['num_tokens']} tokens, {attempt['num_weighed']} pairs weighed"
         )
-        rows = [("", "PREFILL", "DECODE", "HELD P/D", "COST MS", *(name.upper() for name in COLUMNS))]
+        rows = [
+            ("", "PREFILL", "DECODE", "DONOR", "HELD P/D", "FETCHED", "COST MS", *(name.upper() for name in COLUMNS))
+        ]
         rows += [_row("->" if i == 0 else "", o) for i, o in enumerate([attempt["chosen"], *attempt["others"]])]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
@@ -53,7 +55,9 @@ def _row(mark: str, option: dict[str, Any]) -> tuple[str, ...]:
         mark,
         option["prefill"] or "(itself)",
         option["decode"],
+        option["donor"] or "-",
         f"{option['held_prefill_tokens']}/{option['held_decode_tokens']}",
+        str(option["fetched_tokens"]),
         *(f"{1000 * seconds:.2f}" for seconds in (sum(terms), *terms)),
     )
 

@@ -60,6 +60,7 @@ COLUMNS = (
     ("p99", "itl_p99_ms", "{:.1f}"),
     ("hits", "hit_ratio", "{:.1%}"),
     ("of oracle", "oracle_share", "{:.1%}"),
+    ("fetched", "fetched_ratio", "{:.1%}"),
     ("local", "local_prefills", "{}"),
     ("spread P", "prefill_spread", "{:.2f}"),
     ("D", "decode_spread", "{:.2f}"),
@@ -285,9 +286,10 @@ def _scenarios(arguments: argparse.Namespace) -> dict[str, Scenario]:
 
 
 def _scenario(arguments: argparse.Namespace, policy: str, off: Mapping[str, int]) -> Scenario:
+    switched: dict[str, Any] = {TERMS[term]: value for term, value in off.items()}
     return Scenario(
         policy=policy,
-        placement=PlacementConfig(**{TERMS[term]: value for term, value in off.items()}),
+        placement=PlacementConfig(**switched),
         num_prefill=arguments.prefill,
         num_decode=arguments.decode,
         profile=_profile(arguments.profile),

@@ -25,6 +25,7 @@ from engine_core.messages import (
     Cancel,
     Challenge,
     Decode,
+    Donate,
     Failed,
     Hello,
     Load,
@@ -293,7 +294,7 @@ class ControlClient:
             await self._connected.wait()
         return self.info
 
-    def send(self, message: Prefill | Decode | Cancel | SnapshotRequest) -> bool:
+    def send(self, message: Prefill | Decode | Donate | Cancel | SnapshotRequest) -> bool:
         """Queue a message.
 
         Returns:

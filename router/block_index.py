@@ -179,17 +179,38 @@ class BlockIndex:
         Args:
             keys: `[num_blocks] u64` of the chain from its first block on.
         """
+        known = self._look()
+        if self._compiled is not None:
+            found = self._compiled.depths(keys, self._tables(), known.masks)
+            return {known.worker_of[column]: depth for column, depth, _ in found}
+        return self._depths(keys, known, _NUM_PLANES)
+
+    def match_both(self, keys: Keys) -> tuple[dict[Worker, int], dict[Worker, int]]:
+        """As `match`; and the same without predictions: what workers have said of themselves."""
+        known = self._look()
+        if self._compiled is not None:
+            found = self._compiled.depths(keys, self._tables(), known.masks)
+            worker_of = known.worker_of
+            return (
+                {worker_of[column]: depth for column, depth, _ in found},
+                {worker_of[column]: told for column, _, told in found if told},
+            )
+        held = self._depths(keys, known, _NUM_PLANES)
+        return held, self._depths(keys, known, len(Tier)) if held else {}
+
+    def _look(self) -> _Known:
+        """Fold what waits before a lookup."""
         self.fold()
         if self._known is None:
             self._known = _Known(self._bits_of(self._columns.values()), {c: w for w, c in self._columns.items()})
-        worker_of = self._known.worker_of
-        if self._compiled is not None:
-            found = self._compiled.depths(keys, self._tables(), self._known.masks)
-            return {worker_of[column]: depth for column, depth in found}
-        alive = self._known.masks
+        return self._known
+
+    def _depths(self, keys: Keys, known: _Known, num_planes: int) -> dict[Worker, int]:
+        """By what the first planes say."""
+        alive = known.masks
         depth_of: dict[int, int] = {}
         for start in range(0, len(keys), _MATCH_BLOCKS):
-            words = self._gather(keys[start : start + _MATCH_BLOCKS], alive)
+            words = self._gather(keys[start : start + _MATCH_BLOCKS], alive, num_planes)
             alive = {
                 word: left
                 for word, bits in words.items()
@@ -197,7 +218,7 @@ class BlockIndex:
             }
             if not alive:
                 break
-        return {worker_of[column]: depth for column, depth in depth_of.items()}
+        return {known.worker_of[column]: depth for column, depth in depth_of.items()}
 
     def tick(self, now: float) -> None:
         """Call a few times a second: forgets old predictions, and carries the upkeep on by a slice."""
@@ -321,18 +342,18 @@ class BlockIndex:
     def _tables(self) -> list[BlockTable]:
         return [self._table] if self._old is None else [self._table, self._old]
 
-    def _gather(self, keys: Keys, words: Iterable[int]) -> dict[int, Masks]:
+    def _gather(self, keys: Keys, words: Iterable[int], num_planes: int) -> dict[int, Masks]:
         """Per word, the bits of each block up to the first that nobody has."""
         keys = np.maximum(keys, 1)
         if self._old is None:
             slots = self._table.locate_leading(keys)
-            return {word: self._table.gather(slots, word) for word in words}
+            return {word: self._table.gather(slots, word, num_planes) for word in words}
         gathered = {word: np.zeros(len(keys), np.uint64) for word in words}
         for table in self._tables():
             slots = table.locate(keys)
             present = slots >= 0
             for word, bits in gathered.items():
-                bits[present] |= table.gather(slots[present], word)
+                bits[present] |= table.gather(slots[present], word, num_planes)
         return gathered
 
 

@@ -122,10 +122,10 @@ class BlockTable:
         np.bitwise_and.at(words, slots, ~masks[present])
         self._free(np.unique(slots[self._is_empty(slots)]))
 
-    def gather(self, slots: Slots, word: int) -> Masks:
-        """Bits of all planes together, of slots that exist: `[n] u64`."""
+    def gather(self, slots: Slots, word: int, num_planes: int) -> Masks:
+        """Bits of the first planes together, of slots that exist: `[n] u64`."""
         bits = np.zeros(len(slots), np.uint64)
-        for plane in self._planes:
+        for plane in self._planes[:num_planes]:
             words = plane.get(word)
             if words is not None:
                 bits |= words.take(slots)

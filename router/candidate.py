@@ -56,7 +56,8 @@ class Candidate:
 
     Attributes:
         key: (worker_id, incarnation).
-        usable: whether it may get new requests at all: connected, not draining.
+        connected: whether it may donate, at least.
+        usable: whether it may get new requests, too: not draining.
         suspect: silent for longer than it should be.
         load: its last beat, heard at `load_at`.
         reserved_requests, reserved_tokens: of this gateway's requests there (tokens: prompts not read yet).
@@ -77,6 +78,7 @@ class Candidate:
         "_unheard_us",
         "_work",
         "breaker",
+        "connected",
         "info",
         "key",
         "latest",
@@ -95,6 +97,7 @@ class Candidate:
         self.key = (info.worker_id, info.incarnation)
         self.steps = steps
         self.breaker = Breaker()
+        self.connected = False
         self.usable = False
         self.suspect = False
         self.load: Load | None = None
@@ -143,6 +146,11 @@ class Candidate:
             self._recent_rows.add(1.0, now)
         self._unheard[number] = work
         self._count_unheard(work, 1)
+
+    def took_turn(self, number: int) -> None:
+        """It donates to the request with that number: of its equals another one is next."""
+        self.latest = None
+        self.turn = number
 
     def release_prefill(self, number: int, now: float) -> None:
         """The prompt has been read, or never will be. Again is fine."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from engine_core.messages import Cancel, Decode, PeerAddress, Prefill, SnapshotRequest, WorkerInfo
+from engine_core.messages import Cancel, Decode, Donate, PeerAddress, Prefill, SnapshotRequest, WorkerInfo
 from kv_transfer.control import ControlClient, WorkerEvents
 
 
@@ -19,7 +19,7 @@ class WorkerClient(Protocol):
         """Begin to connect."""
         ...
 
-    def send(self, message: Prefill | Decode | Cancel | SnapshotRequest) -> bool:
+    def send(self, message: Prefill | Decode | Donate | Cancel | SnapshotRequest) -> bool:
         """Queue a message; raises WorkerDied when not connected."""
         ...
 

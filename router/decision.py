@@ -21,6 +21,7 @@ class Terms(msgspec.Struct, frozen=True, gc=False):
         crowding_s: expected wait behind requests still to come, from how busy the prefill worker was lately.
         followers_s: what reading it adds to the waits of prompts still to come, at the fleet's recent utilization.
         affinity_s: negative where the session was here before.
+        fetch_s: until the donor's blocks are there, beyond the prompts before it.
     """
 
     queue_s: float
@@ -30,6 +31,7 @@ class Terms(msgspec.Struct, frozen=True, gc=False):
     crowding_s: float
     followers_s: float
     affinity_s: float
+    fetch_s: float
 
     @property
     def total_s(self) -> float:
@@ -42,21 +44,30 @@ class Terms(msgspec.Struct, frozen=True, gc=False):
             + self.crowding_s
             + self.followers_s
             + self.affinity_s
+            + self.fetch_s
         )
 
     @property
     def ttft_s(self) -> float:
         """Until the first token, as predicted."""
-        return self.queue_s + self.prefill_s
+        return self.queue_s + self.fetch_s + self.prefill_s
 
 
 class Option(msgspec.Struct, frozen=True, gc=False):
-    """A pair that was weighed; `prefill` is None where the decode worker would read the prompt."""
+    """A pair that was weighed.
+
+    Attributes:
+        prefill: None where the decode worker would read the prompt.
+        donor: whose blocks the prefill worker would fetch; None: nobody's.
+        fetched_tokens: behind those that it holds.
+    """
 
     prefill: str | None
     decode: str
+    donor: str | None
     held_prefill_tokens: int
     held_decode_tokens: int
+    fetched_tokens: int
     terms: Terms
 
 
@@ -68,7 +79,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
         num_tokens: of the prompt, with what earlier attempts generated.
         chosen: the winner.
         others: the next best that were weighed, best first.
-        num_weighed: pairs whose cost was computed; the rest could not win.
+        num_weighed: pairs, with a donor and without, whose cost was computed; the rest could not win.
         excluded: worker -> why it was not considered.
     """
 

@@ -227,7 +227,8 @@ class Exchange:
         text = (
             f"prefill={option.prefill or option.decode}; decode={option.decode}; "
             f"held_prefill={option.held_prefill_tokens}; held_decode={option.held_decode_tokens}; "
-            f"ttft_ms={1000 * option.terms.ttft_s:.2f}; cost_ms={1000 * option.terms.total_s:.2f}"
+            f"ttft_ms={1000 * option.terms.ttft_s:.2f}; cost_ms={1000 * option.terms.total_s:.2f}; "
+            f"donor={option.donor or '-'}; fetched={option.fetched_tokens}"
         )
         return [(b"x-baton-placement", text.encode("latin-1", "replace"))]
 

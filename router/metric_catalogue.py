@@ -152,6 +152,7 @@ SPECS: tuple[MetricSpec, ...] = (
         "Attempts by pair; prefill is `local` where the decode worker reads the prompt",
         *_LINK,
     ),
+    _gateway(Kind.COUNTER, "baton_fetches", "Attempts whose prefill worker was to fetch leading blocks from a donor"),
     _gateway(Kind.COUNTER, "baton_refused_requests", "Requests that found no room or no worker", "reason"),
     _gateway(Kind.GAUGE, "baton_requests_waiting", "Requests in the gateway's queue"),
     _histogram("baton_queue_wait_seconds", "In the gateway's queue, of requests that waited", QUEUE_BOUNDS),

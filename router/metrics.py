@@ -136,6 +136,7 @@ class Metrics(Collector):
         refused: requests that found no room or no worker, by reason.
         terms: of the pairs chosen.
         placements: attempts by (prefill worker or LOCAL, decode worker).
+        fetches: attempts with a donor.
         ttft_error: time to the first token of an attempt less what placement predicted.
     """
 
@@ -158,6 +159,7 @@ class Metrics(Collector):
         self.retries: Counter[str] = Counter(dict.fromkeys(_retryable_codes(BatonError), 0))
         self.choices: Counter[str] = Counter({"stop": 0, "length": 0, "cancelled": 0, "error": 0})
         self.placements: Counter[tuple[str, str]] = Counter()
+        self.fetches = 0
         self.within_slo = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -176,9 +178,10 @@ class Metrics(Collector):
         self.prompt_tokens += num_prompt_tokens
         self._prompt_lengths.observe(num_prompt_tokens)
 
-    def placed(self, prefill: str | None, decode: str) -> None:
+    def placed(self, prefill: str | None, decode: str, *, fetches: bool) -> None:
         """An attempt begins there."""
         self.placements[prefill or LOCAL, decode] += 1
+        self.fetches += fetches
 
     def ended(self, stream: Stream, reason: str) -> None:
         """A choice is over. `reason`: stop, length, cancelled or error."""
@@ -224,6 +227,7 @@ class Metrics(Collector):
             "baton_choices": {(reason,): count for reason, count in self.choices.items()},
             "baton_refused_requests": {(reason,): count for reason, count in self.refused.items()},
             "baton_placements": {(prefill, decode): count for (prefill, decode), count in self.placements.items()},
+            "baton_fetches": {(): self.fetches},
             "baton_choices_within_slo": {(): self.within_slo},
             "baton_prompt_tokens": {(): self.prompt_tokens},
             "baton_cached_prompt_tokens": {(): self.cached_tokens},

@@ -1,6 +1,7 @@
 """What each pair of workers would cost a request, in seconds; the terms are those of `decision.Terms`.
 
-A pair's cost is what its two workers cost each alone, plus the hand-over between them. This is the definition, of which
+A pair's cost is what its two workers cost each alone, plus the hand-over between them. A prefill worker that could
+fetch leading blocks from a donor is weighed twice: with it and without. This is the definition, of which
 `compiled/ranking.cc` is a translation. Without a compiler small fleets are weighed by it pair by pair, and of large
 ones the few that `pair_matrix` found to be best.
 """
@@ -14,6 +15,7 @@ from typing import NamedTuple
 from router.candidate import Candidate
 from router.cost_model import TransferModel, num_chunks
 from router.decision import Option, Terms
+from router.donors import Donor, find_donor, rank_donors
 from router.sessions import Pair
 
 SAME_S = 1e-6  # costs that differ by less are equal
@@ -30,6 +32,7 @@ class PlacementConfig:
             -1: any number.
         overcommit: a decode worker has room for so many more sequences than it has slots, as a share: they hand over.
         max_backlog_s: of prompts at a prefill worker, beyond which it has no room.
+        donors: whether prefill workers may fetch what others hold.
     """
 
     queue: float = 1.0
@@ -42,10 +45,15 @@ class PlacementConfig:
     local_prefill_tokens: int = -1
     overcommit: float = 0.25
     max_backlog_s: float = 2.0
+    donors: bool = True
 
 
 class Reader(NamedTuple):
-    """A worker that could read the prompt: tokens it holds and would compute, and what that costs, in seconds."""
+    """A worker that could read the prompt: tokens it holds and would compute, and what that costs, in seconds.
+
+    Attributes:
+        donor: who hands it `fetched` tokens more than it holds; None: nobody.
+    """
 
     worker: Candidate
     held: int
@@ -57,6 +65,9 @@ class Reader(NamedTuple):
     followers_s: float
     affinity_s: float
     total_s: float
+    fetch_s: float
+    donor: Candidate | None
+    fetched: int
 
 
 class Writer(NamedTuple):
@@ -86,6 +97,19 @@ class Choice(NamedTuple):
     transfer_s: float
 
 
+class Pairing(NamedTuple):
+    """Who a choice is about.
+
+    Attributes:
+        source: None where the target reads the prompt.
+        fetches: whether the source does, from its best donor.
+    """
+
+    source: Candidate | None
+    target: Candidate
+    fetches: bool
+
+
 class Weighed(NamedTuple):
     """A choice, whoever computed its costs.
 
@@ -94,6 +118,7 @@ class Weighed(NamedTuple):
         missing: tokens to be computed.
         reading_s: how long that takes.
         num_bytes: of KV that the decode worker lacks.
+        donor: from whom the prefill worker fetches; None: from nobody.
         option: the terms.
     """
 
@@ -102,6 +127,7 @@ class Weighed(NamedTuple):
     missing: int
     reading_s: float
     num_bytes: int
+    donor: Candidate | None
     option: Option
 
 
@@ -120,12 +146,16 @@ class Asked(NamedTuple):
         output_tokens: still to come, on average.
         held: worker -> leading tokens of the prompt that it holds; a worker that is not in it holds none.
         last: where the session's last request went.
+        told: as `held`, without predictions; of those that may donate.
+        leaving: workers that may only donate.
     """
 
     num_tokens: int
     output_tokens: float
     held: Mapping[Hashable, int]
     last: Pair | None
+    told: Mapping[Hashable, int]
+    leaving: Sequence[Candidate]
 
 
 class PairCosts:
@@ -152,22 +182,32 @@ class PairCosts:
         """
         readers = [self._reader(source, 0) for source in sources]
         writers = [self._writer(target) for target in targets]
+        donors = self._donors(sources, targets)
+        readers += [fetching for reader in readers if (fetching := self._fetching(reader, donors))]
         choices = [choice for reader in readers for writer in writers if (choice := self._pair(reader, writer))]
         choices += [self._local(writer) for writer in writers if not choices or self._may_read(writer)]
         return sorted(choices, key=_order)
 
-    def some(self, pairs: Iterable[tuple[Candidate | None, Candidate]]) -> list[Choice]:
-        """The same of these pairs, which may be chosen; without a source, the target reads the prompt."""
-        readers: dict[Candidate, Reader] = {}
+    def some(
+        self, found: Iterable[Pairing], sources: Sequence[Candidate], targets: Sequence[Candidate]
+    ) -> list[Choice]:
+        """The same of these pairs, which may be chosen."""
+        readers: dict[tuple[Candidate, bool], Reader] = {}
         writers: dict[Candidate, Writer] = {}
+        donors = self._donors(sources, targets)
         choices = []
-        for source, target in pairs:
+        for source, target, fetches in found:
             writer = writers.get(target) or writers.setdefault(target, self._writer(target))
             choice: Choice | None
             if source is None:
                 choice = self._local(writer)
             else:
-                reader = readers.get(source) or readers.setdefault(source, self._reader(source, 0))
+                reader: Reader | None = readers.get((source, fetches))
+                if reader is None:
+                    reader = self._reader(source, 0)
+                    reader = self._fetching(reader, donors) if fetches else reader
+                    assert reader is not None, source
+                    readers[source, fetches] = reader
                 choice = self._pair(reader, writer)
                 assert choice is not None, (source, target)
             choices.append(choice)
@@ -181,7 +221,8 @@ class PairCosts:
         _, reader, writer, transfer_s = choice
         reading = reader or writer.local
         worker = reading.worker
-        reading_s = worker.steps.prefill_s(reading.missing, reading.held, worker.info.chunk_tokens)
+        there = reading.held + reading.fetched
+        reading_s = worker.steps.prefill_s(reading.missing, there, worker.info.chunk_tokens)
         terms = Terms(
             queue_s=reading.queue_s,
             prefill_s=reading.prefill_s,
@@ -190,15 +231,19 @@ class PairCosts:
             crowding_s=reading.crowding_s,
             followers_s=reading.followers_s,
             affinity_s=reading.affinity_s + writer.affinity_s,
+            fetch_s=reading.fetch_s,
         )
         option = Option(
             prefill=worker.name if reader else None,
             decode=writer.worker.name,
+            donor=reading.donor.name if reading.donor else None,
             held_prefill_tokens=reading.held,
             held_decode_tokens=writer.local.held,
+            fetched_tokens=reading.fetched,
             terms=terms,
         )
-        return Weighed(worker if reader else None, writer.worker, reading.missing, reading_s, writer.num_bytes, option)
+        source = worker if reader else None
+        return Weighed(source, writer.worker, reading.missing, reading_s, writer.num_bytes, reading.donor, option)
 
     # one worker
 
@@ -216,7 +261,37 @@ class PairCosts:
         total_s = queue_s + prefill_s + crowding_s + followers_s + affinity_s
         chunks = num_chunks(missing, info.chunk_tokens)
         terms = queue_s, prefill_s, crowding_s, followers_s, affinity_s
-        return Reader(worker, held, missing, chunks, *terms, total_s)
+        return Reader(worker, held, missing, chunks, *terms, total_s, 0.0, None, 0)
+
+    def _donors(self, sources: Sequence[Candidate], targets: Sequence[Candidate]) -> list[Donor]:
+        return rank_donors([*sources, *targets, *self._asked.leaving], self._asked.told)
+
+    def _fetching(self, reader: Reader, donors: Sequence[Donor]) -> Reader | None:
+        """The same worker, fetching what the best donor holds beyond it while the prompts before are read.
+
+        What those behind it wait is counted as if it computed all: a copy takes the place of other prompts' blocks,
+        which are computed again in its stead. Without that, prefixes spread until all caches hold the same.
+        """
+        config, worker, info = self._config, reader.worker, reader.worker.info
+        found = find_donor(worker, reader.held, self._asked.num_tokens, donors)
+        if found is None:
+            return None
+        donor, fetched = found
+        fixed_s, byte_s = self._transfers.link(donor.key, worker.key)
+        moving_s = fixed_s + byte_s * (fetched // info.page_size * info.block_bytes)
+        fetch_s = config.transfer * max(moving_s - worker.standing().queue_s(self._now), 0.0)
+        there, missing = reader.held + fetched, reader.missing - fetched
+        prefill_s = config.prefill * worker.steps.prefill_s(missing, there, info.chunk_tokens)
+        total_s = reader.queue_s + prefill_s + reader.crowding_s + reader.followers_s + reader.affinity_s
+        return reader._replace(
+            missing=missing,
+            chunks=num_chunks(missing, info.chunk_tokens),
+            prefill_s=prefill_s,
+            total_s=total_s + fetch_s,
+            fetch_s=fetch_s,
+            donor=donor,
+            fetched=fetched,
+        )
 
     def _writer(self, worker: Candidate) -> Writer:
         """The sequence's own steps get longer by its neighbours, theirs by it."""

@@ -18,7 +18,8 @@ import numpy.typing as npt
 from engine_core.messages import WorkerInfo
 from router.candidate import Candidate
 from router.cost_model import TransferModel
-from router.pair_costs import NUM_RANKED, SAME_S, Asked, PlacementConfig, num_followers
+from router.donors import find_donor, rank_donors
+from router.pair_costs import NUM_RANKED, SAME_S, Asked, Pairing, PlacementConfig, num_followers
 from router.sessions import Pair
 from router.standing import MAX_UTILIZATION, WINDOW_S, Standing
 
@@ -32,20 +33,30 @@ class Best(NamedTuple):
     """What was found.
 
     Attributes:
-        pairs: the cheapest, none of which would be cheaper than one of them; None: the target reads the prompt.
+        pairs: the cheapest, none of which would be cheaper than one of them.
         busy: mean utilization of the workers that read prompts.
         num_weighed: pairs that may be chosen.
     """
 
-    pairs: list[tuple[Candidate | None, Candidate]]
+    pairs: list[Pairing]
     busy: float
     num_weighed: int
 
 
 class _Reading(NamedTuple):
-    """Per worker `[num_workers] f64`, as in `pair_costs.Reader`; `total_s` without the affinity of a session."""
+    """Per worker `[num_workers] f64`, as in `pair_costs.Reader`."""
 
+    queue_s: Floats
     missing: Floats
+    chunks: Floats
+    prefill_s: Floats
+    total_s: Floats
+
+
+class _Rows(NamedTuple):
+    """Rows of the matrix `[num_rows]`: sources that compute all they lack, then those that could fetch some of it."""
+
+    sources: npt.NDArray[np.int64]
     chunks: Floats
     prefill_s: Floats
     total_s: Floats
@@ -87,16 +98,24 @@ class PairMatrix:
         source_s, local_s = reading.total_s[:split], reading.total_s[split:]
         self._favour(asked.last, source_s, local_s, write_s)
 
-        costs_s = np.empty((split + 1, len(targets)))  # of pairs; in the last row targets that read the prompt, too
-        pairs_s = self._left_s(reading, costs_s[:split])
+        rows = self._rows(sources, targets, asked, reading)
+        num_rows = len(rows.sources)
+        costs_s = np.empty((num_rows + 1, len(targets)))  # of pairs; in the last row targets that read the prompt, too
+        pairs_s = self._left_s(rows, reading.missing[split:], costs_s[:num_rows])
         pairs_s *= config.transfer
-        pairs_s += source_s[:, None]
+        pairs_s += rows.total_s[:, None]
         pairs_s += write_s
         stall_s = config.itl * self._standings[3, split:] * reading.prefill_s[split:]
-        costs_s[split] = local_s + write_s + stall_s
-        num_weighed = self._forbid(costs_s, reading.missing[split:])
-        found = _least(costs_s, self._standings[5], NUM_RANKED)
-        pairs = [(sources[at] if at < split else None, targets[to]) for at, to in found]
+        costs_s[num_rows] = local_s + write_s + stall_s
+        num_weighed = self._forbid(costs_s, rows.sources, reading.missing[split:])
+        turns = self._standings[5]
+        found = _least(costs_s, np.concatenate((turns[rows.sources], turns[split:])), NUM_RANKED)
+        pairs = [
+            Pairing(sources[rows.sources[at]], targets[to], at >= split)
+            if at < num_rows
+            else Pairing(None, targets[to], False)
+            for at, to in found
+        ]
         return Best(pairs, mean_busy, num_weighed)
 
     # the terms
@@ -112,10 +131,41 @@ class PairMatrix:
         # a b + b (b + 1) / 2 pairs, where a + b are all tokens
         prefill_s = missing * (token_s + pair_s * (num_tokens + 0.5 - 0.5 * missing)) + step_s * chunks
         prefill_s *= config.prefill
-        total_s = config.queue * np.maximum(read_at - now, behind_s)
+        queue_s = np.maximum(read_at - now, behind_s)
+        total_s = config.queue * queue_s
         total_s += (1 + config.followers * num_followers(mean_busy)) * prefill_s
         total_s += config.crowding * (busy / (1 - busy) * half_mean_s)
-        return _Reading(missing, chunks, prefill_s, total_s)
+        return _Reading(queue_s, missing, chunks, prefill_s, total_s)
+
+    def _rows(
+        self, sources: Sequence[Candidate], targets: Sequence[Candidate], asked: Asked, reading: _Reading
+    ) -> _Rows:
+        config, split = self._config, self._split
+        donors = rank_donors([*sources, *targets, *asked.leaving], asked.told)
+        held = (asked.num_tokens - reading.missing[:split]).astype(np.int64).tolist()
+        found = [
+            (at, *donor)
+            for at, source in enumerate(sources)
+            if (donor := find_donor(source, held[at], asked.num_tokens, donors))
+        ]
+        own = _Rows(np.arange(split), reading.chunks[:split], reading.prefill_s[:split], reading.total_s[:split])
+        if not found:
+            return own
+        at = np.array([at for at, _, _ in found])
+        fetched = np.array([tokens for _, _, tokens in found], np.float64)
+        links = [self._transfers.link(donor.key, sources[to].key) for to, donor, _ in found]
+        fixed_s, byte_s = np.array(links).T
+        chunk_tokens, page_size, block_bytes = self._infos[:, at]
+        step_s, token_s, pair_s = self._speeds[:3, at]
+        moving_s = fixed_s + byte_s * (fetched / page_size * block_bytes)
+        missing = reading.missing[at] - fetched
+        chunks = np.ceil(missing / chunk_tokens)
+        prefill_s = missing * (token_s + pair_s * (asked.num_tokens + 0.5 - 0.5 * missing)) + step_s * chunks
+        prefill_s *= config.prefill
+        fetch_s = config.transfer * np.maximum(moving_s - reading.queue_s[at], 0.0)
+        total_s = own.total_s[at] - own.prefill_s[at] + prefill_s + fetch_s
+        fetching = _Rows(at, chunks, prefill_s, total_s)
+        return _Rows(*(np.concatenate(parts) for parts in zip(own, fetching, strict=True)))
 
     def _write_s(self, asked: Asked, arrivals_per_s: Floats) -> Floats:
         decode_step_s, decode_row_s, decode_token_s = self._speeds[3:, self._split :]
@@ -137,27 +187,30 @@ class PairMatrix:
             local_s[target - self._split] -= half_s
             write_s[target - self._split] -= half_s
 
-    def _left_s(self, reading: _Reading, out: Floats) -> Floats:
-        """`[num_sources, num_targets]`: what of each hand-over is left when prefill ends."""
-        missing, (_, page_size, block_bytes) = reading.missing[self._split :], self._infos[:, self._split :]
-        inverse = 1 / reading.chunks[: self._split, None]
+    def _left_s(self, rows: _Rows, missing: Floats, out: Floats) -> Floats:
+        """`[num_rows, num_targets]`: what of each hand-over is left when prefill ends. `missing`: by target."""
+        _, page_size, block_bytes = self._infos[:, self._split :]
+        inverse = 1 / rows.chunks[:, None]
         fixed_s, byte_s = self._links
+        if fixed_s.ndim and len(rows.sources) > self._split:
+            fixed_s, byte_s = fixed_s[rows.sources], byte_s[rows.sources]
         moving_s = byte_s * (np.ceil(missing / page_size) * block_bytes)
-        late_s = moving_s - reading.prefill_s[: self._split, None] * (1 - inverse)
+        late_s = moving_s - rows.prefill_s[:, None] * (1 - inverse)
         np.maximum(moving_s * inverse, late_s, out=out)
         out += fixed_s
         return out
 
-    def _forbid(self, costs_s: Floats, missing: Floats) -> int:
-        """Make infinite what may not be chosen; returns how many may."""
-        num_weighed, split = costs_s.size, self._split
+    def _forbid(self, costs_s: Floats, sources: npt.NDArray[np.int64], missing: Floats) -> int:
+        """Make infinite what may not be chosen; returns how many may. `sources`: of each row but the last."""
+        num_weighed = costs_s.size
         if self._strangers is not None:
-            costs_s[:split][self._strangers] = np.inf
-            num_weighed -= int(np.count_nonzero(self._strangers))
+            strangers = self._strangers[sources]
+            costs_s[:-1][strangers] = np.inf
+            num_weighed -= int(np.count_nonzero(strangers))
         limit = self._config.local_prefill_tokens
         if limit >= 0 and num_weighed > len(missing):  # there is a pair
             too_long = missing > limit
-            costs_s[split][too_long] = np.inf
+            costs_s[-1][too_long] = np.inf
             num_weighed -= int(np.count_nonzero(too_long))
         return num_weighed
 
@@ -233,7 +286,7 @@ def _least(costs_s: Floats, turns: Floats, count: int) -> list[tuple[int, int]]:
     """Rows and columns of the `count` least costs, of equals those with the earliest turns; infinite ones left out.
 
     Args:
-        turns: of sources, then targets.
+        turns: of the sources of all rows but the last, then of targets.
     """
     flat, width = costs_s.reshape(-1), costs_s.shape[1]
     count = min(count, len(flat))

@@ -1,8 +1,9 @@
 """Which workers a request goes to: the pair with the least predicted delay, from the global index and learned costs.
 
-Weighed are all pairs (p, d) of a prefill and a decode worker that may exchange KV, and (d, d), where the decode worker
-reads the prompt itself. A pair's cost is the sum of `decision.Terms`; all terms are soft. Hard filters: fingerprint,
-draining, breaker, and (while there are others) silence and a failure of this very request.
+Weighed are all pairs (p, d) of a prefill and a decode worker that may exchange KV; the same with a donor, from which p
+fetches leading blocks that it lacks; and (d, d), where the decode worker reads the prompt itself. A pair's cost is the
+sum of `decision.Terms`; all terms are soft. Hard filters: fingerprint, draining, breaker, and (while there are others)
+silence and a failure of this very request.
 
 Plain Python without I/O; choose and reserve are one step.
 """
@@ -10,7 +11,7 @@ Plain Python without I/O; choose and reserve are one step.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 
 from engine_core.block_hash import BlockHasher, Keys
 from engine_core.errors import NoWorkerAvailable
@@ -26,7 +27,7 @@ from router.cost_model import Average, TransferModel, num_chunks
 from router.decision import Decision
 from router.pair_costs import Asked, PairCosts, PlacementConfig, Ranking, Weighed, mean_busy
 from router.pair_matrix import PairMatrix
-from router.sessions import Pair, Sessions
+from router.sessions import Sessions
 
 __all__ = ["JointPlacement", "Placement", "PlacementConfig"]
 
@@ -42,12 +43,22 @@ class Placement:
 
     Attributes:
         prefill: None where the decode worker reads the prompt itself.
+        donor: who has said that it holds `donor_blocks` leading blocks, more than the prefill worker; None: not wanted.
         decision: why.
         prefill_tokens: to be computed.
         transfer_bytes: KV that the decode worker is expected to lack; 0 for local prefill.
     """
 
-    __slots__ = ("_number", "decision", "decode", "prefill", "prefill_tokens", "transfer_bytes")
+    __slots__ = (
+        "_number",
+        "decision",
+        "decode",
+        "donor",
+        "donor_blocks",
+        "prefill",
+        "prefill_tokens",
+        "transfer_bytes",
+    )
 
     def __init__(
         self,
@@ -58,10 +69,14 @@ class Placement:
         *,
         prefill_tokens: int,
         transfer_bytes: int,
+        donor: Candidate | None,
+        donor_blocks: int,
     ) -> None:
         self._number = number
         self.prefill = prefill
         self.decode = decode
+        self.donor = donor
+        self.donor_blocks = donor_blocks
         self.decision = decision
         self.prefill_tokens = prefill_tokens
         self.transfer_bytes = transfer_bytes
@@ -112,6 +127,7 @@ class JointPlacement:
         now: float,
         avoid: Collection[WorkerKey],
         session: str | None,
+        donors: bool,
     ) -> Placement:
         """Choose and reserve, in one step: nothing else runs in between.
 
@@ -119,20 +135,31 @@ class JointPlacement:
             prefill, decode: the fleet's workers.
             avoid: workers that just failed this request; used only if there are no others.
             session: what the client calls its session, if it does.
+            donors: whether the prefill worker may fetch what others hold.
 
         Raises:
             NoWorkerAvailable: no decode worker is there.
         """
         excluded: dict[str, str] = {}
-        targets = _sound(decode, avoid, now, excluded) or _second_best(decode, avoid)
+        sound = _sound(decode, avoid, now, excluded)
+        targets = sound or _second_best(decode, avoid)
         if not targets:
             raise NoWorkerAvailable("no decode worker is available")
         scored = request.sampling.prompt_logprobs  # only decode workers have steps for that
         sources = [] if scored else _sound(prefill, avoid, now, excluded)
         keys = self._keys_of(request, [*sources, *targets])
-        held = self._held(keys, len(request.token_ids))
-        last = self._sessions.last(session, now)
-        ranking = self._rank(request, sources, targets, held, last, now)
+        donors = donors and self._config.donors and bool(sound and sources)
+        held, told = self._held(keys, donors)
+        left = request.sampling.max_tokens - (len(request.token_ids) - request.num_prompt_tokens)
+        asked = Asked(
+            len(request.token_ids),
+            min(left, self._output_tokens.value),
+            held,
+            self._sessions.last(session, now),
+            told,
+            _leaving([*prefill, *decode], avoid) if told and excluded else (),
+        )
+        ranking = self._rank(asked, sources, targets, now)
         best, *others = ranking.best
         decision = Decision(
             request_id=request.request_id,
@@ -205,17 +232,7 @@ class JointPlacement:
         """A request ended after so many tokens."""
         self._output_tokens.add(num_output_tokens)
 
-    def _rank(
-        self,
-        request: Request,
-        sources: Sequence[Candidate],
-        targets: Sequence[Candidate],
-        held: dict[Hashable, int],
-        last: Pair | None,
-        now: float,
-    ) -> Ranking:
-        left = request.sampling.max_tokens - (len(request.token_ids) - request.num_prompt_tokens)
-        asked = Asked(len(request.token_ids), min(left, self._output_tokens.value), held, last)
+    def _rank(self, asked: Asked, sources: Sequence[Candidate], targets: Sequence[Candidate], now: float) -> Ranking:
         if self._compiled is not None:
             return self._compiled.best(sources, targets, asked, now)
         if len(sources) * len(targets) <= SMALL:
@@ -224,7 +241,7 @@ class JointPlacement:
             return costs.ranking(choices, len(choices))
         best = self._matrix.best(sources, targets, asked, now)
         costs = PairCosts(self._config, self._transfers, asked, best.busy, now)
-        return costs.ranking(costs.some(best.pairs), best.num_weighed)
+        return costs.ranking(costs.some(best.pairs, sources, targets), best.num_weighed)
 
     # the index
 
@@ -247,13 +264,17 @@ class JointPlacement:
             self._hashers[page_size, salt, namespace] = hasher
         return hasher
 
-    def _held(self, keys: dict[tuple[int, str], Keys], num_tokens: int) -> dict[Hashable, int]:
-        """Worker -> leading tokens it holds; a worker that is not in it holds none."""
+    def _held(self, keys: dict[tuple[int, str], Keys], donors: bool) -> tuple[dict[Hashable, int], dict[Hashable, int]]:
+        """Worker -> leading tokens it holds, and those it has said it holds; a worker that is not in it holds none."""
         held: dict[Hashable, int] = {}
+        told: dict[Hashable, int] = {}
         for (page_size, _), of_kind in keys.items():
-            for worker, depth in self._index.match(of_kind).items():
+            depths, said = self._index.match_both(of_kind) if donors else (self._index.match(of_kind), {})
+            for worker, depth in depths.items():
                 held[worker] = depth * page_size
-        return held
+            for worker, depth in said.items():
+                told[worker] = depth * page_size
+        return held, told
 
     def _predict(self, reader: Candidate, keys: dict[tuple[int, str], Keys], held: dict[Hashable, int]) -> None:
         """Prompts are read in the order of placement, so what comes behind this one will find its blocks there.
@@ -268,7 +289,7 @@ class JointPlacement:
 
     def _reserve(self, request: Request, best: Weighed, decision: Decision, now: float) -> Placement:
         number, num_tokens = next(self._numbers), len(request.token_ids)
-        source, target, missing, reading_s, num_bytes, _ = best
+        source, target, missing, reading_s, num_bytes, donor, option = best
         reading_us = round(1e6 * reading_s)
         if source is None:
             num_bytes = 0
@@ -276,7 +297,20 @@ class JointPlacement:
         else:
             _reserve(source, number, Work(missing, reading_us, 0, 0), now)
             _reserve(target, number, Work(0, 0, 1, num_tokens), now)
-        return Placement(number, source, target, decision, prefill_tokens=missing, transfer_bytes=num_bytes)
+        donor_blocks = 0
+        if donor is not None and source is not None:
+            donor.took_turn(number)
+            donor_blocks = (option.held_prefill_tokens + option.fetched_tokens) // source.info.page_size
+        return Placement(
+            number,
+            source,
+            target,
+            decision,
+            prefill_tokens=missing,
+            transfer_bytes=num_bytes,
+            donor=donor,
+            donor_blocks=donor_blocks,
+        )
 
 
 def _reserve(worker: Candidate, number: int, work: Work, now: float) -> None:
@@ -303,6 +337,15 @@ def _second_best(workers: Sequence[Candidate], avoid: Collection[WorkerKey]) -> 
     """Where none is sound: those that did not fail this request, or else any."""
     usable = [worker for worker in workers if worker.usable]
     return [worker for worker in usable if worker.key not in avoid] or usable
+
+
+def _leaving(workers: Iterable[Candidate], avoid: Collection[WorkerKey]) -> list[Candidate]:
+    """Those that get nothing new, but are there: what they hold is lost when they are gone."""
+    return [
+        worker
+        for worker in workers
+        if worker.connected and not worker.usable and not worker.suspect and worker.key not in avoid
+    ]
 
 
 def _objection(worker: Candidate, avoid: Collection[WorkerKey], now: float) -> str:

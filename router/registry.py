@@ -5,13 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from engine_core.errors import BatonError, WorkerDied, WorkerSilent
-from engine_core.messages import BlockEvents, BlockSnapshot, Failed, Load, Measured, Tokens, WorkerInfo, WorkerStats
+from engine_core.messages import (
+    BlockEvents,
+    BlockSnapshot,
+    Failed,
+    LinkStats,
+    Load,
+    Measured,
+    Tokens,
+    WorkerInfo,
+    WorkerStats,
+)
 from engine_core.types import Role
 from kv_transfer.control import ControlClient
 from router.block_feed import BlockFeed
@@ -62,6 +72,7 @@ class WorkerState:
         connected: whether it said that it is this very incarnation.
         leaving: no longer a member: it may finish what it has, and gets nothing new.
         streams: those of this gateway that need it.
+        donations: those for whose prompts it may hold blocks; they do without, if it is lost.
     """
 
     def __init__(self, info: WorkerInfo, registry: Registry, make_client: MakeClient) -> None:
@@ -72,6 +83,7 @@ class WorkerState:
         self.connected = False
         self.leaving = False
         self.streams: set[Stream] = set()
+        self.donations: set[Stream] = set()
         self._registry = registry
         self._listener = registry.listener
         self.client = make_client(info.address, self)
@@ -90,6 +102,11 @@ class WorkerState:
     def name(self) -> str:
         """For logs and metrics."""
         return f"{self.info.worker_id}.{self.info.incarnation}"
+
+    @property
+    def kv_address(self) -> str:
+        """As other workers call it in what they count of links."""
+        return f"{self.info.address.host}:{self.info.address.kv_port}"
 
     # WorkerEvents
 
@@ -143,7 +160,9 @@ class WorkerState:
 
     def on_stats(self, client: ControlClient, message: WorkerStats) -> None:
         """What it has counted."""
-        self.stats = message
+        before, self.stats = self.stats, message
+        if before is not None:
+            self._registry.learn_fetches(self, before.links, message.links)
 
     def on_lost(self, client: ControlClient, error: BatonError) -> None:
         """The connection ended; the client reconnects by itself."""
@@ -250,6 +269,7 @@ class Registry:
             self.candidates[role] = [w.candidate for w in self.workers.values() if w.info.role is role]
         for worker in self.workers.values():
             worker.candidate.usable = worker.usable
+            worker.candidate.connected = worker.connected
         self.prefill = [worker for worker in usable if worker.info.role is Role.PREFILL]
         self.decode = [worker for worker in usable if worker.info.role is Role.DECODE]
         self.leaving = any(worker.leaving for worker in self.workers.values())
@@ -277,7 +297,7 @@ class Registry:
         if not self.leaving:
             return
         for key, worker in list(self.workers.items()):
-            if worker.leaving and not worker.streams:
+            if worker.leaving and not worker.streams and not worker.donations:
                 del self.workers[key]
                 self.candidates[worker.info.role].remove(worker.candidate)
                 self._forget(worker)
@@ -299,6 +319,28 @@ class Registry:
         """A worker of this role whose steps are known well."""
         models = (worker.candidate.steps for worker in self.workers.values() if worker.info.role is role)
         return next((model for model in models if model.is_trusted), None)
+
+    def learn_fetches(
+        self, receiver: WorkerState, before: Mapping[str, LinkStats], links: Mapping[str, LinkStats]
+    ) -> None:
+        """What a worker's fetches from donors took since it last told.
+
+        Links from prefill to decode workers are measured at each hand-over: workers' own times contain prefill there.
+        """
+        senders: dict[str, WorkerState] | None = None
+        for address, link in links.items():
+            known = before.get(address)
+            count = link.transfers - (known.transfers if known else 0)
+            if count <= 0:
+                continue
+            if senders is None:
+                senders = {worker.kv_address: worker for worker in self.workers.values()}
+            sender = senders.get(address)
+            if sender is None or (sender.info.role is Role.PREFILL and receiver.info.role is Role.DECODE):
+                continue
+            num_bytes = link.num_bytes - (known.num_bytes if known else 0)
+            seconds = link.seconds - (known.seconds if known else 0.0)
+            self._transfers.learn(sender.candidate.key, receiver.candidate.key, num_bytes // count, seconds / count)
 
     def _forget(self, worker: WorkerState) -> None:
         if worker.feed is not None:

@@ -23,7 +23,7 @@ from engine_core.errors import (
     WorkerDied,
     WorkerLeaving,
 )
-from engine_core.messages import Cancel, Decode, Failed, Prefill, TokenChunk, Tokens, WorkerInfo
+from engine_core.messages import Cancel, Decode, Donate, Failed, PeerAddress, Prefill, TokenChunk, Tokens, WorkerInfo
 from engine_core.types import Request, Role
 from router.admission import AdmissionQueue, Entry
 from router.block_index import BlockIndex
@@ -303,6 +303,7 @@ class Service:
             now=now,
             avoid=stream.avoid,
             session=stream.session,
+            donors=stream.may_fetch,
         )
         self.metrics.decision.observe(time.perf_counter() - started)
         self.metrics.terms.observe(placement.decision.chosen.terms)
@@ -350,27 +351,49 @@ class Service:
                 return
 
     def _send(self, stream: Stream, placement: Placement) -> None:
-        """Start an attempt: both workers hear of it at the same time."""
+        """Start an attempt: its workers hear of it at the same time."""
         workers, request = self.registry.workers, stream.request
         prefill = workers[placement.prefill.key] if placement.prefill is not None else None
         decode = workers[placement.decode.key]
+        donor = workers[placement.donor.key] if placement.donor is not None else None
         now = self._now()
         deadline_ms = max(1, int(1000 * (stream.arrived_at + self.config.request_timeout_s - now)))
-        stream.attach(placement, prefill, decode)
+        stream.attach(placement, prefill, decode, donor)
         stream.sent_at = now
         if self.tracing is not None:
             stream.begin_attempt()
         self.decisions.record(placement.decision)
-        self.metrics.placed(prefill.info.worker_id if prefill else None, decode.info.worker_id)
+        source = prefill.info.worker_id if prefill else None
+        self.metrics.placed(source, decode.info.worker_id, fetches=donor is not None)
         if not stream.journal.epoch:
             self.meter.placed(placement.decision.chosen.terms.prefill_s, self._placement.network_s(placement))
         try:
             if prefill is not None:
-                prefill.client.send(Prefill(request, deadline_ms))
+                giver = self._ask_donor(stream, placement.donor_blocks, deadline_ms)
+                prefill.client.send(Prefill(request, deadline_ms, giver, placement.donor_blocks if giver else 0))
             address = prefill.info.address if prefill is not None else None
             decode.client.send(Decode(request, address, deadline_ms))
         except WorkerDied as error:
             self._attempt_failed(stream, error, None)
+
+    def _ask_donor(self, stream: Stream, num_blocks: int, deadline_ms: int) -> PeerAddress | None:
+        """Where the prefill worker finds blocks, if anywhere: one that is lost is done without."""
+        donor = stream.donor
+        if donor is None:
+            return None
+        try:
+            donor.client.send(Donate(stream.request, num_blocks, deadline_ms))
+        except WorkerDied:
+            stream.dismiss_donor()
+            return None
+        return donor.info.address
+
+    def _dismiss_donor(self, stream: Stream) -> None:
+        """What it may still hold for the prompt is not wanted any more. A decode worker goes on under the same key."""
+        donor = stream.dismiss_donor()
+        if donor is not None and donor is not stream.decode:
+            with contextlib.suppress(WorkerDied):
+                donor.client.send(Cancel(stream.request.request_id, stream.journal.epoch))
 
     def _advance(self, stream: Stream, chunk: TokenChunk, now: float) -> None:
         """One of the first two chunks of an attempt: what it tells of the workers."""
@@ -382,6 +405,7 @@ class Service:
             predicted_s = placement.decision.chosen.terms.ttft_s
             self.metrics.ttft_error.observe(now - stream.sent_at - predicted_s)
             (placement.prefill or placement.decode).breaker.succeeded()
+            self._dismiss_donor(stream)
         else:
             placement.decode.breaker.succeeded()
             self._placement.handed_over(placement, now - stream.last_at)
@@ -391,6 +415,8 @@ class Service:
 
     def _attempt_failed(self, stream: Stream, error: BatonError, culprit: WorkerState | None) -> None:
         """Move the stream elsewhere, from prompt plus what was generated; or give up."""
+        if stream.placement is not None and stream.placement.donor is not None:
+            stream.may_fetch = False
         self._abandon_attempt(stream)
         journal, record = stream.journal, stream.failures
         key = (culprit.info.worker_id, culprit.info.incarnation) if culprit is not None else None

@@ -19,6 +19,7 @@ class EndedChoice(msgspec.Struct, frozen=True):
     Attributes:
         at: seconds since 1970.
         prefill: None where the decode worker read the prompt.
+        donor: None where nothing was fetched.
         terms: what placement compared when it chose the pair.
     """
 
@@ -33,6 +34,7 @@ class EndedChoice(msgspec.Struct, frozen=True):
     e2e_s: float
     prefill: str | None
     decode: str | None
+    donor: str | None
     terms: dict[str, float]
 
 
@@ -62,6 +64,7 @@ class SlowRequests:
             e2e_s=now - stream.arrived_at,
             prefill=route.prefill if route else None,
             decode=route.decode if route else None,
+            donor=route.donor if route else None,
             terms=route.terms if route else {},
         )
         self._ended.append(entry)

@@ -31,6 +31,7 @@ class Route(NamedTuple):
 
     prefill: str | None
     decode: str
+    donor: str | None
     terms: dict[str, float]
 
 
@@ -61,6 +62,8 @@ class Stream:
         request: of the current attempt.
         index: which choice of the HTTP request.
         placement: None between two attempts and after the end; `prefill` and `decode` are its workers.
+        donor: told to donate, and its blocks may still be wanted; None: there is none.
+        may_fetch: whether its prefill worker may fetch blocks from a donor.
         route: of the latest attempt, also after the end.
         avoid: workers that failed it, by their keys.
         failures: what its failed attempts say of it.
@@ -78,6 +81,7 @@ class Stream:
         "avoid",
         "cached_tokens",
         "decode",
+        "donor",
         "due",
         "ended",
         "failures",
@@ -86,6 +90,7 @@ class Stream:
         "journal",
         "last_at",
         "mailbox",
+        "may_fetch",
         "placement",
         "prefill",
         "request",
@@ -106,6 +111,8 @@ class Stream:
         self.placement: Placement | None = None
         self.prefill: WorkerState | None = None
         self.decode: WorkerState | None = None
+        self.donor: WorkerState | None = None
+        self.may_fetch = True
         self.route: Route | None = None
         self.stage = Stage.READING
         self.avoid: list[tuple[str, int]] = []
@@ -119,17 +126,23 @@ class Stream:
         self.traceparent = ""
         self.attempts: list[Attempt] = []
 
-    def attach(self, placement: Placement, prefill: WorkerState | None, decode: WorkerState) -> None:
+    def attach(
+        self, placement: Placement, prefill: WorkerState | None, decode: WorkerState, donor: WorkerState | None
+    ) -> None:
         """The attempt runs there."""
         self.placement = placement
         self.prefill = prefill
         self.decode = decode
+        self.donor = donor
         terms = msgspec.structs.asdict(placement.decision.chosen.terms)
-        self.route = Route(prefill.info.worker_id if prefill else None, decode.info.worker_id, terms)
+        source, giver = (worker.info.worker_id if worker else None for worker in (prefill, donor))
+        self.route = Route(source, decode.info.worker_id, giver, terms)
         self.stage = Stage.READING
         decode.streams.add(self)
         if prefill is not None:
             prefill.streams.add(self)
+        if donor is not None:
+            donor.donations.add(self)
 
     def begin_attempt(self) -> None:
         """Remember it for the trace."""
@@ -159,11 +172,19 @@ class Stream:
         if self.prefill is not None:
             self.prefill.streams.discard(self)
 
+    def dismiss_donor(self) -> WorkerState | None:
+        """The prompt has been read, or never will be: whoever may still hold blocks for it, once."""
+        donor, self.donor = self.donor, None
+        if donor is not None:
+            donor.donations.discard(self)
+        return donor
+
     def detach(self, now: float) -> list[WorkerState]:
         """The attempt is over: release what it reserved; return the workers that may still be at it."""
         placement, self.placement = self.placement, None
         prefill, self.prefill = self.prefill, None
         decode, self.decode = self.decode, None
+        donor = self.dismiss_donor()
         if placement is None or decode is None:
             return []
         placement.release(now)
@@ -173,4 +194,6 @@ class Stream:
             prefill.streams.discard(self)
             if self.stage is not Stage.DECODING:
                 workers.append(prefill)
+        if donor is not None and donor is not decode:
+            workers.append(donor)
         return workers

@@ -14,6 +14,7 @@ from engine_core.block_hash import block_hashes
 from engine_core.messages import (
     Cancel,
     Decode,
+    Donate,
     Failed,
     Load,
     PeerAddress,
@@ -97,7 +98,7 @@ class FakeWorker:
         self.silent = False
         self.num_cached = 0
         self.load = Load(0, 0, 0, 100, False, 0)
-        self.received: list[Prefill | Decode | Cancel] = []
+        self.received: list[Prefill | Decode | Donate | Cancel] = []
         self.active: dict[str, tuple[GatewayLink, Request, int]] = {}
         self.info = WorkerInfo(
             worker_id=worker_id,
@@ -151,12 +152,14 @@ class FakeWorker:
 
     # GatewayEvents
 
-    def on_request(self, link: GatewayLink, message: Prefill | Decode | Cancel | SnapshotRequest) -> None:
+    def on_request(self, link: GatewayLink, message: Prefill | Decode | Donate | Cancel | SnapshotRequest) -> None:
         if isinstance(message, SnapshotRequest):
             for part in self.publisher.snapshot(message.number, {Tier.DEVICE: self.blocks}):
                 link.send(part)
             return
         self.received.append(message)
+        if isinstance(message, Donate):
+            return
         if isinstance(message, Cancel):
             self.active.pop(message.request_id, None)
             return

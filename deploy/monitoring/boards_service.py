@@ -361,10 +361,17 @@ ROUTER = Board(
             (
                 lines(
                     "Terms of placement",
-                    "What chosen pairs were predicted to cost, on average by term: queue and prefill make up TTFT.",
+                    "What chosen pairs were predicted to cost, on average by term; queue, fetch and prefill are TTFT.",
                     "s",
-                    24,
+                    16,
                     (mean(BOARD, "baton_placement_term_seconds", ("term",)), "{{term}}"),
+                ),
+                lines(
+                    "Fetches",
+                    "Attempts whose prefill worker was to fetch leading blocks from a donor.",
+                    "reqps",
+                    8,
+                    (rate(BOARD, "baton_fetches", ("instance",)), "{{instance}}"),
                 ),
             ),
         ),

@@ -14,9 +14,9 @@ constexpr int kMaxTables = 2;
 
 // What `matching.py` writes, all of it words of 64 bits: these, a mask of the workers' columns for each word of the bitmaps,
 // and for each table its keys, the number of its buckets, and, for each word and within it for each plane, the bits (null
-// where there are none).
+// where there are none). Planes are tiers first, then predictions.
 struct Index {
-  uint64_t num_tables, num_words, num_planes;
+  uint64_t num_tables, num_words, num_planes, num_tiers;
 
   const uint64_t* Masks() const { return reinterpret_cast<const uint64_t*>(this + 1); }
   const uint64_t* Table(uint64_t number) const {
@@ -55,21 +55,27 @@ int64_t Locate(const uint64_t* table, uint64_t key) {
 
 uint64_t Key(uint64_t key) { return key ? key : 1; }  // 0 marks free slots
 
-// Enters the columns of a word that hold `depth` blocks.
-void Enter(uint64_t columns, uint64_t word, int64_t depth, int64_t*& out) {
+// Enters the columns of a word that hold `depth` blocks, with how many of them are no prediction.
+void Enter(uint64_t columns, uint64_t word, int64_t depth, const int64_t* told, int64_t*& out) {
   if (!depth) return;
   for (; columns; columns &= columns - 1) {
-    *out++ = 64 * word + __builtin_ctzll(columns);
+    const uint64_t column = 64 * word + __builtin_ctzll(columns);
+    *out++ = column;
     *out++ = depth;
+    *out++ = told[column];
   }
 }
 
 }  // namespace
 
-// Writes (column, leading blocks) of each column that holds any to `found`, and returns how many there are.
+// Writes (column, leading blocks, of these those that are no prediction) of each column that holds any to `found`, and
+// returns how many there are.
 extern "C" int64_t BatonMatch(const uint64_t* chain, int64_t num_blocks, const Index* index, int64_t* found) {
   const uint64_t num_words = index->num_words, num_planes = index->num_planes;
+  const uint64_t num_tiers = index->num_tiers;
   std::vector<uint64_t> alive(index->Masks(), index->Masks() + num_words);  // columns that have every block so far
+  std::vector<uint64_t> telling(alive);  // those of them of which none is a prediction
+  std::vector<int64_t> told(64 * num_words);
   int64_t* out = found;
   for (int64_t start = 0; start < num_blocks; start += kAhead) {
     const int64_t count = num_blocks - start < kAhead ? num_blocks - start : kAhead;
@@ -98,22 +104,33 @@ extern "C" int64_t BatonMatch(const uint64_t* chain, int64_t num_blocks, const I
       uint64_t any = 0;
       for (uint64_t word = 0; word < num_words; ++word) {
         if (!alive[word]) continue;
-        uint64_t held = 0;
+        uint64_t held = 0, said = 0;
         for (uint64_t t = 0; t < index->num_tables; ++t) {
           if (slots[t][i] < 0) continue;
           const uint64_t* planes = index->Table(t) + 2 + word * num_planes;
           for (uint64_t plane = 0; plane < num_planes; ++plane) {
             const uint64_t* bits = reinterpret_cast<const uint64_t*>(planes[plane]);
-            if (bits) held |= bits[slots[t][i]];
+            if (!bits) continue;
+            held |= bits[slots[t][i]];
+            if (plane < num_tiers) said |= bits[slots[t][i]];
           }
         }
-        Enter(alive[word] & ~held, word, start + i, out);
+        for (uint64_t ended = telling[word] & ~said; ended; ended &= ended - 1) {
+          told[64 * word + __builtin_ctzll(ended)] = start + i;
+        }
+        telling[word] &= said;
+        Enter(alive[word] & ~held, word, start + i, told.data(), out);
         alive[word] &= held;
         any |= alive[word];
       }
-      if (!any) return (out - found) / 2;
+      if (!any) return (out - found) / 3;
     }
   }
-  for (uint64_t word = 0; word < num_words; ++word) Enter(alive[word], word, num_blocks, out);
-  return (out - found) / 2;
+  for (uint64_t word = 0; word < num_words; ++word) {
+    for (uint64_t left = telling[word]; left; left &= left - 1) {
+      told[64 * word + __builtin_ctzll(left)] = num_blocks;
+    }
+    Enter(alive[word], word, num_blocks, told.data(), out);
+  }
+  return (out - found) / 3;
 }

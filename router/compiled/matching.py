@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from engine_core.block_hash import Keys
+from engine_core.types import Tier
 from router.block_table import BlockTable
 from router.compiled.library import Compiled
 
@@ -21,15 +22,15 @@ class CompiledMatch:
         self._described: list[object] = []  # what `_index` says
         self._index = np.zeros(0, np.uint64)  # see `Index` in matching.cc
         self._index_at = 0
-        self._found = np.zeros((0, 2), np.int64)
+        self._found = np.zeros((0, 3), np.int64)
         self._found_at = 0
 
     def depths(self, keys: Keys, tables: Sequence[BlockTable], masks: Mapping[int, int]) -> list[list[int]]:
-        """[column, leading blocks of the chain that it has] of those that have any.
+        """[column, leading blocks of the chain that it has, of these those that are no prediction] of those with any.
 
         Args:
             keys: `[num_blocks] u64` of the chain from its first block on.
-            tables: one or two, of equally many planes.
+            tables: one or two, of equally many planes: tiers, then predictions.
             masks: columns by word; a mapping that is never changed.
         """
         state: list[object] = [masks]
@@ -44,10 +45,11 @@ class CompiledMatch:
 
     def _describe(self, tables: Sequence[BlockTable], masks: Mapping[int, int]) -> None:
         num_words = max(masks, default=-1) + 1
-        numbers = [len(tables), num_words, tables[0].num_planes, *(masks.get(word, 0) for word in range(num_words))]
+        numbers = [len(tables), num_words, tables[0].num_planes, len(Tier)]
+        numbers += [masks.get(word, 0) for word in range(num_words)]
         for table in tables:
             numbers += table.addresses(num_words)
         self._index = np.array(numbers, np.uint64)
         self._index_at = self._index.ctypes.data
-        self._found = np.zeros((_WORD * num_words, 2), np.int64)
+        self._found = np.zeros((_WORD * num_words, 3), np.int64)
         self._found_at = self._found.ctypes.data

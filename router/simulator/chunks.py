@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from router.simulator.job import Attempt
@@ -20,6 +21,7 @@ class Reading:
         num_computed: tokens whose steps have ended.
         num_stored: blocks that the prefix cache knows.
         num_sent: blocks below it have been sent to the target, or were never wanted.
+        awaited: blocks that are on their way from a donor; others go before it.
         resumed: for a preempted sequence, the tokens it has left to generate, and when it had its latest one.
     """
 
@@ -31,6 +33,7 @@ class Reading:
     num_computed: int = 0
     num_stored: int = 0
     num_sent: int = 0
+    awaited: Sequence[bytes] = ()
     resumed: tuple[int, float] | None = None
 
 
@@ -113,10 +116,24 @@ class Readings:
         return Step(chunks, self._chunk_tokens - left, num_pairs) if chunks else None
 
     def _admit(self, coming: set[bytes]) -> bool:
-        """The first of those that wait gets pages, if there are any; not before what it shares is cached."""
-        if not self._waiting:
-            return False
-        reading = self._waiting[0]
+        """The first of those that wait gets pages, if there are any; not before what it shares is cached.
+
+        Those to whom the next block comes from a donor, for themselves or for another, are passed over.
+        """
+        awaited: set[bytes] = set()
+        for reading in self._waiting:
+            awaited.update(reading.awaited)
+            if not awaited or awaited.isdisjoint(self._next_block(reading)):
+                return self._admit_one(reading, coming)
+        return False
+
+    def _next_block(self, reading: Reading) -> Sequence[bytes]:
+        """The first that is not cached; empty where all are."""
+        hashes = reading.attempt.job.hashes
+        count = self._memory.cache.count(hashes)
+        return hashes[count : count + 1]
+
+    def _admit_one(self, reading: Reading, coming: set[bytes]) -> bool:
         hashes = reading.attempt.job.hashes
         reserved = self._memory.reserve(hashes, reading.num_tokens - 1, reading.num_tokens)
         if reserved is None:
@@ -129,5 +146,6 @@ class Readings:
         reading.num_cached = num_cached * self._memory.page_size
         reading.num_done = reading.num_computed = reading.num_cached
         reading.num_stored = num_cached
-        self._active.append(self._waiting.popleft())
+        self._waiting.remove(reading)
+        self._active.append(reading)
         return True

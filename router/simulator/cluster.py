@@ -20,6 +20,7 @@ from engine_core.types import Request, Role, SamplingParams
 from router.placement import PlacementConfig
 from router.simulator.clock import EventQueue
 from router.simulator.decode import DecodeWorker
+from router.simulator.donation import num_fetched
 from router.simulator.gateway import BEAT_S, Gateway
 from router.simulator.job import Attempt, Job
 from router.simulator.links import Links
@@ -27,7 +28,7 @@ from router.simulator.outcome import QUANTILES, Gaps, Outcome, Slo, is_good, spr
 from router.simulator.prefill import PrefillWorker
 from router.simulator.profile import WorkerProfile
 from router.simulator.trace import Trace
-from router.simulator.worker import NAMESPACE, Place, worker_info
+from router.simulator.worker import NAMESPACE, Place, Worker, worker_info
 
 RETRY_S = 0.1  # until the gateway looks again for a worker where there was none
 
@@ -250,6 +251,11 @@ class Cluster:
         target = self.workers[placed.decode.info.worker_id]
         assert isinstance(target, DecodeWorker)
         attempt.target = target
+        if placed.donor is not None:
+            attempt.donor = self.workers.get(placed.donor.info.worker_id)
+            attempt.donor_blocks = placed.donor_blocks
+        if attempt.donor is not None:
+            self.events.after(message_s, attempt.donor.donations.add, attempt)
         if placed.prefill is not None:
             source = self.workers[placed.prefill.info.worker_id]
             assert isinstance(source, PrefillWorker)
@@ -277,6 +283,11 @@ class Cluster:
         for worker in (attempt.source, attempt.target):
             if worker is not None and worker.alive:
                 self.events.after(self.scenario.profile.message_s, worker.cancel, attempt)
+        self._dismiss_donor(attempt)
+
+    def _dismiss_donor(self, attempt: Attempt) -> None:
+        if attempt.donor is not None:
+            self.events.after(self.scenario.profile.message_s, attempt.donor.donations.cancel, attempt)
 
     # what workers say; the gateway hears it one message later
 
@@ -289,14 +300,23 @@ class Cluster:
         if job.first_token_at < 0:
             job.first_token_at = self.events.now + self.scenario.profile.message_s
             job.cached_tokens = cached_tokens
+            size = self._trace.block_tokens
+            job.fetched_tokens = size * num_fetched(attempt.fetched, cached_tokens // size)
             self._unread.pop(job, None)
             self.first_tokens.append((job, self._service_s(attempt, cached_tokens)))
         self.events.after(self.scenario.profile.message_s, self._was_read, attempt)
 
     def _was_read(self, attempt: Attempt) -> None:
+        self._dismiss_donor(attempt)
         if not attempt.over:
             attempt.placed.release_prefill(self.events.now)
             self.gateway.on_room(self.events.now)
+
+    def on_fetched(self, attempt: Attempt, reader: Worker, num_blocks: int, seconds: float) -> None:
+        """Blocks came from the attempt's donor."""
+        if num_blocks and attempt.donor is not None:
+            donor, target = ((worker.info.worker_id, worker.info.incarnation) for worker in (attempt.donor, reader))
+            self.gateway.transfers.learn(donor, target, num_blocks * reader.info.block_bytes, seconds)
 
     def on_second_token(self, attempt: Attempt, seconds: float) -> None:
         """A sequence began to decode, so long after its first token."""
@@ -351,6 +371,9 @@ class Cluster:
             itl_p90_ms=itl[1] * 1e3,
             itl_p99_ms=itl[2] * 1e3,
             hit_ratio=sum(job.cached_tokens for job in served) / sum(job.num_prompt for job in served)
+            if served
+            else 0.0,
+            fetched_ratio=sum(job.fetched_tokens for job in served) / sum(job.num_prompt for job in served)
             if served
             else 0.0,
             local_prefills=sum(job.attempt is not None and job.attempt.source is None for job in served),

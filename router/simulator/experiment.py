@@ -21,6 +21,7 @@ TERMS = {
     "itl": "itl",
     "crowding": "crowding",
     "followers": "followers",
+    "donor": "donors",
     "local-prefill": "local_prefill_tokens",
 }
 

@@ -73,7 +73,7 @@ class Gateway:
         """A worker introduced itself."""
         info = worker.info
         candidate = Candidate(info, StepModel(self._teachers.get(info.role)))
-        candidate.usable = True
+        candidate.connected = candidate.usable = True
         member = Member(worker, candidate, BlockFeed(self.index, (info.worker_id, info.incarnation)))
         self._teachers.setdefault(info.role, candidate.steps)
         self.members[candidate.key] = member
@@ -82,7 +82,7 @@ class Gateway:
     def leave(self, worker: Worker) -> None:
         """A worker is gone."""
         member = self.members.pop((worker.info.worker_id, worker.info.incarnation))
-        member.candidate.usable = False
+        member.candidate.connected = member.candidate.usable = False
         member.feed.close()
         self.transfers.forget(member.candidate.key)
 

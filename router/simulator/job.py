@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from router.simulator.decode import DecodeWorker
     from router.simulator.policies import Placed
     from router.simulator.prefill import PrefillWorker
+    from router.simulator.worker import Worker
 
 
 class Job:
@@ -24,6 +25,7 @@ class Job:
         generated: tokens that reached the gateway in earlier attempts or in this one.
         first_token_at, last_token_at: when the gateway had them; negative before.
         cached_tokens: prompt tokens that whoever read the prompt held (first attempt).
+        fetched_tokens: of these, those that had come from a donor.
         num_attempts: placements.
         attempt: the running one.
     """
@@ -32,6 +34,7 @@ class Job:
         "arrival_s",
         "attempt",
         "cached_tokens",
+        "fetched_tokens",
         "first_token_at",
         "generated",
         "hashes",
@@ -55,6 +58,7 @@ class Job:
         self.first_token_at = -1.0
         self.last_token_at = -1.0
         self.cached_tokens = 0
+        self.fetched_tokens = 0
         self.num_attempts = 0
         self.attempt: Attempt | None = None
         self.refused = False
@@ -74,12 +78,17 @@ class Attempt:
         placed: the router's reservation.
         request: what the router was asked to place.
         source, target: who reads the prompt (None: the target), who generates.
+        donor: who may have the prompt's first `donor_blocks` blocks for the source; None: nobody.
+        fetched: block indices that came from it.
         over: ended, in whatever way; messages still under way find it so.
         num_granted: block indices below are not wanted by the target; -1 before its ticket has arrived.
         prefilled_at: when its prompt had been read; negative before.
     """
 
     __slots__ = (
+        "donor",
+        "donor_blocks",
+        "fetched",
         "job",
         "left",
         "num_granted",
@@ -100,6 +109,9 @@ class Attempt:
         self.left = job.num_output - job.generated
         self.source: PrefillWorker | None = None
         self.target: DecodeWorker | None = None
+        self.donor: Worker | None = None
+        self.donor_blocks = 0
+        self.fetched = range(0)
         self.over = False
         self.num_granted = -1
         self.prefilled_at = -1.0

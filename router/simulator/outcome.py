@@ -59,6 +59,7 @@ class Outcome:
         good, goodput_rps: answers that met the objective, and these per second of the trace.
         ttft_quantiles_ms: at the ranks `QUANTILES`.
         hit_ratio: share of the prompt tokens that whoever read the prompt had in its cache.
+        fetched_ratio: share of the prompt tokens that it had there because a donor had sent them.
         local_prefills: prompts read by their decode worker.
         prefill_spread, decode_spread: the busiest worker's time over the mean of its role.
         makespan_s, wall_s: until the last answer, in virtual time; and what that took.
@@ -78,6 +79,7 @@ class Outcome:
     itl_p90_ms: float
     itl_p99_ms: float
     hit_ratio: float
+    fetched_ratio: float
     local_prefills: int
     prefill_spread: float
     decode_spread: float

@@ -28,6 +28,8 @@ class Placed(Protocol):
 
     prefill: Candidate | None
     decode: Candidate
+    donor: Candidate | None
+    donor_blocks: int
 
     def release_prefill(self, now: float) -> None:
         """The prompt has been read."""
@@ -76,7 +78,7 @@ class Joint:
         avoid: Collection[WorkerKey],
     ) -> Placement:
         """See `JointPlacement.place`, which hashes the prompt itself."""
-        return self._placement.place(request, prefill, decode, now=now, avoid=avoid, session=None)
+        return self._placement.place(request, prefill, decode, now=now, avoid=avoid, session=None, donors=True)
 
     def has_room(self, prefill: Sequence[Candidate], decode: Sequence[Candidate], now: float) -> bool:
         """See `JointPlacement`."""
@@ -95,12 +97,14 @@ class Joint:
 class Reservation:
     """What a simple policy chose."""
 
-    __slots__ = ("_number", "decode", "prefill")
+    __slots__ = ("_number", "decode", "donor", "donor_blocks", "prefill")
 
     def __init__(self, number: int, prefill: Candidate, decode: Candidate) -> None:
         self._number = number
         self.prefill: Candidate | None = prefill
         self.decode = decode
+        self.donor: Candidate | None = None
+        self.donor_blocks = 0
 
     def release_prefill(self, now: float) -> None:
         """The prompt has been read."""

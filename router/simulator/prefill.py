@@ -35,6 +35,7 @@ class PrefillWorker(Worker):
             return
         reading = Reading(attempt, attempt.num_tokens)
         self._readings[attempt] = reading
+        self.fetches.begin(reading)
         self.readings.add(reading, first=False)
         self._kick()
 
@@ -47,6 +48,7 @@ class PrefillWorker(Worker):
 
     def cancel(self, attempt: Attempt) -> None:
         """Free what the attempt holds. Unknown ones are fine."""
+        self.fetches.cancel(attempt)
         reading = self._readings.pop(attempt, None)
         if reading is None:
             return

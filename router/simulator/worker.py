@@ -13,6 +13,7 @@ from engine_core.types import Numerics, Role, Tier
 from kv_transfer.block_publisher import BlockPublisher
 from router.simulator.chunks import Readings
 from router.simulator.clock import EventQueue
+from router.simulator.donation import Donations, Fetches
 from router.simulator.job import Attempt
 from router.simulator.links import Links
 from router.simulator.memory import Memory
@@ -30,6 +31,9 @@ class Listener(Protocol):
 
     def on_finished(self, attempt: Attempt) -> None:
         """The last token."""
+
+    def on_fetched(self, attempt: Attempt, reader: Worker, num_blocks: int, seconds: float) -> None:
+        """So many blocks came from the attempt's donor."""
 
     def on_second_token(self, attempt: Attempt, seconds: float) -> None:
         """A sequence began to decode, so long after its first token; told at the end of its first stretch."""
@@ -58,6 +62,7 @@ class Worker:
         draining: gets nothing new, and leaves when it is empty.
         busy_s: seconds in which it computed.
         started_at, ended_at: when it began to serve, and left.
+        donations, fetches: what it gives others, and what they give it.
     """
 
     def __init__(self, place: Place, info: WorkerInfo, profile: WorkerProfile, rng: np.random.Generator) -> None:
@@ -78,6 +83,11 @@ class Worker:
         self._listener = place.listener
         self._rng = rng
         self._samples: list[StepSums] = []
+        common = (place.events, place.links, self.memory, info.worker_id, profile.message_s)
+        self.donations = Donations(*common, lambda: self.alive)
+        self.fetches = Fetches(
+            place.events, self.memory, info.worker_id, profile.message_s, info.block_bytes, self._on_landed
+        )
 
     @property
     def num_running(self) -> int:
@@ -92,7 +102,7 @@ class Worker:
     @property
     def is_idle(self) -> bool:
         """Whether it holds no request."""
-        return self.num_running + self.num_waiting == 0
+        return self.num_running + self.num_waiting + len(self.donations) == 0
 
     def load(self) -> Load:
         """The beat."""
@@ -115,6 +125,15 @@ class Worker:
         """Steps since the last call, the first few."""
         samples, self._samples = self._samples, []
         return samples
+
+    def _kick(self) -> None:
+        """Something may be done."""
+        raise NotImplementedError
+
+    def _on_landed(self, attempt: Attempt, num_blocks: int, seconds: float) -> None:
+        if self.alive:
+            self._listener.on_fetched(attempt, self, num_blocks, seconds)
+            self._kick()
 
     def _noisy(self, seconds: float) -> float:
         jitter = self.profile.jitter

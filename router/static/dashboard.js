@@ -230,6 +230,7 @@ const SLOW_COLUMNS = [
   { title: "End", text: true, cell: (s) => s.reason, className: (s) => (s.reason === "error" ? "text bad" : "text") },
   { title: "Prefill", text: true, cell: (s) => s.prefill ?? "local" },
   { title: "Decode", text: true, cell: (s) => s.decode ?? "–" },
+  { title: "Donor", text: true, cell: (s) => s.donor ?? "–" },
   { title: "Placed by", text: true, className: () => "terms", cell: (s) => terms(s.terms) },
 ];
 

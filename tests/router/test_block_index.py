@@ -153,6 +153,7 @@ def test_predictions_are_believed_for_a_while_and_not_for_ever() -> None:
     for now in np.arange(PREDICTION_S, 2 * PREDICTION_S - 0.2, 0.5):
         index.tick(float(now))
         assert index.match(keys_of(1, 2, 3, 4)) == {"a": 3, "b": 2}
+        assert index.match_both(keys_of(1, 2, 3, 4)) == ({"a": 3, "b": 2}, {"b": 2})
     index.change("a", Tier.DEVICE, NONE, keys_of(1))
     index.tick(2 * PREDICTION_S + 0.1)
     index.tick(3 * PREDICTION_S + 0.2)
@@ -182,7 +183,7 @@ def test_full_buckets_let_keys_move() -> None:
     slots = table.locate(stored)
     assert (slots >= 0).all()
     assert len(np.unique(slots)) == len(stored) == table.num_used
-    assert (table.gather(slots, 0) == 5).all()
+    assert (table.gather(slots, 0, 1) == 5).all()
     table.remove(stored, 0, 0, np.full(len(stored), 5, np.uint64))
     assert table.num_used == 0
 

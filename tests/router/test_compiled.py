@@ -52,7 +52,7 @@ def test_equals_are_ranked_by_turn(compiled: Compiled) -> None:
     fleet.targets = [fleet.worker(f"d{i}", Role.DECODE, alike=True) for i in range(9)]
     for worker, turn in zip(fleet.workers, random.Random(1).sample(range(100), 18), strict=True):
         worker.turn = turn
-    asked = fleet.asked()._replace(held={}, last=None)
+    asked = fleet.asked()._replace(held={}, last=None, told={})
     ranking = CompiledRanking(compiled, fleet.config, fleet.transfers)
     check(ranking.best(fleet.sources, fleet.targets, asked, fleet.now), fleet, asked)
 
@@ -136,8 +136,9 @@ def test_depths_are_those_of_numpy(compiled: Compiled, num_workers: int, monkeyp
                 index.tick(step / 4)
         moved += indexes[0].is_moving
         asked = rng.choice(chains)[: rng.randrange(301)]
-        plain, found = (index.match(asked) for index in indexes)
+        plain, found = (index.match_both(asked) for index in indexes)
         assert found == plain
+        assert [index.match(asked) for index in indexes] == [plain[0]] * 2
     assert moved
 
 
@@ -158,7 +159,9 @@ class Twins:
 
     def place(self, request: Request, session: str | None) -> list[Placement]:
         return [
-            placement.place(request, fleet.sources, fleet.targets, now=fleet.now, avoid=(), session=session)
+            placement.place(
+                request, fleet.sources, fleet.targets, now=fleet.now, avoid=(), session=session, donors=True
+            )
             for fleet, _, placement in self.halves
         ]
 

@@ -171,7 +171,7 @@ async def test_the_terms_of_chosen_pairs_are_counted(cluster: Cluster) -> None:
         await cluster.client.completions.create(model="demo", prompt="Once upon a time", temperature=0)
     families = await exposed(cluster)
     terms = {sample.labels["term"] for sample in families[name].samples}
-    assert terms == {"queue", "prefill", "transfer", "itl", "crowding", "followers", "affinity"}
+    assert terms == {"queue", "prefill", "transfer", "itl", "crowding", "followers", "affinity", "fetch"}
     for term in terms:
         assert value(families, name, f"{name}_count", term=term) == 2
     decisions = [d for each in cluster.service.decisions._by_request.values() for d in each]

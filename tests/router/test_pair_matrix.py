@@ -8,7 +8,7 @@ import random
 import msgspec
 import pytest
 
-from engine_core.messages import Load, PeerAddress, StepSums, WorkerInfo
+from engine_core.messages import KvShard, Load, PeerAddress, StepSums, WorkerInfo
 from engine_core.types import Numerics, Role
 from router.candidate import Candidate, Work
 from router.cost_model import StepModel, TransferModel
@@ -35,6 +35,7 @@ class Fleet:
         self.transfers = TransferModel()
         self.sources = [self.worker(f"p{i}", Role.PREFILL) for i in range(rng.randrange(6))]
         self.targets = [self.worker(f"d{i}", Role.DECODE) for i in range(rng.randrange(1, 6))]
+        self.leaving = [self.worker(f"l{i}", rng.choice((Role.PREFILL, Role.DECODE))) for i in range(2)]
 
     @property
     def workers(self) -> list[Candidate]:
@@ -46,7 +47,7 @@ class Fleet:
             name,
             1,
             role,
-            PeerAddress("h", 1, 2),
+            PeerAddress("h", 1, rng.choice((0, 2, 2, 2)), (KvShard("h", 2, 0, 1),) if rng.random() < 0.1 else ()),
             rng.choice(("same", "same", "same", "other")),
             Numerics.FAST,
             num_slots=8,
@@ -55,7 +56,7 @@ class Fleet:
             max_model_len=8192,
             chunk_tokens=rng.choice((0, 256, 2048)),
             block_bytes=rng.choice((16 * 1024, 1 << 20)),
-            block_namespace="ab" * 16,
+            block_namespace=rng.choice(("", "ab", "ab", "ab")) * 16,
         )
         worker = Candidate(info, StepModel(None))
         worker.usable = True
@@ -72,7 +73,7 @@ class Fleet:
                 worker.steps.learn([StepSums(1, 256, 256 * 128, 0, 0, 0, rng.random() / 10)], self.now)
                 worker.steps.learn([StepSums(0, 0, 0, 1, 4, 4000, rng.random() / 10)], self.now)
             case 2:
-                for source in self.sources:
+                for source in (*self.sources, *self.leaving):
                     seconds = rng.random()
                     for size in (1000, 1 << 20, 1 << 22):
                         self.transfers.learn(source.key, worker.key, size, seconds * (1 + size / 1e6))
@@ -89,14 +90,22 @@ class Fleet:
 
     def asked(self) -> Asked:
         rng, num_tokens = self.rng, self.rng.randrange(1, 6000)
-        held = {}
+        held, told = {}, {}
         for worker in rng.sample(self.workers, rng.randrange(len(self.workers) + 1)):
             page_size = worker.info.page_size
             held[worker.key] = rng.randrange(num_tokens // page_size + 1) * page_size
+            if rng.random() < 0.7:
+                told[worker.key] = rng.choice((held[worker.key], held[worker.key] // page_size // 2 * page_size))
+        leaving = rng.sample(self.leaving, rng.randrange(len(self.leaving) + 1))
+        for worker in leaving:
+            page_size = worker.info.page_size
+            told[worker.key] = rng.randrange(num_tokens // page_size + 1) * page_size
         last = rng.choice((None, (None, rng.choice(self.targets).key)))
         if self.sources and rng.random() < 0.3:
             last = (rng.choice(self.sources).key, rng.choice(self.targets).key)
-        return Asked(num_tokens, rng.random() * 500, held, last)
+        if rng.random() < 0.2:
+            told, leaving = {}, []
+        return Asked(num_tokens, rng.random() * 500, held, last, told, leaving)
 
     def by_definition(self, asked: Asked) -> list[Choice]:
         return self.costs(asked).all(self.sources, self.targets)
@@ -110,8 +119,15 @@ class Fleet:
         return PairCosts(self.config, self.transfers, asked, busy, self.now)
 
 
-def names(choices: list[Choice]) -> list[tuple[str | None, str]]:
-    return [(reader.worker.name if reader else None, writer.worker.name) for _, reader, writer, _ in choices]
+def names(choices: list[Choice]) -> list[tuple[str | None, str, str | None]]:
+    return [
+        (
+            reader.worker.name if reader else None,
+            writer.worker.name,
+            reader.donor.name if reader and reader.donor else None,
+        )
+        for _, reader, writer, _ in choices
+    ]
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -126,7 +142,7 @@ def test_arrays_find_what_the_definition_does(seed: int) -> None:
         found = matrix.best(fleet.sources, fleet.targets, asked, fleet.now)
         assert found.num_weighed == len(expected)
         costs = PairCosts(fleet.config, fleet.transfers, asked, found.busy, fleet.now)
-        ranked = costs.some(found.pairs)
+        ranked = costs.some(found.pairs, fleet.sources, fleet.targets)
         assert len(ranked) == min(NUM_RANKED, len(expected))
         for one, other in zip(ranked, expected, strict=False):  # equals may change places where rounding decides
             assert math.isclose(one.key[0], other.key[0], rel_tol=1e-9, abs_tol=3e-6)
@@ -144,10 +160,10 @@ def test_of_equals_the_one_that_waited_longest_is_first() -> None:
             worker.info, fingerprint="same", page_size=16, chunk_tokens=256, block_bytes=16
         )
         worker.turn = turn
-    asked = Asked(100, 10.0, {}, None)
+    asked = Asked(100, 10.0, {}, None, {}, ())
     found = PairMatrix(fleet.config, fleet.transfers).best(fleet.sources, fleet.targets, asked, fleet.now)
     source, target = (min(workers, key=lambda one: one.turn) for workers in (fleet.sources, fleet.targets))
-    assert {(source, target), (None, target)} & set(found.pairs)
+    assert {(source, target), (None, target)} & {pair[:2] for pair in found.pairs}
 
 
 def test_a_fleet_that_changes_is_followed() -> None:
@@ -159,4 +175,4 @@ def test_a_fleet_that_changes_is_followed() -> None:
         asked = fleet.asked()
         found = matrix.best(fleet.sources, fleet.targets, asked, fleet.now)
         assert found.num_weighed == len(fleet.by_definition(asked))
-        assert {one for pair in found.pairs for one in pair if one} <= set(fleet.workers)
+        assert {one for pair in found.pairs for one in pair[:2] if one} <= set(fleet.workers)

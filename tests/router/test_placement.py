@@ -70,9 +70,11 @@ def info(worker_id: str, role: Role, incarnation: int = 1, fingerprint: str = "f
         "chunk_tokens": 256,
         "block_bytes": 16 * 1024,
         "block_namespace": NAMESPACE,
+        "address": PeerAddress("h", 1, 2),
+        "fingerprint": fingerprint,
+        "numerics": Numerics.FAST,
     }
-    address = PeerAddress("h", 1, 2)
-    return WorkerInfo(worker_id, incarnation, role, address, fingerprint, Numerics.FAST, **{**fields, **changes})
+    return WorkerInfo(worker_id, incarnation, role, **{**fields, **changes})
 
 
 def load(running: int = 0, waiting: int = 0, tokens: int = 0, draining: bool = False, free_pages: int = 1000) -> Load:
@@ -102,7 +104,7 @@ class Fleet:
 
     def candidate(self, of: WorkerInfo) -> Candidate:
         candidate = Candidate(of, StepModel(None))
-        candidate.usable = True
+        candidate.connected = candidate.usable = True
         candidate.told(load(), 100.0)
         self.index.join(candidate.key)
         steps = [StepSums(1, 256, 256 * 128, 0, 0, 0, 0.028), StepSums(1, 64, 64 * 32, 0, 0, 0, 0.009)]
@@ -113,12 +115,13 @@ class Fleet:
     def of(self, role: Role) -> list[Candidate]:
         return [worker for worker in self.workers.values() if worker.info.role is role]
 
-    def place(self, tokens: list[int], avoid=(), session: str | None = None, max_tokens: int = 32) -> Placement:
+    def place(
+        self, tokens: list[int], avoid=(), session: str | None = None, max_tokens: int = 32, donors: bool = False
+    ) -> Placement:
         self.count += 1
         asked = request(tokens, max_tokens, f"r{self.count}")
-        return self.placement.place(
-            asked, self.of(Role.PREFILL), self.of(Role.DECODE), now=self.now, avoid=avoid, session=session
-        )
+        pools = self.of(Role.PREFILL), self.of(Role.DECODE)
+        return self.placement.place(asked, *pools, now=self.now, avoid=avoid, session=session, donors=donors)
 
     def hold(self, worker_id: str, tokens: list[int]) -> None:
         keys = BlockHasher(PAGE, b"", bytes.fromhex(NAMESPACE)).keys(tokens)

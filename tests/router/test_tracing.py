@@ -45,7 +45,7 @@ def chunk(position: int, stage_s: tuple[float, ...], finish: FinishReason | None
 def finished_stream(prefill: str | None) -> Stream:
     request = Request("r", [1, 2, 3], 3, SamplingParams(max_tokens=2))
     stream = Stream(request, 0, Mailbox(), 100.0, None)
-    stream.route = Route(prefill, "d", {})
+    stream.route = Route(prefill, "d", None, {})
     stream.sent_at = 100.1
     stream.begin_attempt()
     stream.heard_stages(chunk(0, (0.1, 0.3, 0.0)), 100.6)
