@@ -10,7 +10,7 @@ import msgspec
 
 from engine_core.types import FinishReason, Numerics, Request, Role, Tier, TokenLogprobs
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -27,9 +27,10 @@ class KvShard(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PeerAddress(msgspec.Struct, frozen=True, array_like=True):
-    """Where a worker listens: `port` for gateways (control), `kv_port` for decode workers that fetch KV.
+    """Where a worker listens: `port` for gateways (control), `kv_port` for workers that fetch KV.
 
     Attributes:
+        kv_port: 0 where it hands nothing over: a decode worker of several hosts.
         kv_shards: where several hosts hand KV over, each its heads, all of them; the first is host and kv_port again.
     """
 
@@ -97,10 +98,17 @@ class Refused(Message, frozen=True):
 
 
 class Prefill(Message, frozen=True):
-    """Gateway -> prefill worker: compute the prompt, sample the first token, push KV to whoever holds the ticket."""
+    """Gateway -> prefill worker: compute the prompt, sample the first token, push KV to whoever holds the ticket.
+
+    Attributes:
+        donor: who may have the prompt's leading blocks that this worker lacks; it is told so by a `Donate`.
+        donor_blocks: how many leading blocks of the prompt it is believed to hold, in blocks of this worker.
+    """
 
     request: Request
     deadline_ms: int
+    donor: PeerAddress | None = None
+    donor_blocks: int = 0
 
 
 class Decode(Message, frozen=True):
@@ -108,6 +116,21 @@ class Decode(Message, frozen=True):
 
     request: Request
     prefill: PeerAddress | None
+    deadline_ms: int
+
+
+class Donate(Message, frozen=True):
+    """Gateway -> worker of either role, together with a `Prefill` that names it as the donor: hand cached blocks over.
+
+    What comes of it is told to the prefill worker alone.
+
+    Attributes:
+        request: that of the `Prefill`.
+        num_blocks: at most so many leading blocks of the prompt, in blocks of this worker.
+    """
+
+    request: Request
+    num_blocks: int
     deadline_ms: int
 
 
@@ -302,7 +325,7 @@ class WorkerStats(Message, frozen=True):
     refused: dict[str, int]
 
 
-GatewayToWorker = Hello | Prefill | Decode | Cancel | Beat | SnapshotRequest
+GatewayToWorker = Hello | Prefill | Decode | Donate | Cancel | Beat | SnapshotRequest
 WorkerToGateway = (
     Challenge | Hello | Refused | Tokens | Failed | Load | Measured | WorkerStats | BlockEvents | BlockSnapshot
 )

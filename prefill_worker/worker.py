@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,12 +15,13 @@ from engine_core.host_commands import ExportAbort, ExportCommand, ExportFinish, 
 from engine_core.messages import Decode, KvShard, Load, PeerAddress, Prefill, TokenChunk, WorkerInfo
 from engine_core.replica_loader import open_replica
 from engine_core.types import Role
+from kv_transfer.donor import Donor
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
 from kv_transfer.host_links import HostLinks
 from kv_transfer.host_loop import BEAT_S
-from kv_transfer.plane import PlaneKvSender, open_sender
-from kv_transfer.sender import NetKvSender
+from kv_transfer.outlet import Outlet
+from kv_transfer.plane import open_sender
 from kv_transfer.ticket import Ticket
 from kv_transfer.worker_host import Key, WorkerHost
 from prefill_worker.scheduler import PrefillScheduler
@@ -82,23 +82,27 @@ class PrefillWorker:
             replica=self._replica,
             step_timeout_s=config.step_timeout_s,
         )
-        self._waker: asyncio.Task[None] | None = None
-        self._sender: PlaneKvSender | NetKvSender
+        self._outlet: Outlet
+        self._donor: Donor
         self._loop: asyncio.AbstractEventLoop
 
     async def start(self) -> WorkerInfo:
         """Listen and begin to work."""
         self._loop = asyncio.get_running_loop()
         address = self._info.address
-        self._sender = open_sender(self._identity, self._secret, self, self._options)
-        self._sender.on_refused = lambda code: self._replica.stats.refused.update([code])
-        kv_port = await self._sender.start(address.host, address.kv_port)
+        sender = open_sender(self._identity, self._secret, self, self._options)
+        sender.on_refused = lambda code: self._replica.stats.refused.update([code])
+        kv_port = await sender.start(address.host, address.kv_port)
+        self._outlet = Outlet(sender, lambda: self._host.post(lambda: None))
+        memory, gather = self._replica.memory, self._replica.engine.gather
+        self._donor = Donor(memory, gather, self._outlet, self._identity.layout.block_bytes)
         address = msgspec.structs.replace(address, kv_port=kv_port)
         if self._hosts is not None:
             layout = self._identity.layout
             own = KvShard(address.host, kv_port, layout.first_kv_head, layout.num_kv_heads)
             address = msgspec.structs.replace(address, kv_shards=(own, *self._hosts.kv_shards))
-        self._info = await self._host.start(address.host, msgspec.structs.replace(self._info, address=address))
+        info = msgspec.structs.replace(self._info, address=address)
+        self._info = await self._host.start(address.host, info, self._donor if self._hosts is None else None)
         return self._info
 
     async def drain(self, timeout_s: float) -> None:
@@ -107,18 +111,14 @@ class PrefillWorker:
         await self._host.drain(timeout_s)
         if self._hosts is not None:
             await asyncio.sleep(2 * BEAT_S)  # so old is what is known of the other hosts
-        while self._inflight_bytes and self._loop.time() < until:  # noqa: ASYNC110
+        while (self._inflight_bytes or self._donor.is_giving) and self._loop.time() < until:  # noqa: ASYNC110
             await asyncio.sleep(POLL_S)
         await asyncio.sleep(LAST_WORD_S)
 
     async def stop(self) -> None:
         """Close everything."""
-        if self._waker is not None:
-            self._waker.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._waker
         await self._host.stop()
-        await self._sender.close()
+        await self._outlet.close()
         if self._hosts is not None:
             self._hosts.close()
 
@@ -133,17 +133,14 @@ class PrefillWorker:
     @property
     def healthy(self) -> bool:
         """Whether the engine thread and the data plane are alive."""
-        return self._host.healthy and self._sender.healthy
+        return self._host.healthy and self._outlet.sender.healthy
 
     # PrefillEvents, on the engine thread.
 
     @property
     def writable(self) -> bool:
         """Whether more blocks are welcome; when not, the engine thread is woken once they are."""
-        if self._sender.writable:
-            return True
-        self._loop.call_soon_threadsafe(self._wake_when_writable)
-        return False
+        return self._outlet.writable
 
     def tokens(self, chunk: TokenChunk) -> None:
         """The first token goes straight to the gateway."""
@@ -151,7 +148,7 @@ class PrefillWorker:
 
     def blocks(self, key: Key, indices: list[int], layers: list[np.ndarray]) -> None:
         """Push blocks under the ticket."""
-        self._sender.send_blocks(*key, indices, layers)
+        self._outlet.sender.send_blocks(*key, indices, layers)
 
     def failed(self, key: Key, error: BatonError) -> None:
         """The gateway places the request again, and its cancels free what both workers hold for it."""
@@ -160,21 +157,25 @@ class PrefillWorker:
     def finished(self, key: Key, first_token: TokenChunk) -> None:
         """The last blocks are on their way."""
         self._tell_hosts(ExportFinish(*key, first_token))
-        self._sender.finish(*key, first_token)
+        self._outlet.sender.finish(*key, first_token)
         self._host.end(key)
 
     # SenderEvents, on the event loop.
 
     def on_ticket(self, ticket: Ticket) -> None:
-        """Decode wants these blocks."""
+        """Decode wants these blocks, or another prefill worker some that are cached here."""
         key, wanted = ticket.key, sorted(landing.block_index for landing in ticket.landing)
-        self._host.post(lambda: self._scheduler.grant(key, wanted))
+        self._host.post(lambda: self._grant(key, wanted))
 
     def on_cancel(self, request_id: str, epoch: int, error: BatonError) -> None:
-        """Decode gave up, is gone, or never asked."""
+        """Who asked gave up or is gone, or nobody asked."""
         key = (request_id, epoch)
         self._host.post(lambda: self._give_up(key, error))
         self._host.end(key)
+
+    def _grant(self, key: Key, wanted: list[int]) -> None:
+        self._scheduler.grant(key, wanted)
+        self._donor.grant(key, wanted)
 
     def _accept(self, message: Prefill | Decode) -> None:
         if isinstance(message, Decode):
@@ -184,16 +185,17 @@ class PrefillWorker:
         request = message.request
         self._scheduler.add(request)
         self._tell_hosts(ExportOffer(request.request_id, request.epoch, TICKET_LEASE_S))
-        self._sender.offer(request.request_id, request.epoch, TICKET_LEASE_S)
+        self._outlet.sender.offer(request.request_id, request.epoch, TICKET_LEASE_S)
 
     def _on_cancel(self, key: Key) -> None:
         error = RequestCancelled("the gateway cancelled the request")
         self._abort_on_hosts(key, error)
-        self._sender.abort(*key, error)
+        self._outlet.sender.abort(*key, error)
 
     def _give_up(self, key: Key, error: BatonError) -> None:
         """On the engine thread."""
         self._scheduler.cancel(key)
+        self._donor.cancel(key)
         self._abort_on_hosts(key, error)
 
     def _abort_on_hosts(self, key: Key, error: BatonError) -> None:
@@ -206,12 +208,4 @@ class PrefillWorker:
 
     @property
     def _inflight_bytes(self) -> int:
-        return self._sender.inflight_bytes + (self._hosts.inflight_bytes if self._hosts else 0)
-
-    def _wake_when_writable(self) -> None:
-        if self._waker is None or self._waker.done():
-            self._waker = self._loop.create_task(self._wake())
-
-    async def _wake(self) -> None:
-        await self._sender.wait_writable()
-        self._host.post(lambda: None)
+        return self._outlet.sender.inflight_bytes + (self._hosts.inflight_bytes if self._hosts else 0)
