@@ -51,9 +51,8 @@ class ChunkQueue:
         self._held.add(sequence)
 
     def resume(self, sequence: Sequence) -> None:
-        """Its turn may come; what is cached of it now shall still be there then."""
+        """Its turn may come."""
         self._held.discard(sequence)
-        self._memory.touch(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence; what it holds stays its own."""

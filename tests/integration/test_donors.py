@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import os
 import random
@@ -16,6 +17,8 @@ from decode_worker.worker import DecodeWorker
 from engine_core.messages import Decode, Donate, KvShard, PeerAddress, Prefill
 from engine_core.types import Numerics, Request, SamplingParams
 from kv_transfer.donor import Donor
+from kv_transfer.receiver import NetKvReceiver
+from kv_transfer.ticket import Landing, Ticket
 from prefill_worker.worker import FETCH_LEASE_MS, PrefillWorker
 from tests.mini_cluster import DEADLINE_MS, Answer, MiniCluster, tiny_config
 
@@ -286,6 +289,42 @@ async def test_addresses_that_are_no_donors_are_passed_over(cluster, prompt):
         async with asyncio.timeout(10):
             await answer.done.wait()
         assert answer.failure is None and cluster.fetched() == before
+    await cluster.assert_at_rest()
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_who_fetches_and_is_lost_holds_no_page_of_the_donor(cluster, prompt, monkeypatch):
+    request = asked(prompt, 1)
+    await cluster.teach("q", request)
+    donor, landed = cluster.names["q"], []
+    stop_after(monkeypatch, donor._donor, 2)
+
+    class Ears:
+        on_blocks = staticmethod(lambda request_id, epoch, blocks, layers, generations: landed.extend(blocks))
+
+    identity = dataclasses.replace(cluster.names["p"]._identity, worker_id="lost")
+    receiver = NetKvReceiver(identity, None, Ears(), donor._options)
+    again = dataclasses.replace(request, epoch=1)
+    ticket = Ticket(again.request_id, 1, 1, tuple(Landing(i, 1) for i in range(NUM_BLOCKS)), DEADLINE_MS)
+    receiver.request(donor.info().address, ticket)
+    cluster.links["q"].send(Donate(again, NUM_BLOCKS, DEADLINE_MS))
+    await until(lambda: landed == [0, 1])
+    assert donor.load().free_pages < CONFIG.cache.num_pages
+    await receiver.close()
+    await cluster.assert_at_rest()
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_donor_that_answers_in_prefill_s_place_fails_the_hand_off(cluster, prompt):
+    """It has no first token: the gateway places the request again."""
+    await cluster.teach("q", asked(prompt, 1))
+    request = asked(prompt, 2)
+    cluster.decode.send(Decode(request, cluster.links["q"].info.address, DEADLINE_MS))
+    cluster.links["q"].send(Donate(request, NUM_BLOCKS, DEADLINE_MS))
+    answer = cluster.client.answers[request.request_id, 0]
+    async with asyncio.timeout(10):
+        await answer.done.wait()
+    assert (answer.failure.code, answer.failure.retryable) == ("transfer_error", True)
     await cluster.assert_at_rest()
 
 
