@@ -104,7 +104,7 @@ class DecodeWorker:
         self._info = msgspec.structs.replace(self._info, address=msgspec.structs.replace(address, kv_port=kv_port))
         self._outlet = Outlet(sender, lambda: self._host.post(lambda: None))
         memory, gather = self._replica.memory, self._replica.engine.gather
-        self._donor = Donor(memory, gather, self._outlet, self._identity.layout.block_bytes, stats)
+        self._donor = Donor(memory, gather, self._outlet, self._identity.layout.block_bytes)
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new requests; finish those at hand, and wait until blocks that others fetch have been collected."""

@@ -303,8 +303,6 @@ class WorkerStats(Message, frozen=True):
         memory_used_bytes, memory_limit_bytes: of the devices together; where they are CPUs, of the process and machine.
         links: by the KV address of who sent it, "host:port".
         refused: connections that were ended for what they said, by the error's code.
-        fetched_tokens: prompt tokens whose KV came from donors, here to be computed behind.
-        donated_tokens: prompt tokens whose KV was handed over as a donor.
     """
 
     queue: Distribution
@@ -325,8 +323,6 @@ class WorkerStats(Message, frozen=True):
     memory_limit_bytes: int
     links: dict[str, LinkStats]
     refused: dict[str, int]
-    fetched_tokens: int = 0
-    donated_tokens: int = 0
 
 
 GatewayToWorker = Hello | Prefill | Decode | Donate | Cancel | Beat | SnapshotRequest

@@ -57,14 +57,12 @@ class StatsRecorder:
         busy_s: seconds that the engine thread was at work.
         loop_lag_s: longest delay of the event loop since the last snapshot.
         refused: connections that were ended for what they said, by the error's code.
-        fetched_tokens, donated_tokens: whose KV came from a donor, or was handed over as one.
     """
 
     def __init__(self, device_memory: Callable[[], tuple[int, int]]) -> None:
         self.busy_s = 0.0
         self.loop_lag_s = 0.0
         self.refused: Counter[str] = Counter()
-        self.fetched_tokens = self.donated_tokens = 0
         self._device_memory = device_memory
         self._queue, self._prefill, self._transfer, self._decode = Tally(), Tally(), Tally(), Tally()
         self._prefill_steps = self._prefill_tokens = self._prefill_padding = 0
@@ -166,8 +164,6 @@ class StatsRecorder:
             memory_used_bytes=used,
             memory_limit_bytes=limit,
             refused=dict(self.refused),
-            fetched_tokens=self.fetched_tokens,
-            donated_tokens=self.donated_tokens,
             links={
                 source: LinkStats(link.transfers, link.failures, link.num_bytes, link.seconds)
                 for source, link in list(self._links.items())

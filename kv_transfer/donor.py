@@ -20,7 +20,6 @@ from engine_core.errors import BatonError, TransferError
 from engine_core.messages import Donate, TokenChunk
 from engine_core.sequence import Sequence as Seq
 from engine_core.sequence_memory import SequenceMemory
-from engine_core.worker_stats import StatsRecorder
 from kv_transfer.outlet import Outlet
 
 Key = tuple[str, int]
@@ -69,7 +68,6 @@ class Donor:
         gather: begins to copy pages off the device, as they are after all steps dispatched so far.
         outlet: takes the blocks.
         block_bytes: of one block.
-        stats: told how much was given.
     """
 
     def __init__(
@@ -78,10 +76,8 @@ class Donor:
         gather: Callable[[Sequence[int]], PendingCopy],
         outlet: Outlet,
         block_bytes: int,
-        stats: StatsRecorder,
     ) -> None:
         self._memory = memory
-        self._stats = stats
         self._gather = gather
         self._outlet = outlet
         self._portion = max(1, min(PORTION_PAGES, PORTION_BYTES // block_bytes))
@@ -160,7 +156,6 @@ class Donor:
             return False
         donation, indices, pages = self._copies.popleft()
         donation.num_copies -= 1
-        self._stats.donated_tokens += len(indices) * self._memory.page_size
         self._outlet.sender.send_blocks(*donation.key, indices, pages.wait())
         self._finish_if_done(donation)
         return True

@@ -136,7 +136,6 @@ class PrefillScheduler:
         self, key: Key, indices: Sequence[int], layers: Sequence[np.ndarray], generations: Sequence[int]
     ) -> None:
         """Verified blocks arrived from a donor."""
-        self._replica.stats.fetched_tokens += len(indices) * self._replica.memory.page_size
         self._fetches.arrive(key, indices, layers, generations)
 
     def fetch_ended(self, key: Key, answer: TokenChunk, lost: Sequence[int]) -> None:

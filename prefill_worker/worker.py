@@ -105,8 +105,8 @@ class PrefillWorker:
         sender.on_refused = lambda code: self._replica.stats.refused.update([code])
         kv_port = await sender.start(address.host, address.kv_port)
         self._outlet = Outlet(sender, lambda: self._host.post(lambda: None))
-        memory, gather, stats = self._replica.memory, self._replica.engine.gather, self._replica.stats
-        self._donor = Donor(memory, gather, self._outlet, self._identity.layout.block_bytes, stats)
+        memory, gather = self._replica.memory, self._replica.engine.gather
+        self._donor = Donor(memory, gather, self._outlet, self._identity.layout.block_bytes)
         address = msgspec.structs.replace(address, kv_port=kv_port)
         if self._hosts is not None:
             layout = self._identity.layout

@@ -10,6 +10,7 @@ import random
 import signal
 from pathlib import Path
 
+import msgspec
 import pytest
 import pytest_asyncio
 
@@ -68,7 +69,10 @@ class Cluster(MiniCluster):
         self.client.cancel(request, *(self.links[name] for name in names))
 
     def fetched(self) -> int:
-        return self.names["p"]._replica.stats.fetched_tokens
+        """Tokens whose KV the prefill worker has had from donors."""
+        worker = self.names["p"]
+        num_bytes = sum(link.num_bytes for link in worker._replica.stats.snapshot().links.values())
+        return 4 * num_bytes // worker._identity.layout.block_bytes
 
     async def assert_at_rest(self, within_s: float = 1.0) -> None:
         await super().assert_at_rest(within_s)
@@ -304,7 +308,7 @@ async def test_who_fetches_and_is_lost_holds_no_page_of_the_donor(cluster, promp
 
     identity = dataclasses.replace(cluster.names["p"]._identity, worker_id="lost")
     receiver = NetKvReceiver(identity, None, Ears(), donor._options)
-    again = dataclasses.replace(request, epoch=1)
+    again = msgspec.structs.replace(request, epoch=1)
     ticket = Ticket(again.request_id, 1, 1, tuple(Landing(i, 1) for i in range(NUM_BLOCKS)), DEADLINE_MS)
     receiver.request(donor.info().address, ticket)
     cluster.links["q"].send(Donate(again, NUM_BLOCKS, DEADLINE_MS))

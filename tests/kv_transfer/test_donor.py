@@ -68,7 +68,7 @@ class Side:
     def __init__(self, num_cached: int = NUM_BLOCKS, **options) -> None:
         self.replica, self.outlet = fake_replica(**options), Outlet()
         self.copies: list[Copy] = []
-        self.donor = Donor(self.replica.memory, self.gather, self.outlet, 64, self.replica.stats)
+        self.donor = Donor(self.replica.memory, self.gather, self.outlet, 64)
         sequence = Sequence.of(self.request())
         assert self.replica.memory.place(sequence, computes=False)
         self.replica.engine.cache[sequence.pages[:NUM_BLOCKS]] = np.reshape(PROMPT[: 4 * NUM_BLOCKS], (-1, 4))
