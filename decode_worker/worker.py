@@ -30,6 +30,7 @@ from kv_transfer.worker_host import Key, WorkerHost
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.02
+COLLECT_S = 2.0  # for prefill workers that fetch from one that leaves; what they do not have by then they compute
 TICKET_LEASE_MS = 600_000  # a prefill queue may be long; a dead peer is noticed by its connection, not by this
 
 
@@ -107,10 +108,11 @@ class DecodeWorker:
         self._donor = Donor(memory, gather, self._outlet, self._identity.layout.block_bytes)
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no new requests; finish those at hand, and wait until blocks that others fetch have been collected."""
+        """Take no new requests; finish those at hand, and wait a moment for those who fetch blocks from here."""
         loop = asyncio.get_running_loop()
         until = loop.time() + timeout_s
         await self._host.drain(timeout_s)
+        until = min(until, loop.time() + COLLECT_S)
         while self._gives and loop.time() < until:  # noqa: ASYNC110
             await asyncio.sleep(POLL_S)
 
