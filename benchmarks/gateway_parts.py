@@ -22,6 +22,7 @@ from engine_core.config import EngineConfig
 from engine_core.messages import (
     Cancel,
     Decode,
+    Donate,
     Load,
     PeerAddress,
     Prefill,
@@ -70,9 +71,9 @@ class FakeEngine:
         self._server.broadcast(Load(0, 0, 0, 999, False, 0))
         return info
 
-    def on_request(self, link: GatewayLink, message: Prefill | Decode | Cancel | SnapshotRequest) -> None:
+    def on_request(self, link: GatewayLink, message: Prefill | Decode | Donate | Cancel | SnapshotRequest) -> None:
         """See GatewayEvents."""
-        if isinstance(message, SnapshotRequest):
+        if isinstance(message, (SnapshotRequest, Donate)):
             return
         if isinstance(message, Cancel):
             self._active.pop(message.request_id, None)

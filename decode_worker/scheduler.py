@@ -28,6 +28,7 @@ from engine_core.batch import Chunk
 from engine_core.chunking import ChunkQueue
 from engine_core.engine import PendingStep
 from engine_core.errors import BatonError, NoFreePages, NotFinite
+from engine_core.landings import Landed, Landing, Landings
 from engine_core.messages import PeerAddress, StepSums, TokenChunk
 from engine_core.replica import Replica
 from engine_core.sequence import Sequence as Seq
@@ -35,8 +36,6 @@ from engine_core.step_meter import StepMeter
 from engine_core.types import Request
 
 Key = tuple[str, int]
-
-LAND_PAGES = 16  # written between two steps while sequences are running, so that their inter-token latency holds
 
 
 class DecodeEvents(Protocol):
@@ -50,34 +49,6 @@ class DecodeEvents(Protocol):
 
     def failed(self, key: Key, error: BatonError) -> None:
         """The sequence is gone."""
-
-
-@dataclass(slots=True, eq=False)
-class _Landing:
-    """A sequence whose KV comes from elsewhere. `written`: indices of the blocks that are in its pages."""
-
-    sequence: Seq
-    prefill: PeerAddress
-    written: set[int] = field(default_factory=set)
-
-
-@dataclass(frozen=True, slots=True)
-class _Blocks:
-    """Blocks that have arrived and wait to be written."""
-
-    key: Key
-    indices: list[int]
-    layers: list[np.ndarray]
-    generations: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class _Landed:
-    """Behind the last blocks of a sequence. `lost`: whether some will not come."""
-
-    key: Key
-    first_token: TokenChunk
-    lost: bool
 
 
 @dataclass(slots=True)
@@ -105,9 +76,8 @@ class DecodeScheduler:
         self._queue = ChunkQueue(replica.memory)
         self._scoring = ChunkQueue(replica.memory)
         self._sequences: dict[Key, Seq] = {}
-        self._waiting: deque[_Landing] = deque()
-        self._landing: dict[Key, _Landing] = {}
-        self._arrived: deque[_Blocks | _Landed] = deque()
+        self._waiting: deque[tuple[Seq, PeerAddress]] = deque()
+        self._landings = Landings(replica.memory, replica.engine)
         self._ready: deque[Seq] = deque()
         self._running: list[Seq] = []
         self._inflight: deque[_Flight] = deque()
@@ -143,51 +113,28 @@ class DecodeScheduler:
         if prefill is None:
             (self._scoring if sequence.scores_prompt else self._queue).add(sequence)
         else:
-            self._waiting.append(_Landing(sequence, prefill))
+            self._waiting.append((sequence, prefill))
 
     def land(self, key: Key, indices: Sequence[int], layers: Sequence[np.ndarray], generations: Sequence[int]) -> None:
         """Verified blocks arrived: they are written between the next steps, a few at a time."""
-        for at in range(0, len(indices), LAND_PAGES):
-            part = slice(at, at + LAND_PAGES)
-            blocks = _Blocks(key, list(indices[part]), [layer[part] for layer in layers], list(generations[part]))
-            self._arrived.append(blocks)
+        self._landings.arrive(key, indices, layers, generations)
 
     def landed(self, key: Key, first_token: TokenChunk, lost: Sequence[int] = ()) -> None:
         """All wanted blocks but those of `lost` have arrived; the prefill worker has told the gateway the first token.
 
         The prompt is computed here from the first lost block on.
         """
-        self._arrived.append(_Landed(key, first_token, bool(lost)))
+        self._landings.end(key, first_token, lost)
 
     def _write_arrived(self) -> None:
         """Write what has landed: everything, or one portion per step while sequences are running."""
-        while self._arrived:
-            arrived = self._arrived.popleft()
-            if isinstance(arrived, _Landed):
-                self._finish_landing(arrived)
-                continue
-            self._write(arrived)
-            if self._running:
-                return
+        for landing, landed in self._landings.write(everything=not self._running):
+            self._finish_landing(landing, landed)
 
-    def _write(self, blocks: _Blocks) -> None:
-        """What is no longer wanted, or does not match its page's generation, is dropped."""
-        landing = self._landing.get(blocks.key)
-        if landing is None:
-            return
-        pages = [landing.sequence.pages[i] for i in blocks.indices]
-        generation = self._replica.memory.generation
-        if [generation(page) for page in pages] == blocks.generations:
-            self._replica.engine.scatter(pages, blocks.layers)
-            landing.written.update(blocks.indices)
-
-    def _finish_landing(self, landed: _Landed) -> None:
-        landing = self._landing.pop(landed.key, None)
-        if landing is None:
-            return
+    def _finish_landing(self, landing: Landing, landed: Landed) -> None:
         sequence, first_token, memory = landing.sequence, landed.first_token, self._replica.memory
         if landed.lost:
-            self._keep_landed(landing)
+            self._landings.keep(landing)
         else:
             sequence.num_dispatched = len(sequence.token_ids)
             memory.store(sequence, sequence.num_dispatched)
@@ -214,10 +161,8 @@ class DecodeScheduler:
         sequence = self._sequences.get(key)
         if sequence is None:
             return
-        if key in self._landing:
-            self._keep_landed(self._landing[key])
-        self._landing.pop(key, None)
-        self._waiting = deque(entry for entry in self._waiting if entry.sequence is not sequence)
+        self._landings.abandon(key)
+        self._waiting = deque(entry for entry in self._waiting if entry[0] is not sequence)
         if sequence in self._ready:
             self._ready.remove(sequence)
         if sequence in self._running:
@@ -225,17 +170,6 @@ class DecodeScheduler:
         self._queue.remove(sequence)
         self._scoring.remove(sequence)
         self._drop(sequence)
-
-    def _keep_landed(self, landing: _Landing) -> None:
-        """Leading blocks that have landed stay in the prefix cache: the next attempt need not fetch them again."""
-        sequence, memory = landing.sequence, self._replica.memory
-        for arrived in self._arrived:
-            if isinstance(arrived, _Blocks) and arrived.key == sequence.key:
-                self._write(arrived)
-        end = sequence.num_cached // memory.page_size
-        while end in landing.written:
-            end += 1
-        memory.store(sequence, min(end * memory.page_size, len(sequence.token_ids)))
 
     def tick(self) -> bool:
         """One round: reserve landings, admit, dispatch a prefill chunk and a decode step, read the steps before."""
@@ -252,21 +186,17 @@ class DecodeScheduler:
             self._read(self._inflight.popleft(), chunks)
         if chunks:
             self._events.tokens(chunks)
-        return dispatched or bool(chunks) or bool(self._arrived)
+        return dispatched or bool(chunks) or self._landings.is_behind
 
     def _reserve_landings(self) -> None:
         memory = self._replica.memory
         while self._waiting:
-            entry = self._waiting[0]
-            sequence = entry.sequence
+            sequence, prefill = self._waiting[0]
             if not memory.place(sequence, computes=False):
                 return
             self._waiting.popleft()
-            self._landing[sequence.key] = entry
             self._replica.stats.admitted(sequence)
-            first = sequence.num_cached // memory.page_size
-            wanted = [(i, memory.generation(sequence.pages[i])) for i in range(first, len(sequence.pages))]
-            self._events.reserved(sequence.key, entry.prefill, wanted)
+            self._events.reserved(sequence.key, prefill, self._landings.begin(sequence))
 
     def _admit_ready(self) -> None:
         memory = self._replica.memory

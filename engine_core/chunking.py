@@ -23,6 +23,7 @@ class ChunkQueue:
         self._memory = memory
         self._waiting: deque[Sequence] = deque()
         self._active: deque[Sequence] = deque()
+        self._held: set[Sequence] = set()
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._active)
@@ -45,8 +46,17 @@ class ChunkQueue:
         else:
             self._waiting.append(sequence)
 
+    def hold(self, sequence: Sequence) -> None:
+        """Pass over a sequence that waits, until `resume`: blocks of it are on their way here. It keeps its place."""
+        self._held.add(sequence)
+
+    def resume(self, sequence: Sequence) -> None:
+        """Its turn may come."""
+        self._held.discard(sequence)
+
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence; what it holds stays its own."""
+        self._held.discard(sequence)
         for queue in (self._waiting, self._active):
             if sequence in queue:
                 queue.remove(sequence)
@@ -87,14 +97,17 @@ class ChunkQueue:
         return Chunk(sequence, start, count, is_last=is_last)
 
     def _admit(self, num_rows: int, coming: set[bytes]) -> bool:
-        """The first of those that wait gets its pages and a slot, if there are any.
+        """The first of those that wait and are not held gets its pages and a slot, if there are any.
 
         As late as possible: what was stored meanwhile is found in the cache, and what this step computes will be.
         """
-        if not self._waiting or len(self._active) >= num_rows:
+        if len(self._active) >= num_rows:
             return False
-        sequence = self._waiting[0]
+        sequence = next((waiting for waiting in self._waiting if waiting not in self._held), None)
+        if sequence is None:
+            return False
         if self._memory.first_missing(sequence) in coming or not self._memory.place(sequence, computes=True):
             return False
-        self._active.append(self._waiting.popleft())
+        self._waiting.remove(sequence)
+        self._active.append(sequence)
         return True

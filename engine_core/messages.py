@@ -280,7 +280,7 @@ class Distribution(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LinkStats(msgspec.Struct, frozen=True, array_like=True):
-    """Hand-overs from one prefill worker: complete ones, failed ones, bytes received, seconds of the complete ones."""
+    """Hand-overs from one worker: complete ones, failed ones, bytes received, seconds of the complete ones."""
 
     transfers: int
     failures: int
@@ -294,14 +294,14 @@ class WorkerStats(Message, frozen=True):
     Attributes:
         queue: from arrival at this worker to admission (all pages reserved).
         prefill: from admission to the first token, where the prompt was computed here.
-        transfer: from the ticket to the last verified block, where it was computed elsewhere.
+        transfer: from the ticket to the last verified block, where it was computed elsewhere or fetched from a donor.
         decode: from the first token (or the slot, after a hand-over) to the last.
         prefill_padding, decode_padding: token rows and sequence rows that padded steps to their buckets.
         query_tokens, hit_tokens: looked up in the prefix cache, and found there.
         busy_s: engine thread at work.
         loop_lag_s: longest delay of the event loop since the last of these messages.
         memory_used_bytes, memory_limit_bytes: of the devices together; where they are CPUs, of the process and machine.
-        links: by the prefill worker's KV address, "host:port".
+        links: by the KV address of who sent it, "host:port".
         refused: connections that were ended for what they said, by the error's code.
     """
 

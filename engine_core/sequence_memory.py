@@ -122,6 +122,25 @@ class SequenceMemory:
             return True
         return False
 
+    def hold_cached(self, sequence: Seq, num_blocks: int) -> None:
+        """Give the sequence, which holds nothing, the cached pages of its leading blocks, and nothing else.
+
+        They lie on the row shard that has most of them; there may be none.
+
+        Args:
+            num_blocks: at most so many.
+        """
+        if not self._reuse:
+            return
+        self._extend_hashes(sequence, min(num_blocks * self.page_size, len(sequence.token_ids)))
+        hashes = sequence.hashes[: max(num_blocks, 0)]
+        self._hold(sequence, max(range(len(self.shards)), key=lambda i: self.shards[i].cache.count(hashes)), hashes)
+
+    def is_cached(self, sequence: Seq) -> bool:
+        """Whether the blocks that the sequence was given or has stored may still be served: see `distrust`."""
+        last = sequence.hashes[sequence.num_stored - 1 : sequence.num_stored]
+        return self.shards[sequence.shard].cache.count(last) == len(last)
+
     def touch(self, sequence: Seq) -> None:
         """The sequence waits: what is cached of its known tokens shall still be there when its turn has come."""
         if self._reuse:

@@ -13,6 +13,9 @@ Life of one hand-off, (request_id, epoch) throughout:
     or on_failed               <------------ KvSender.abort
     KvReceiver.cancel ---------------------> SenderEvents.on_cancel
 
+A prefill worker that lacks a prompt's leading blocks fetches them from a donor (`donor`) in the same way: it is on the
+left then, and the donor, of either role, on the right.
+
 Ticket and offer may come in either order. After on_done, on_failed, on_cancel, cancel, abort or finish nothing is held
 for that pair, and whatever still arrives for it is dropped.
 
@@ -66,7 +69,10 @@ class KvSender(Protocol):
         ...
 
     def finish(self, request_id: str, epoch: int, first_token: TokenChunk) -> None:
-        """All blocks have been sent: follow them with the first token. Ends the hand-off."""
+        """All there are have been sent: follow them with the first token. Ends the hand-off.
+
+        Blocks that the ticket names and that were not sent are lost. A donor gives an empty chunk: it has no token.
+        """
         ...
 
     def abort(self, request_id: str, epoch: int, error: BatonError) -> None:

@@ -55,7 +55,7 @@ BACKOFF_MAX_S = 2.0
 class GatewayEvents(Protocol):
     """What a worker hears from its gateways."""
 
-    def on_request(self, link: GatewayLink, message: Prefill | Decode | Cancel | SnapshotRequest) -> None:
+    def on_request(self, link: GatewayLink, message: Prefill | Decode | Donate | Cancel | SnapshotRequest) -> None:
         """Work for this worker, or a question; answers go to `link`. May raise ProtocolError, which ends the link."""
         ...
 

@@ -362,12 +362,10 @@ class SenderCore:
     def _complete(self, now: float, key: Key, entry: _Outgoing) -> list[Effect]:
         if entry.ticket is None or entry.first_token is None:
             return []
-        rest = entry.conversion.flush() if entry.conversion else []
+        rest = entry.conversion.flush() if entry.conversion and _ends_prompt(entry.first_token) else []
         effects = [effect for each in rest for effect in self._send_wanted(entry, *each)]
-        if entry.wanted:
-            error = TransferError(f"prefill finished without {len(entry.wanted)} of the blocks wanted")
-            return effects + self._end(now, key, error, tell_decode=True, tell_worker=False)
-        done = Send(entry.peer, KvDone(*key, entry.ticket.serial, entry.first_token))
+        lost, entry.wanted = tuple(sorted(entry.wanted)), {}
+        done = Send(entry.peer, KvDone(*key, entry.ticket.serial, entry.first_token, lost))
         self._bury_if_over(now, key, entry)
         return [*effects, done]
 
@@ -399,6 +397,11 @@ class SenderCore:
         self._tombstones[key] = (now + TOMBSTONE_S, error)
         if len(self._tombstones) > MAX_TOMBSTONES:
             self._tombstones.popitem(last=False)
+
+
+def _ends_prompt(first_token: TokenChunk) -> bool:
+    """Whether the prompt was handed over to its end. A donor, which may hold a part of it, has no token to tell."""
+    return bool(first_token.token_ids) or first_token.finish_reason is not None
 
 
 def _lack(entry: _Outgoing) -> str:
@@ -486,7 +489,7 @@ class ReceiverCore:
             return [Lost(key, error_named(message.code, message.message, message.retryable))]
         entry.first_token = message.first_token
         entry.want_at = now + WANT_AFTER_S
-        return self._complete(key, entry)
+        return self._give_up(key, tuple(index for index in message.lost if index in entry.missing))
 
     def on_peer_lost(self, peer: Peer, error: BatonError) -> list[Effect]:
         """The connection is gone, and with it every landing behind it."""

@@ -21,7 +21,7 @@ from kv_transfer.base import Layers, ReceiverEvents
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
 from kv_transfer.layout import BlockLayout
-from kv_transfer.plane import PlaneKvReceiver, open_receiver
+from kv_transfer.plane import PlaneKvReceiver, PlaneProcess, open_receiver
 from kv_transfer.receiver import NetKvReceiver
 from kv_transfer.ticket import Ticket, part_id
 
@@ -79,17 +79,23 @@ class JoinedReceiver:
         secret: shared with prefill workers, or None.
         events: hears of whole blocks only.
         options: of each connection.
+        process: where its data plane runs; None: in one of its own.
     """
 
     def __init__(
-        self, identity: KvIdentity, secret: bytes | None, events: ReceiverEvents, options: TransferOptions
+        self,
+        identity: KvIdentity,
+        secret: bytes | None,
+        events: ReceiverEvents,
+        options: TransferOptions,
+        process: PlaneProcess | None = None,
     ) -> None:
         self._layout = identity.layout
         self._events = events
         self._loop = asyncio.get_running_loop()
         self._joining: dict[Key, _Joining] = {}
         self._keys: dict[Key, tuple[Key, int]] = {}  # of a part: its hand-off and its number
-        self._inner: PlaneKvReceiver | NetKvReceiver = open_receiver(identity, secret, self, options)
+        self._inner: PlaneKvReceiver | NetKvReceiver = open_receiver(identity, secret, self, options, process)
 
     async def start(self) -> None:
         """Start the plane."""

@@ -72,21 +72,77 @@ Key = tuple[str, int]
 
 
 def open_sender(
-    identity: KvIdentity, secret: bytes | None, events: SenderEvents, options: TransferOptions
+    identity: KvIdentity,
+    secret: bytes | None,
+    events: SenderEvents,
+    options: TransferOptions,
+    process: PlaneProcess | None = None,
 ) -> PlaneKvSender | NetKvSender:
-    """A prefill worker's sender: with a data plane where processes can share memory."""
+    """A worker's sender: with a data plane where processes can share memory; in `process`, or one of its own."""
     if sys.platform == "linux":
-        return PlaneKvSender(identity, secret, events, options)
+        return PlaneKvSender(identity, secret, events, options, process)
     return NetKvSender(identity, secret, events, options.arena_bytes, options)
 
 
 def open_receiver(
-    identity: KvIdentity, secret: bytes | None, events: ReceiverEvents, options: TransferOptions
+    identity: KvIdentity,
+    secret: bytes | None,
+    events: ReceiverEvents,
+    options: TransferOptions,
+    process: PlaneProcess | None = None,
 ) -> PlaneKvReceiver | NetKvReceiver:
-    """What talks to the hosts of prefill workers for a decode worker's `JoinedReceiver`, likewise."""
+    """What talks to the hosts of those who hand over, likewise."""
     if sys.platform == "linux":
-        return PlaneKvReceiver(identity, secret, events, options)
+        return PlaneKvReceiver(identity, secret, events, options, process)
     return NetKvReceiver(identity, secret, events, options)
+
+
+class PlaneProcess:
+    """The other process. It ends when all who talk to it have hung up; it starts when the first connects.
+
+    Args:
+        num_ends: who will connect: a sender, a receiver, or both.
+    """
+
+    def __init__(self, num_ends: int = 1) -> None:
+        self._num_ends = num_ends
+        self._free: list[socket.socket] = []
+        self.popen: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Of the process, once it has been started."""
+        assert self.popen is not None
+        return self.popen.pid
+
+    def connect(self) -> socket.socket:
+        """One end; to be called `num_ends` times."""
+        if self.popen is None:
+            pairs = [socket.socketpair() for _ in range(self._num_ends)]
+            self._free = [mine for mine, _ in pairs]
+            self.popen = _spawn([theirs for _, theirs in pairs])
+            for _, theirs in pairs:
+                theirs.close()
+        return self._free.pop()
+
+    async def leave(self) -> None:
+        """An end was closed; whoever closes the last one waits for the end of the process."""
+        self._num_ends -= 1
+        if not self._num_ends:
+            await self.end()
+
+    async def end(self) -> None:
+        """No further end will be connected; the others have been closed, or their owner is about to fail."""
+        for mine in self._free:
+            mine.close()
+        self._free.clear()
+        assert self.popen is not None
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(None, self.popen.wait, STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            await loop.run_in_executor(None, self.popen.wait)
 
 
 class _Listener(Protocol):
@@ -100,14 +156,14 @@ class _Listener(Protocol):
 
 
 class _Plane:
-    """The other process and the channel to it."""
+    """A channel to the other process."""
 
-    def __init__(self, listener: _Listener) -> None:
+    def __init__(self, listener: _Listener, process: PlaneProcess | None) -> None:
         self._listener = listener
+        self._process = process or PlaneProcess()
         self._ready: asyncio.Future[PlaneReady]
         self._channel: Channel
         self._commands: Commands
-        self._process: subprocess.Popen[bytes]
         self._is_closing = False
 
     @property
@@ -118,11 +174,9 @@ class _Plane:
     async def start(
         self, identity: KvIdentity, secret: bytes | None, options: TransferOptions, host: str, port: int
     ) -> int:
-        """Start the process; returns the port on which it listens."""
+        """Connect to the process; returns the port on which it listens."""
         loop = asyncio.get_running_loop()
-        mine, theirs = socket.socketpair()
-        with theirs:
-            self._process = _spawn(theirs)
+        mine = self._process.connect()
         self._ready = loop.create_future()
         self._commands = Commands(mine)
         make = lambda: Channel(to_worker, lambda channel: None, self._on_message, self._on_closed)  # noqa: E731
@@ -148,7 +202,8 @@ class _Plane:
         except TimeoutError:
             ready = PlaneReady(0, f"the data plane did not start within {START_TIMEOUT_S} s")
         if ready.problem:
-            await self.close()
+            self._hang_up()
+            await self._process.end()
             raise ConfigError(ready.problem)
         return ready.port
 
@@ -157,16 +212,14 @@ class _Plane:
         self._commands.send(message)
 
     async def close(self) -> None:
-        """End the process."""
+        """Hang up, and wait for the end of the process where nobody else talks to it."""
+        self._hang_up()
+        await self._process.leave()
+
+    def _hang_up(self) -> None:
         self._is_closing = True
         self._commands.close()
         self._channel.close()
-        loop = asyncio.get_running_loop()
-        try:
-            await loop.run_in_executor(None, self._process.wait, STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            await loop.run_in_executor(None, self._process.wait)
 
     def _on_message(self, channel: Channel, message: Any) -> None:
         if isinstance(message, PlaneReady) and not self._ready.done():
@@ -183,12 +236,13 @@ class _Plane:
             self._listener.on_lost()
 
 
-def _spawn(connected: socket.socket) -> subprocess.Popen[bytes]:
-    """The process whose end of the socket pair `connected` is; it must find this package where we found it."""
+def _spawn(connected: list[socket.socket]) -> subprocess.Popen[bytes]:
+    """The process whose ends of socket pairs `connected` are; it must find this package where we found it."""
+    descriptors = [each.fileno() for each in connected]
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
-        [sys.executable, "-m", "kv_transfer.plane_process", str(connected.fileno())],
-        pass_fds=[connected.fileno()],
+        [sys.executable, "-m", "kv_transfer.plane_process", *map(str, descriptors)],
+        pass_fds=descriptors,
         stdin=subprocess.DEVNULL,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
     )
@@ -205,10 +259,15 @@ class _Unstaged:
 
 
 class PlaneKvSender:
-    """KvSender of a prefill worker. Construct on the event-loop thread."""
+    """KvSender of a worker, its plane in `process` or one of its own. Construct on the event-loop thread."""
 
     def __init__(
-        self, identity: KvIdentity, secret: bytes | None, events: SenderEvents, options: TransferOptions
+        self,
+        identity: KvIdentity,
+        secret: bytes | None,
+        events: SenderEvents,
+        options: TransferOptions,
+        process: PlaneProcess | None = None,
     ) -> None:
         self.healthy = True
         self._identity = identity
@@ -216,7 +275,7 @@ class PlaneKvSender:
         self._events = events
         self._options = options
         self._loop = asyncio.get_running_loop()
-        self._plane = _Plane(self)
+        self._plane = _Plane(self, process)
         self._digester = open_digester(options.library)
         self._arena_bytes = max(options.arena_bytes, MIN_LOANS * identity.layout.block_bytes)
         self._lock = threading.Lock()  # over the following
@@ -331,7 +390,7 @@ class PlaneKvSender:
             self._inflight_bytes = 0
         self._room.set()
         for request_id, epoch in lost:
-            self._events.on_cancel(request_id, epoch, TransferError("the data plane of the prefill worker is gone"))
+            self._events.on_cancel(request_id, epoch, TransferError("the data plane of the sender is gone"))
 
     # Staging
 
@@ -425,10 +484,15 @@ class PlaneKvSender:
 
 
 class PlaneKvReceiver:
-    """KvReceiver of a decode worker. Construct on the event-loop thread."""
+    """KvReceiver of a worker, its plane in `process` or one of its own. Construct on the event-loop thread."""
 
     def __init__(
-        self, identity: KvIdentity, secret: bytes | None, events: ReceiverEvents, options: TransferOptions
+        self,
+        identity: KvIdentity,
+        secret: bytes | None,
+        events: ReceiverEvents,
+        options: TransferOptions,
+        process: PlaneProcess | None = None,
     ) -> None:
         self.healthy = True
         self._identity = identity
@@ -436,7 +500,7 @@ class PlaneKvReceiver:
         self._events = events
         self._options = options
         self._loop = asyncio.get_running_loop()
-        self._plane = _Plane(self)
+        self._plane = _Plane(self, process)
         self._segments: dict[int, Segment] = {}
         self._returns = Returns(lambda loans: self._plane.send(PlaneReturn(loans)))
         self._lock = threading.Lock()  # over the following, with `healthy`
@@ -508,7 +572,7 @@ class PlaneKvReceiver:
             self._fail(key)
 
     def _fail(self, key: Key) -> None:
-        self._events.on_failed(*key, TransferError("the data plane of the decode worker is gone"))
+        self._events.on_failed(*key, TransferError("the data plane of the receiver is gone"))
 
     def _end(self, key: Key) -> bool:
         return self._open.pop(key, None) is not None

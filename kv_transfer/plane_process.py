@@ -1,6 +1,7 @@
-"""The data plane of one worker: `python -m kv_transfer.plane_process FD`, started by `kv_transfer.plane`.
+"""The data plane of one worker: `python -m kv_transfer.plane_process FD [FD]`, started by `kv_transfer.plane`.
 
-Runs the endpoint that talks to other hosts: checksums, sockets, shared memory of peers. It ends when its worker does.
+Runs the endpoints, of a sender and a receiver, that talk to other hosts: checksums, sockets, shared memory of peers.
+It ends when its worker does.
 """
 
 from __future__ import annotations
@@ -57,8 +58,13 @@ MAX_SEGMENTS = 4  # of the worker, newest first
 MAX_INFLIGHT_BYTES = 1 << 62  # the worker bounds what it hands over
 
 
+async def serve_all(connected: list[socket.socket]) -> None:
+    """Be all of a worker's endpoints until it hangs up."""
+    await asyncio.gather(*map(serve, connected))
+
+
 async def serve(connected: socket.socket) -> None:
-    """Be the data plane of the worker at the other end of `connected` until it hangs up."""
+    """Be the endpoint of the worker at the other end of `connected` until it hangs up."""
     over = asyncio.Event()
 
     def on_start(channel: Channel, message: Any) -> None:
@@ -253,8 +259,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    connected = socket.socket(fileno=int(sys.argv[1]))
-    uvloop.run(serve(connected))
+    uvloop.run(serve_all([socket.socket(fileno=int(descriptor)) for descriptor in sys.argv[1:]]))
 
 
 if __name__ == "__main__":

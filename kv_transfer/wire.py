@@ -24,7 +24,7 @@ from kv_transfer.arena import SegmentRef
 from kv_transfer.layout import BlockLayout
 from kv_transfer.ticket import Ticket
 
-KV_PROTOCOL = 4
+KV_PROTOCOL = 5
 MAX_HEADER_BYTES = 4 << 20
 
 
@@ -165,12 +165,13 @@ class KvBlocks(KvMessage, frozen=True):
 
 
 class KvDone(KvMessage, frozen=True):
-    """Prefill -> decode: all blocks of ticket `serial` have been sent."""
+    """Prefill -> decode: all blocks of ticket `serial` but those of `lost` have been sent."""
 
     request_id: str
     epoch: int
     serial: int
     first_token: TokenChunk
+    lost: tuple[int, ...] = ()
 
 
 class KvAbort(KvMessage, frozen=True):

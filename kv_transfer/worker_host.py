@@ -15,12 +15,21 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from engine_core.engine_thread import EngineThread
-from engine_core.errors import BatonError, CapacityError, RequestError, RequestTooLong, TransferTimeout, WorkerDied
+from engine_core.errors import (
+    BatonError,
+    CapacityError,
+    RequestCancelled,
+    RequestError,
+    RequestTooLong,
+    TransferTimeout,
+    WorkerDied,
+)
 from engine_core.messages import (
     BlockEvents,
     BlockSnapshot,
     Cancel,
     Decode,
+    Donate,
     Failed,
     Load,
     Measured,
@@ -36,6 +45,7 @@ from engine_core.types import Request, Tier
 from engine_core.worker_stats import StatsRecorder
 from kv_transfer.block_publisher import BlockPublisher
 from kv_transfer.control import ControlServer, GatewayLink
+from kv_transfer.donor import Donor
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +143,7 @@ class WorkerHost:
         self._scheduler = scheduler
         self._accept = accept
         self._on_cancel = on_cancel
+        self._donor: Donor | None = None
         self._replica = replica
         self._server = ControlServer(secret, self)
         self._server.refused = replica.stats.refused
@@ -151,8 +162,13 @@ class WorkerHost:
         self._beats: asyncio.Task[None]
         self._loop: asyncio.AbstractEventLoop
 
-    async def start(self, host: str, info: WorkerInfo) -> WorkerInfo:
-        """Start the engine thread, listen, begin to beat. Returns `info` with the real port."""
+    async def start(self, host: str, info: WorkerInfo, donor: Donor | None = None) -> WorkerInfo:
+        """Start the engine thread, listen, begin to beat. Returns `info` with the real port.
+
+        Args:
+            donor: hands cached blocks over; None: this worker cannot, and is deaf to a `Donate`.
+        """
+        self._donor = donor
         self._loop = asyncio.get_running_loop()
         self._publisher = BlockPublisher(info.worker_id, info.incarnation)
         self._engine_thread.start()
@@ -222,13 +238,16 @@ class WorkerHost:
         self._forget(key)
         self.post(lambda: self._cancel(key))
 
-    def on_request(self, link: GatewayLink, message: Prefill | Decode | Cancel | SnapshotRequest) -> None:
+    def on_request(self, link: GatewayLink, message: Prefill | Decode | Donate | Cancel | SnapshotRequest) -> None:
         """GatewayEvents: new work, a cancel, or a question."""
         if isinstance(message, SnapshotRequest):
             self.post(lambda: self._answer(link, message.number))
             return
         if isinstance(message, Cancel):
             self.give_up((message.request_id, message.epoch))
+            return
+        if isinstance(message, Donate):
+            self._donate(message)
             return
         request = message.request
         key = (request.request_id, request.epoch)
@@ -242,6 +261,12 @@ class WorkerHost:
         self._deadlines[key] = self._loop.call_later(message.deadline_ms / 1000, self._expire, key)
         self.post(lambda: self._accept(message))
 
+    def _donate(self, message: Donate) -> None:
+        """Who fetches finds out by itself where nothing comes of it; a worker that drains still gives."""
+        donor = self._donor
+        if donor is not None and self._fault_of(message.request) is None:
+            self.post(lambda: donor.add(message))
+
     def on_gateway_lost(self, link: GatewayLink) -> None:
         """GatewayEvents: nobody wants these any more."""
         self._subscribers.discard(link)
@@ -251,6 +276,8 @@ class WorkerHost:
     def _tick(self) -> bool:
         began_at = time.monotonic()
         busy = self._scheduler.tick()
+        if self._donor is not None:
+            busy = self._donor.tick(wait=not busy) or busy
         now = time.monotonic()
         if busy:
             self._replica.stats.busy_s += now - began_at
@@ -293,12 +320,17 @@ class WorkerHost:
         """On the engine thread, so that the transfer layer hears of it behind whatever the scheduler asked of it."""
         self._scheduler.cancel(key)
         self._on_cancel(key)
+        if self._donor is not None:
+            self._donor.give_up(key, RequestCancelled("the gateway cancelled the request"))
 
     def _problem(self, request: Request) -> BatonError | None:
         if self.draining or self._stopping:
             return CapacityError("this worker is draining")
         if not self.healthy:
             return WorkerDied("the engine of this worker has stopped")
+        return self._fault_of(request)
+
+    def _fault_of(self, request: Request) -> BatonError | None:
         total = request.num_prompt_tokens + request.sampling.max_tokens
         if not 0 < request.num_prompt_tokens <= len(request.token_ids) or request.sampling.max_tokens < 1:
             return RequestError("the prompt is empty, or there is nothing to generate", "prompt")

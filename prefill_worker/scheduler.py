@@ -1,8 +1,10 @@
 """The prefill role's scheduler: chunks in, blocks and first tokens out. Runs on the engine thread.
 
 Life of a sequence here:
-    add -> (queue) chunks dispatched -> first token read -> told to the gateway
-        -> ticket arrives at any time: wanted blocks are gathered as soon as the step that fills them is dispatched
+    add -> (queue; meanwhile leading blocks may be fetched from a donor, and others go before it)
+        -> chunks dispatched -> first token read -> told to the gateway
+        -> ticket arrives at any time: wanted blocks are gathered as soon as the step that fills them, or the
+           write of what was fetched, is dispatched
         -> all wanted blocks handed to the sender and the first token known: finish, pages released
 Pages are held from admission until finish or cancel; the KV sender's lease cancels what no ticket comes for.
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,11 +24,12 @@ from engine_core.chunking import ChunkQueue
 from engine_core.engine import PendingPages, PendingStep
 from engine_core.errors import BatonError, NotFinite
 from engine_core.host_commands import Export
-from engine_core.messages import StepSums, TokenChunk
+from engine_core.messages import PeerAddress, StepSums, TokenChunk
 from engine_core.replica import Replica
 from engine_core.sequence import Sequence as Seq
 from engine_core.step_meter import StepMeter
 from engine_core.types import Request
+from prefill_worker.fetches import Fetches, Source
 
 Key = tuple[str, int]
 
@@ -37,6 +40,12 @@ class PrefillEvents(Protocol):
     @property
     def writable(self) -> bool:
         """Whether more blocks are welcome; else pages stay on the device."""
+
+    def fetch(self, key: Key, donor: PeerAddress, wanted: list[tuple[int, int]]) -> None:
+        """Pages are reserved: ask `donor` for these (block index, page generation). If for none: it is free to go."""
+
+    def fetch_abandoned(self, key: Key) -> None:
+        """They are wanted no more."""
 
     def tokens(self, chunk: TokenChunk) -> None:
         """The first token, for the gateway."""
@@ -73,16 +82,18 @@ class PrefillScheduler:
     Args:
         replica: engine and host state.
         events: where results go.
+        clock: seconds, monotonic.
     """
 
-    def __init__(self, replica: Replica, events: PrefillEvents) -> None:
+    def __init__(self, replica: Replica, events: PrefillEvents, clock: Callable[[], float] = time.monotonic) -> None:
         self._replica = replica
         self._events = events
         self._queue = ChunkQueue(replica.memory)
+        self._fetches = Fetches(replica.memory, replica.engine, clock)
         self._tasks: dict[Key, _Task] = {}
         self._inflight: deque[tuple[PendingStep, list[int], list[Chunk]]] = deque()
         self._eos = frozenset(replica.resolved.spec.eos_token_ids)
-        self._meter = StepMeter(time.monotonic, lambda: replica.compiles_after_warmup)
+        self._meter = StepMeter(clock, lambda: replica.compiles_after_warmup)
 
     @property
     def num_running(self) -> int:
@@ -108,13 +119,34 @@ class PrefillScheduler:
         """How long steps took since the last call."""
         return self._meter.drain()
 
-    def add(self, request: Request) -> None:
-        """Take a prompt. A key that is already here is ignored: a duplicate message."""
+    def add(self, request: Request, source: Source | None = None) -> None:
+        """Take a prompt, whose leading blocks `source` may have. A key that is already here is ignored: a duplicate."""
         sequence = Seq.of(request)
         if sequence.key in self._tasks:
             return
         self._tasks[sequence.key] = _Task(sequence)
         self._queue.add(sequence)
+        if source is not None:
+            wanted = self._fetches.begin(sequence, source)
+            if wanted:
+                self._queue.hold(sequence)
+            self._events.fetch(sequence.key, source.donor, wanted)
+
+    def fetched(
+        self, key: Key, indices: Sequence[int], layers: Sequence[np.ndarray], generations: Sequence[int]
+    ) -> None:
+        """Verified blocks arrived from a donor."""
+        self._fetches.arrive(key, indices, layers, generations)
+
+    def fetch_ended(self, key: Key, answer: TokenChunk, lost: Sequence[int]) -> None:
+        """All that the donor has arrived; `lost` is computed here."""
+        self._fetches.end(key, answer, lost)
+
+    def fetch_failed(self, key: Key) -> None:
+        """No more comes: the rest is computed here. Unknown keys are fine."""
+        self._fetches.abandon(key)
+        if key in self._tasks:
+            self._queue.resume(self._tasks[key].sequence)
 
     def grant(self, key: Key, blocks: Sequence[int]) -> None:
         """A ticket arrived: these block indices, ascending, are wanted. Unknown keys are fine.
@@ -131,18 +163,27 @@ class PrefillScheduler:
         task = self._tasks.pop(key, None)
         if task is None:
             return
+        self._fetches.abandon(key)
         task.sequence.finished = True
         self._queue.remove(task.sequence)
         self._replica.memory.release(task.sequence)
 
     def tick(self) -> bool:
-        """One round: dispatch a chunk, gather finished blocks, read the step before, hand over."""
+        """One round: write what was fetched, dispatch a chunk, gather blocks, read the step before, hand over."""
+        self._write_fetched()
         dispatched = self._dispatch()
         self._gather_wanted()
         while len(self._inflight) > (1 if dispatched else 0):
             self._read(*self._inflight.popleft())
         released = self._hand_over(wait=not dispatched)
         return dispatched or released
+
+    def _write_fetched(self) -> None:
+        for key in self._fetches.write():
+            self._queue.resume(self._tasks[key].sequence)
+        for key in self._fetches.late():
+            self._events.fetch_abandoned(key)
+            self.fetch_failed(key)
 
     def _dispatch(self) -> bool:
         chunks = self._queue.next_chunks(*self._replica.prefill_budget)
@@ -189,18 +230,26 @@ class PrefillScheduler:
 
     def _gather_wanted(self) -> None:
         """Queue the gathers right behind the step that filled the pages, before a later step."""
-        page_size = self._replica.memory.page_size
         for task in self._tasks.values():
             if not task.wanted or not self._events.writable:
                 continue
-            sequence = task.sequence
-            total = len(sequence.request.token_ids)
-            done = sequence.num_dispatched
-            ready = [i for i in task.wanted if min((i + 1) * page_size, total) <= done]
+            ready, pages = self._ready(task, task.wanted)
             if ready:
-                export = Export(*sequence.key, tuple(ready))
-                task.gathers.append((ready, self._replica.engine.gather([sequence.pages[i] for i in ready], export)))
-                task.wanted = task.wanted[len(ready) :]
+                export = Export(*task.sequence.key, tuple(ready))
+                task.gathers.append((ready, self._replica.engine.gather(pages, export)))
+                left = set(task.wanted).difference(ready)
+                task.wanted = [i for i in task.wanted if i in left]
+
+    def _ready(self, task: _Task, wanted: list[int]) -> tuple[list[int], list[int]]:
+        """Those of the blocks that are here, or will be once what was dispatched so far has run; and their pages."""
+        sequence, page_size = task.sequence, self._replica.memory.page_size
+        fetch = self._fetches.get(sequence.key)
+        if fetch is not None:
+            ready, pages = [i for i in wanted if fetch.holds(i)], fetch.sequence.pages
+        else:
+            total, done = len(sequence.request.token_ids), sequence.num_dispatched
+            ready, pages = [i for i in wanted if min((i + 1) * page_size, total) <= done], sequence.pages
+        return ready, [pages[i] for i in ready]
 
     def _hand_over(self, *, wait: bool) -> bool:
         """Give gathered blocks to the sender; whether a sequence ended and its pages are free."""

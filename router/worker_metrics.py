@@ -78,11 +78,11 @@ def kv_usage(worker: WorkerState) -> float:
 
 
 def link_names(workers: Iterable[WorkerState]) -> dict[str, str]:
-    """KV address -> worker id of each prefill worker: links are told by address."""
+    """KV address -> worker id of each worker that hands KV over: links are told by address."""
     return {
         f"{worker.info.address.host}:{worker.info.address.kv_port}": worker.info.worker_id
         for worker in workers
-        if worker.info.role is Role.PREFILL
+        if worker.info.address.kv_port
     }
 
 

@@ -104,7 +104,7 @@ class FakeWorker:
             worker_id=worker_id,
             incarnation=incarnation,
             role=role,
-            address=PeerAddress("127.0.0.1", 0, 1),
+            address=PeerAddress("127.0.0.1", 0, 1 if role is Role.PREFILL else 2),
             fingerprint="fp",
             numerics=Numerics.FAST,
             num_slots=8,

@@ -14,6 +14,7 @@ from engine_core.messages import (
     BlockSnapshot,
     Cancel,
     Decode,
+    Donate,
     Failed,
     Load,
     Measured,
@@ -95,15 +96,31 @@ class Client:
         for client in self._clients:
             await client.close()
 
-    async def run(self, request: Request, decode: ControlClient, prefill: ControlClient | None) -> Answer:
-        answer = self.start(request, decode, prefill)
+    async def run(
+        self,
+        request: Request,
+        decode: ControlClient,
+        prefill: ControlClient | None,
+        donor: ControlClient | None = None,
+        donor_blocks: int = 0,
+    ) -> Answer:
+        answer = self.start(request, decode, prefill, donor, donor_blocks)
         await asyncio.wait_for(answer.done.wait(), 60)
         return answer
 
-    def start(self, request: Request, decode: ControlClient, prefill: ControlClient | None) -> Answer:
+    def start(
+        self,
+        request: Request,
+        decode: ControlClient,
+        prefill: ControlClient | None,
+        donor: ControlClient | None = None,
+        donor_blocks: int = 0,
+    ) -> Answer:
         decode.send(Decode(request, prefill.info.address if prefill else None, DEADLINE_MS))
         if prefill is not None:
-            prefill.send(Prefill(request, DEADLINE_MS))
+            prefill.send(Prefill(request, DEADLINE_MS, donor.info.address if donor else None, donor_blocks))
+        if donor is not None:
+            donor.send(Donate(request, donor_blocks, DEADLINE_MS))
         return self.answers[request.request_id, request.epoch]
 
     def cancel(self, request: Request, *workers: ControlClient) -> None:

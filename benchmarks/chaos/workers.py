@@ -37,8 +37,8 @@ class ChaosPrefillWorker(PrefillWorker):
         return await register(self._model_dir, await super().start(), self._counts)
 
     def _counts(self) -> dict[str, int]:
-        held = self._sender.inflight_bytes > 0
-        return {**held_of(self._replica), "tickets": len(self._scheduler._tasks) + held}
+        held = self._outlet.sender.inflight_bytes > 0
+        return {**held_of(self._replica), "tickets": len(self._scheduler._tasks) + len(self._donor) + held}
 
 
 class ChaosDecodeWorker(DecodeWorker):
@@ -65,7 +65,10 @@ class ChaosDecodeWorker(DecodeWorker):
         return await register(self._model_dir, await super().start(), self._counts)
 
     def _counts(self) -> dict[str, int]:
-        return {**held_of(self._replica), "tickets": len(self._scheduler._sequences) + self._receiver.num_open}
+        assert self._outlet is not None and self._donor is not None
+        held = self._outlet.sender.inflight_bytes > 0
+        tickets = len(self._scheduler._sequences) + self._receiver.num_open + len(self._donor) + held
+        return {**held_of(self._replica), "tickets": tickets}
 
 
 def held_of(replica: Replica) -> dict[str, int]:

@@ -8,8 +8,9 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from decode_worker.scheduler import LAND_PAGES, DecodeScheduler
+from decode_worker.scheduler import DecodeScheduler
 from engine_core.errors import NotFinite, TransferTimeout
+from engine_core.landings import LAND_PAGES
 from engine_core.messages import PeerAddress, TokenChunk
 from engine_core.types import FinishReason, Numerics, Request, SamplingParams
 from tests.fake_engine import fake_replica, generate, next_token, spoil

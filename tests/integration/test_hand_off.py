@@ -199,13 +199,13 @@ async def test_a_prefill_worker_that_leaves_is_there_until_its_blocks_are_collec
     await asyncio.sleep(0.02)
     uncollected = [3, 2, 1]
     monkeypatch.setattr(
-        type(prefill._sender),
+        type(prefill._outlet.sender),
         "inflight_bytes",
         property(lambda self: uncollected.pop() if uncollected else self._inflight_bytes),
     )
     try:
         await prefill.drain(30)
-        assert not uncollected and prefill._sender.inflight_bytes == 0
+        assert not uncollected and prefill._outlet.sender.inflight_bytes == 0
         refused = cluster.client.start(Request("9" * 32, [1, 2, 3], 3, sampling), cluster.decode, cluster.prefill)
         for answer in answers:
             async with asyncio.timeout(30):
@@ -258,7 +258,7 @@ async def test_logits_that_are_not_finite_are_never_served(cluster, sick):
 @pytest.mark.parametrize("damaged", [0, 12])
 async def test_blocks_that_cannot_be_had_are_computed_by_decode(cluster, monkeypatch, caplog, damaged):
     """A bit flips in memory behind the copy, so that the frame is wrong however often it is sent."""
-    sender, frames = cluster.workers[0]._sender, []
+    sender, frames = cluster.workers[0]._outlet.sender, []
     stage = sender._stage
 
     def stage_and_damage(blocks):

@@ -35,6 +35,7 @@ from tests.kv_transfer.simulation import Broken, World
 KEY = ("r", 0)
 TICKET = Ticket("r", 0, 7, (Landing(1, 41), Landing(2, 42)), 1000)
 TOKEN = TokenChunk("r", 0, 0, [5])
+NOTHING = TokenChunk("r", 0, 0, [])
 DONE = Send("d", KvDone("r", 0, 7, TOKEN))
 
 
@@ -108,14 +109,31 @@ class TestSender:
         assert codes(core.tick(1.0)) == [Unsend, Send]
         assert len(core) == core.held_bytes == 0
 
-    def test_finish_without_a_wanted_block_is_an_abort(self):
+    def test_wanted_blocks_that_were_not_handed_over_are_lost(self):
         core = SenderCore()
         core.on_message(0, "d", TicketMsg(TICKET))
         core.offer(0, KEY, 1)
         core.send_blocks(0, KEY, [1], "a", 10)
-        unsend, abort = core.finish(0, KEY, TOKEN)
-        assert unsend == Unsend("d", KEY)
-        assert abort.message.code == TransferError.code
+        assert core.finish(0, KEY, TOKEN) == [Send("d", KvDone("r", 0, 7, TOKEN, (2,)))]
+        core.on_released(0, KEY, 1, [1])
+        assert len(core) == core.held_bytes == 0
+
+    @pytest.mark.parametrize("first_token", [TOKEN, NOTHING])
+    def test_half_a_block_is_one_only_at_the_end_of_the_prompt(self, first_token):
+        """A donor has no token to tell: what it holds of a block that the receiver wants whole is not that block."""
+
+        class HalfABlock:
+            own_ticket = staticmethod(lambda ticket: ticket)
+            add = staticmethod(lambda indices, source: [((1,), source, 10)])
+            flush = staticmethod(lambda: [((2,), "half", 10)])
+
+        core = SenderCore(lambda peer: HalfABlock())
+        core.on_message(0, "d", TicketMsg(TICKET))
+        core.offer(0, KEY, 1)
+        core.send_blocks(0, KEY, [1], "a", 10)
+        *blocks, done = core.finish(0, KEY, first_token)
+        assert [block.source for block in blocks] == (["half"] if first_token is TOKEN else [])
+        assert done.message.lost == (() if first_token is TOKEN else (2,))
 
     @pytest.mark.parametrize("order", ["cancel, offer", "offer, cancel"])
     def test_cancel_from_decode(self, order):
@@ -241,6 +259,18 @@ class TestReceiver:
         core.on_blocks(0, header((1, 41)), True)
         core.on_message(0, DONE.message)
         assert core.on_message(0, abort) == [Done(KEY, TOKEN, (2,)), Send("p", TicketCancel(*KEY))]
+
+    @pytest.mark.parametrize("overtaken", [False, True])
+    def test_what_the_sender_never_had_is_lost_and_the_rest_is_waited_for(self, overtaken):
+        core, done = self.opened(), KvDone("r", 0, 7, NOTHING, (2, 9))
+        over = [Done(KEY, NOTHING, (2,)), Send("p", TicketCancel(*KEY))]
+        if overtaken:
+            assert core.on_message(0, done) == []
+            assert core.on_blocks(0, header((2, 42)), True) == []
+            assert core.on_blocks(0, header((1, 41)), True) == [Landed(header((1, 41))), *over]
+        else:
+            core.on_blocks(0, header((1, 41)), True)
+            assert core.on_message(0, done) == over
 
     def test_answers_to_an_earlier_ticket_are_stale(self):
         core = self.opened()

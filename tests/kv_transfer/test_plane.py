@@ -56,7 +56,7 @@ async def test_a_plane_ends_with_its_worker():
         for end in (pair.sender, pair.receiver):
             end._plane._is_closing = True
             end._plane._channel.abort(ConnectionError("the worker was killed"))
-        await until(lambda: all(process.poll() is not None for process in processes))
+        await until(lambda: all(process.popen.poll() is not None for process in processes))
 
 
 async def test_what_a_lost_reader_may_still_read_is_never_written_again():
