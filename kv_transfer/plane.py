@@ -160,7 +160,8 @@ class _Plane:
 
     def __init__(self, listener: _Listener, process: PlaneProcess | None) -> None:
         self._listener = listener
-        self._process = process or PlaneProcess()
+        self._shared = process
+        self._process: PlaneProcess
         self._ready: asyncio.Future[PlaneReady]
         self._channel: Channel
         self._commands: Commands
@@ -176,6 +177,7 @@ class _Plane:
     ) -> int:
         """Connect to the process; returns the port on which it listens."""
         loop = asyncio.get_running_loop()
+        self._process = self._shared or PlaneProcess()
         mine = self._process.connect()
         self._ready = loop.create_future()
         self._commands = Commands(mine)

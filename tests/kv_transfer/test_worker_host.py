@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from engine_core.messages import Decode, PeerAddress
+from engine_core.messages import Cancel, Decode, Donate, PeerAddress
 from engine_core.types import Request, Role, SamplingParams
 from engine_core.worker_stats import StatsRecorder
 from kv_transfer.worker_host import WorkerHost
@@ -45,7 +45,7 @@ class Scheduler:
         return False
 
 
-async def started(scheduler: Scheduler) -> tuple[WorkerHost, Client, Any]:
+async def started(scheduler: Scheduler, donor: Any = None) -> tuple[WorkerHost, Client, Any]:
     replica = SimpleNamespace(
         vocab_size=100,
         max_model_len=100,
@@ -63,7 +63,7 @@ async def started(scheduler: Scheduler) -> tuple[WorkerHost, Client, Any]:
         replica=replica,
         step_timeout_s=STEP_TIMEOUT_S,
     )
-    info = await host.start("127.0.0.1", worker_info("d", 1, Role.DECODE, 0))
+    info = await host.start("127.0.0.1", worker_info("d", 1, Role.DECODE, 0), donor)
     client = Client()
     return host, client, await client.connect(info)
 
@@ -104,6 +104,43 @@ async def test_an_engine_that_fails_loses_its_requests_and_is_told_to_be_sick(
         assert not client.loads, "a sick worker does not beat"
     finally:
         scheduler.released.set()
+        await client.close()
+        await host.stop()
+
+
+async def test_a_donor_that_has_more_to_give_has_its_next_round_at_once() -> None:
+    """Also where the scheduler sleeps; and it is told what is cancelled, and of malformed requests nothing."""
+
+    class Giver:
+        def __init__(self) -> None:
+            self.rounds, self.taken, self.given_up = 0, [], []
+
+        def add(self, message: Donate) -> None:
+            self.taken.append(message.request.request_id)
+            self.rounds = 100
+
+        def give_up(self, key: Any, error: Exception) -> None:
+            self.given_up.append(key)
+
+        def tick(self, *, wait: bool) -> bool:
+            self.rounds -= self.rounds > 0
+            return self.rounds > 0
+
+    giver = Giver()
+    host, client, link = await started(Scheduler(), giver)
+    try:
+        link.send(Donate(Request("x", [2**40], 1, SamplingParams()), 1, 60_000))
+        host.draining = True
+        link.send(Donate(Request("a", [1, 2], 2, SamplingParams()), 1, 60_000))
+        async with asyncio.timeout(5):  # 25 s, where each round waits for the next idle tick
+            while not giver.taken or giver.rounds:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        link.send(Cancel("a", 0))
+        async with asyncio.timeout(5):
+            while not giver.given_up:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert giver.taken == ["a"] and giver.given_up == [("a", 0)]
+    finally:
         await client.close()
         await host.stop()
 
