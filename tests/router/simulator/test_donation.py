@@ -93,14 +93,6 @@ def test_others_go_before_a_prompt_that_waits_for_its_blocks() -> None:
     assert run.jobs[1].first_token_at == pytest.approx(103.5)
 
 
-def test_a_sibling_waits_for_blocks_that_come_for_another() -> None:
-    trace = trace_of((0.0, [1, 2, 3], 25, 1), (100.0, [1, 2, 4], 25, 1), (100.1, [8], 5, 1), (100.2, [1, 2, 5], 25, 1))
-    run = with_donor(trace=trace)
-    run.run()
-    assert run.jobs[3].attempt.source is run.jobs[1].attempt.source
-    assert run.jobs[3].cached_tokens == 20
-
-
 def test_a_full_worker_computes_instead() -> None:
     """Both decode workers' pages do not matter: prefill-1 has three, and a prompt of another kind is in them."""
     trace = trace_of((0.0, [1, 2, 3], 25, 1), (100.0, [1, 2, 4], 25, 1))
