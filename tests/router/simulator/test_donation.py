@@ -41,7 +41,11 @@ def candidate(run: Cluster, worker_id: str) -> Candidate:
 @pytest.mark.parametrize("donor", ["prefill-0", "decode-0"])
 def test_two_blocks_come_and_the_rest_is_computed(donor: str) -> None:
     run = with_donor(donor=donor)
+    giving = []
+    for at in (101.0, 102.5):
+        run.events.at(at, lambda: giving.append(len(run.workers[donor].donations)))
     outcome = run.run()
+    assert giving == [1, 0]
     job = run.jobs[1]
     # 20 bytes at 10 per second, then one chunk of 5 tokens: 2 + 1.5 s
     assert job.first_token_at - 100.0 == pytest.approx(3.5)
