@@ -118,22 +118,11 @@ class Readings:
     def _admit(self, coming: set[bytes]) -> bool:
         """The first of those that wait gets pages, if there are any; not before what it shares is cached.
 
-        Those to whom the next block comes from a donor, for themselves or for another, are passed over.
+        Those whose blocks are on their way from a donor are passed over.
         """
-        awaited: set[bytes] = set()
-        for reading in self._waiting:
-            awaited.update(reading.awaited)
-            if not awaited or awaited.isdisjoint(self._next_block(reading)):
-                return self._admit_one(reading, coming)
-        return False
-
-    def _next_block(self, reading: Reading) -> Sequence[bytes]:
-        """The first that is not cached; empty where all are."""
-        hashes = reading.attempt.job.hashes
-        count = self._memory.cache.count(hashes)
-        return hashes[count : count + 1]
-
-    def _admit_one(self, reading: Reading, coming: set[bytes]) -> bool:
+        reading = next((waiting for waiting in self._waiting if not waiting.awaited), None)
+        if reading is None:
+            return False
         hashes = reading.attempt.job.hashes
         reserved = self._memory.reserve(hashes, reading.num_tokens - 1, reading.num_tokens)
         if reserved is None:

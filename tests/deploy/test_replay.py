@@ -46,7 +46,7 @@ def test_ablation_runs_each_term(trace, capsys):
     names = list(json.loads(capsys.readouterr().out)["policies"])
     assert names[0] == "joint"
     assert "joint without transfer" in names
-    assert len(names) == 8
+    assert len(names) == 9
 
 
 def test_planner_beside_fixed_fleets(trace, capsys):

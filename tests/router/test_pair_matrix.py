@@ -91,11 +91,12 @@ class Fleet:
     def asked(self) -> Asked:
         rng, num_tokens = self.rng, self.rng.randrange(1, 6000)
         held, told = {}, {}
+        common = rng.randrange(num_tokens)  # that several hold
         for worker in rng.sample(self.workers, rng.randrange(len(self.workers) + 1)):
             page_size = worker.info.page_size
             held[worker.key] = rng.randrange(num_tokens // page_size + 1) * page_size
             if rng.random() < 0.7:
-                told[worker.key] = rng.choice((held[worker.key], held[worker.key] // page_size // 2 * page_size))
+                told[worker.key] = rng.choice((held[worker.key], common)) // page_size * page_size
         leaving = rng.sample(self.leaving, rng.randrange(len(self.leaving) + 1))
         for worker in leaving:
             page_size = worker.info.page_size

@@ -41,7 +41,11 @@ def candidate(run: Cluster, worker_id: str) -> Candidate:
 @pytest.mark.parametrize("donor", ["prefill-0", "decode-0"])
 def test_two_blocks_come_and_the_rest_is_computed(donor: str) -> None:
     run = with_donor(donor=donor)
+    giving = []
+    for at in (101.0, 102.5):
+        run.events.at(at, lambda: giving.append(len(run.workers[donor].donations)))
     outcome = run.run()
+    assert giving == [1, 0]
     job = run.jobs[1]
     # 20 bytes at 10 per second, then one chunk of 5 tokens: 2 + 1.5 s
     assert job.first_token_at - 100.0 == pytest.approx(3.5)
@@ -91,14 +95,6 @@ def test_others_go_before_a_prompt_that_waits_for_its_blocks() -> None:
     assert run.jobs[3].attempt.source is run.jobs[1].attempt.source
     assert run.jobs[3].first_token_at == pytest.approx(101.7)
     assert run.jobs[1].first_token_at == pytest.approx(103.5)
-
-
-def test_a_sibling_waits_for_blocks_that_come_for_another() -> None:
-    trace = trace_of((0.0, [1, 2, 3], 25, 1), (100.0, [1, 2, 4], 25, 1), (100.1, [8], 5, 1), (100.2, [1, 2, 5], 25, 1))
-    run = with_donor(trace=trace)
-    run.run()
-    assert run.jobs[3].attempt.source is run.jobs[1].attempt.source
-    assert run.jobs[3].cached_tokens == 20
 
 
 def test_a_full_worker_computes_instead() -> None:
