@@ -24,7 +24,8 @@ from kv_transfer.handshake import TransferOptions
 from kv_transfer.host_links import HostLinks
 from kv_transfer.joined_receiver import JoinedReceiver
 from kv_transfer.outlet import Outlet
-from kv_transfer.plane import PlaneProcess, open_sender
+from kv_transfer.plane import open_sender
+from kv_transfer.plane_link import PlaneProcess
 from kv_transfer.ticket import Landing, Ticket
 from kv_transfer.worker_host import Key, WorkerHost
 

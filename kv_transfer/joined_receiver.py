@@ -21,7 +21,9 @@ from kv_transfer.base import Layers, ReceiverEvents
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
 from kv_transfer.layout import BlockLayout
-from kv_transfer.plane import PlaneKvReceiver, PlaneProcess, open_receiver
+from kv_transfer.plane import open_receiver
+from kv_transfer.plane_link import PlaneProcess
+from kv_transfer.plane_receiver import PlaneKvReceiver
 from kv_transfer.receiver import NetKvReceiver
 from kv_transfer.ticket import Ticket, part_id
 

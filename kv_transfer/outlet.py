@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
-from kv_transfer.plane import PlaneKvSender
+from kv_transfer.plane_sender import PlaneKvSender
 from kv_transfer.sender import NetKvSender
 
 

@@ -1,4 +1,4 @@
-"""The data plane of one worker: `python -m kv_transfer.plane_process FD [FD]`, started by `kv_transfer.plane`.
+"""The data plane of one worker: `python -m kv_transfer.plane_process FD [FD]`, started by `kv_transfer.plane_link`.
 
 Runs the endpoints, of a sender and a receiver, that talk to other hosts: checksums, sockets, shared memory of peers.
 It ends when its worker does.

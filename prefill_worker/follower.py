@@ -17,7 +17,8 @@ from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handoff import error_named
 from kv_transfer.handshake import TransferOptions
 from kv_transfer.leader_link import LeaderLink
-from kv_transfer.plane import PlaneKvSender, open_sender
+from kv_transfer.plane import open_sender
+from kv_transfer.plane_sender import PlaneKvSender
 from kv_transfer.sender import NetKvSender
 from kv_transfer.ticket import Ticket, part_id
 

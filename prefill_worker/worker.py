@@ -25,7 +25,9 @@ from kv_transfer.handshake import TransferOptions
 from kv_transfer.host_links import HostLinks
 from kv_transfer.host_loop import BEAT_S
 from kv_transfer.outlet import Outlet
-from kv_transfer.plane import PlaneKvReceiver, PlaneProcess, open_receiver, open_sender
+from kv_transfer.plane import open_receiver, open_sender
+from kv_transfer.plane_link import PlaneProcess
+from kv_transfer.plane_receiver import PlaneKvReceiver
 from kv_transfer.receiver import NetKvReceiver
 from kv_transfer.ticket import Landing, Ticket
 from kv_transfer.worker_host import Key, WorkerHost

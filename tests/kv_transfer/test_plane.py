@@ -12,7 +12,7 @@ import pytest
 
 from engine_core.errors import ConfigError, RequestCancelled, TransferError
 from kv_transfer.layout import BlockLayout
-from kv_transfer.plane import PlaneKvSender
+from kv_transfer.plane_sender import PlaneKvSender
 from kv_transfer.wire import HOST_TRANSPORTS, Transport
 from tests.kv_transfer.test_transport import ALL_TRANSPORTS, Pair, PrefillEars, first_token, open_pair, until
 

@@ -42,7 +42,8 @@ from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
 from kv_transfer.inproc import Faults, InprocKvReceiver, InprocKvSender, InprocNetwork
 from kv_transfer.layout import BlockLayout
-from kv_transfer.plane import PlaneKvReceiver, PlaneKvSender
+from kv_transfer.plane_receiver import PlaneKvReceiver
+from kv_transfer.plane_sender import PlaneKvSender
 from kv_transfer.receiver import NetKvReceiver
 from kv_transfer.sender import NetKvSender
 from kv_transfer.ticket import Landing, Ticket
