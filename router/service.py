@@ -25,7 +25,6 @@ from engine_core.errors import (
 )
 from engine_core.messages import Cancel, Decode, Donate, Failed, PeerAddress, Prefill, TokenChunk, Tokens, WorkerInfo
 from engine_core.types import Request, Role
-from router.admission import AdmissionQueue, Entry
 from router.block_index import BlockIndex
 from router.clients import MakeClient
 from router.compiled.library import Compiled
@@ -48,6 +47,7 @@ from router.slow_requests import SlowRequests
 from router.stream import Stage, Stream
 from router.tokenizer import TextCodec
 from router.version import version
+from router.waiting_room import WaitingRoom, too_late
 from router.wishes import Wishes
 
 if TYPE_CHECKING:  # the library is optional
@@ -105,8 +105,7 @@ class Service:
             PlacementConfig(local_prefill_tokens=config.local_prefill_tokens, max_backlog_s=config.max_backlog_s),
             compiled,
         )
-        self._queue = AdmissionQueue(config.max_waiting, config.weights())
-        self._waiting: dict[Entry, tuple[Stream, asyncio.Future[None]]] = {}
+        self._waiting = WaitingRoom(config, self.registry, self._placement, self.metrics, self._place)
         self._retry_budget = RetryBudget()
         self._streams: dict[str, Stream] = {}
         self._retries: set[asyncio.Task[None]] = set()
@@ -130,9 +129,7 @@ class Service:
     async def close(self) -> None:
         """End what runs; hang up on all workers."""
         self.draining = True
-        for _, placed in self._waiting.values():
-            if not placed.done():
-                placed.set_exception(CapacityError("the gateway is shutting down"))
+        self._waiting.close(CapacityError("the gateway is shutting down"))
         for stream in list(self._streams.values()):
             self._fail(stream, CapacityError("the gateway is shutting down"))
         tasks = [*self._retries, *self._watch_tasks]
@@ -171,7 +168,8 @@ class Service:
             for stream in streams:
                 if not self.registry.decode:
                     await self._wait_for_worker()
-                await self._admit(stream, wishes)
+                self._retry_budget.requested()
+                await self._waiting.admit(stream, wishes, self._now())
         except BaseException:
             generation.close()
             raise
@@ -237,61 +235,9 @@ class Service:
 
     def on_room(self, now: float) -> None:
         """Place those that wait, as long as there is room."""
-        while self._waiting and self._has_room(now):
-            entry = self._queue.take(now)
-            if entry is None:
-                return
-            stream, placed = self._waiting.pop(entry)
-            if placed.done():
-                continue
-            try:
-                self._place(stream, now)
-            except BatonError as error:
-                placed.set_exception(error)
-            else:
-                placed.set_result(None)
+        self._waiting.on_room(now)
 
     # one stream
-
-    async def _admit(self, stream: Stream, wishes: Wishes) -> None:
-        """Place a stream, at once or when its turn has come. Raises what `generate` does."""
-        now = self._now()
-        self._retry_budget.requested()
-        stream.due = None if wishes.ttft_s is None else stream.arrived_at + wishes.ttft_s
-        if not self._waiting and self._has_room(now):
-            self._queue.passed(now)
-            self._place(stream, now)
-            return
-        candidates = self.registry.candidates
-        least_s = self._placement.least_queue_s(candidates[Role.PREFILL], candidates[Role.DECODE], now)
-        if stream.due is not None and now + least_s > stream.due:
-            raise _too_late(least_s)
-        ttft_s = min(self.config.max_wait_s if wishes.ttft_s is None else wishes.ttft_s, self.config.request_timeout_s)
-        cost = self._placement.expected_tokens(stream.request)
-        entry = Entry(wishes.tenant, wishes.priority, cost, stream.arrived_at + ttft_s)
-        victim = self._queue.offer(entry, now)
-        if victim is not None:
-            self._refuse(victim)
-        placed = asyncio.get_running_loop().create_future()
-        self._waiting[entry] = (stream, placed)
-        self.metrics.num_waiting = len(self._waiting)
-        try:
-            await placed
-        finally:
-            self._queue.cancel(entry)
-            self._waiting.pop(entry, None)
-            self.metrics.num_waiting = len(self._waiting)
-            self.metrics.queue_wait.observe(self._now() - now)
-
-    def _refuse(self, entry: Entry) -> None:
-        _, placed = self._waiting.pop(entry)
-        if not placed.done() and entry.refusal is not None:
-            nobody = NoWorkerAvailable("no decode worker is available; try again later")
-            placed.set_exception(entry.refusal if self.registry.decode else nobody)
-
-    def _has_room(self, now: float) -> bool:
-        candidates = self.registry.candidates
-        return self._placement.has_room(candidates[Role.PREFILL], candidates[Role.DECODE], now)
 
     def _choose(self, stream: Stream, now: float) -> Placement:
         candidates = self.registry.candidates
@@ -316,7 +262,7 @@ class Service:
         ttft_s = placement.decision.chosen.terms.ttft_s
         if stream.due is not None and now + ttft_s > stream.due:
             placement.release(now)
-            raise _too_late(ttft_s)
+            raise too_late(ttft_s)
         self._send(stream, placement)
 
     def _now(self) -> float:
@@ -508,8 +454,7 @@ class Service:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(interval_s)
-            for entry in self._queue.expire(loop.time()):
-                self._refuse(entry)
+            self._waiting.expire(loop.time())
             oldest = loop.time() - limit_s
             for stream in list(self._streams.values()):  # in order of arrival
                 if stream.arrived_at > oldest:
@@ -524,7 +469,3 @@ class Service:
                     await self.registry.wait_for_change()
         except TimeoutError:
             raise NoWorkerAvailable("no decode worker is available; try again later") from None
-
-
-def _too_late(seconds: float) -> Overloaded:
-    return Overloaded(f"the first token would take about {seconds:.3f} s", "deadline", max(1.0, seconds))

@@ -36,6 +36,7 @@ class Told(NamedTuple):
     Attributes:
         prefill, decode: worker ids.
         held_prefill, held_decode: prompt tokens that placement knew to be there.
+        donor: whose blocks the prefill worker was to fetch; empty: nobody's.
         cached: `cached_tokens` of its usage.
     """
 
@@ -45,6 +46,7 @@ class Told(NamedTuple):
     decode: str
     held_prefill: int
     held_decode: int
+    donor: str
     cached: int
 
 
@@ -66,6 +68,7 @@ def ask(cluster: Cluster, prompt: list[int], max_tokens: int = 4) -> Told:
         said["decode"].rpartition(".")[0],
         int(said["held_prefill"]),
         int(said["held_decode"]),
+        said["donor"].rpartition(".")[0],
         answer["usage"]["prompt_tokens_details"]["cached_tokens"],
     )
 
@@ -143,12 +146,20 @@ def test_lost_events_are_noticed_and_made_good(pairs: Cluster) -> None:
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_a_worker_that_restarts_is_empty_and_fills_again(pairs: Cluster, role: str) -> None:
-    prompts = [text(400 + seed + (50 if role == "decode" else 0), PREFIX + 5) for seed in range(6)]
+    """While a prefill worker is away, the other one fetches what decode workers hold of its prompts."""
+    prompts = [text(400 + seed + (50 if role == "decode" else 0), PREFIX + 5) for seed in range(8)]
     before = ask_all(pairs, prompts)
     victim = pairs.member(getattr(before[0], role))
-    lost = [place for place, one in enumerate(before) if getattr(one, role) == victim["worker_id"]]
+    at_once, *lost = [place for place, one in enumerate(before) if getattr(one, role) == victim["worker_id"]]
     os.kill(victim["pid"], signal.SIGKILL)
-    assert ask(pairs, text(500, PREFIX)).text  # while it is away, the other one serves
+    assert ask(pairs, text(500, PREFIX)).text  # the other one serves
+    known = before[at_once]
+    while_away = ask(pairs, prompts[at_once])
+    assert while_away.text == known.text
+    assert while_away.cached == PREFIX
+    if role == "prefill":
+        assert (while_away.held_prefill, while_away.donor) == (0, known.decode)
+        assert pairs._sum("fetches_total") >= 1
     life = victim["incarnation"] + 1
     pairs.until_life(victim["worker_id"], life)
     until(lambda: pairs.metrics().get(victim["worker_id"], {}).get("worker_incarnation") == life, 30)
