@@ -40,9 +40,10 @@ check: setup-dev  ## ruff, mypy --strict, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Two at a time, then those with a cluster each, which wants the machine for itself. 5: ARGS left none of that kind.
+# Two files at a time, the long ones not last; then those with a cluster each, which wants the machine for itself.
+# 5: ARGS left none of that kind.
 test: setup-dev  ## All tests (ARGS="-k name" narrows)
-	$(BIN)/python -m pytest -m "not aot_matrix and not ray" -n 2 --dist loadfile $(ARGS) || test $$? = 5
+	$(BIN)/python -m pytest -m "not aot_matrix and not ray" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS) || test $$? = 5
 	$(BIN)/python -m pytest -m ray $(ARGS) || test $$? = 5
 
 test-tpu-aot: setup-dev  ## Compile every kernel and whole steps of real models for every TPU generation; needs no TPU
