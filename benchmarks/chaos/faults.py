@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.chaos.cluster import Cluster
 from benchmarks.chaos.fate import Fate
 from benchmarks.chaos.proxy import FAIR, FaultProxy, Weather
-from benchmarks.chaos.station import Station
+from benchmarks.chaos.station import Post, Station
 from engine_core.types import Role
 
 PAUSE_S = (1.0, 3.0)  # between two faults
@@ -132,7 +132,7 @@ class Faults:
 
     async def _link_fault(self, kind: str) -> None:
         post = self._rng.choice(sorted(self._station.posts.values(), key=lambda post: post.worker_id))
-        name, proxy = self._rng.choice([("control", post.control), *([("kv", post.kv)] if post.kv else [])])
+        name, proxy = self._rng.choice([("control", post.control), ("kv", post.kv)])
         self._say(f"{kind} on the {name} link of {post.worker_id}")
         self._fate.latest = f"{kind} {name}"
         if kind == "cut":
@@ -148,11 +148,15 @@ class Faults:
     def open_sockets(self, connections: int) -> int:
         """Connections through the proxies beyond those there should be."""
         posts = self._station.posts.values()
-        num_decode = sum(post.kv is None for post in posts)
+        num_prefill = sum(post.role is Role.PREFILL for post in posts)
 
-        def beyond(proxy: FaultProxy | None, allowed: int) -> int:
-            return 0 if proxy is None else max(0, proxy.num_open - allowed)
+        def fetchers(post: Post) -> int:
+            """Other workers that may fetch blocks from it: of decode workers only prefill workers, as of a donor."""
+            return len(posts) - 1 if post.role is Role.PREFILL else num_prefill
+
+        def beyond(proxy: FaultProxy, allowed: int) -> int:
+            return max(0, proxy.num_open - allowed)
 
         return sum(
-            beyond(p.control, self._cluster.num_gateways) + beyond(p.kv, num_decode * connections) for p in posts
+            beyond(p.control, self._cluster.num_gateways) + beyond(p.kv, fetchers(p) * connections) for p in posts
         )

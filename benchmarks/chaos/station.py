@@ -15,6 +15,7 @@ import msgspec
 from benchmarks.chaos.frames import control_frames, kv_frames
 from benchmarks.chaos.proxy import FaultProxy
 from engine_core.messages import PeerAddress, WorkerInfo
+from engine_core.types import Role
 
 FILE = "chaos.json"  # in the model's directory: where the station listens
 ANSWER_S = 5.0
@@ -24,13 +25,20 @@ class Post:
     """One life of a worker at the station.
 
     Attributes:
-        control, kv: proxies that gateways and decode workers reach it through; a decode worker has no `kv`.
+        role: of the worker.
+        control, kv: proxies that gateways, and workers that fetch blocks, reach it through.
     """
 
     def __init__(
-        self, worker_id: str, control: FaultProxy, kv: FaultProxy | None, streams: tuple[Any, asyncio.StreamWriter]
+        self,
+        worker_id: str,
+        role: Role,
+        control: FaultProxy,
+        kv: FaultProxy,
+        streams: tuple[Any, asyncio.StreamWriter],
     ) -> None:
         self.worker_id = worker_id
+        self.role = role
         self.control = control
         self.kv = kv
         self._reader, self._writer = streams
@@ -78,10 +86,10 @@ class Station:
         with contextlib.suppress(OSError, ValueError):
             told = json.loads(await reader.readline())
             control = FaultProxy("127.0.0.1", told["port"], self._rng, control_frames)
-            kv = FaultProxy("127.0.0.1", told["kv_port"], self._rng, kv_frames) if told["kv_port"] else None
-            answer = {"port": await control.start(), "kv_port": await kv.start() if kv else 0}
+            kv = FaultProxy("127.0.0.1", told["kv_port"], self._rng, kv_frames)
+            answer = {"port": await control.start(), "kv_port": await kv.start()}
             former = self.posts.get(told["worker_id"])
-            self.posts[told["worker_id"]] = Post(told["worker_id"], control, kv, (reader, writer))
+            self.posts[told["worker_id"]] = Post(told["worker_id"], Role(told["role"]), control, kv, (reader, writer))
             writer.write(json.dumps(answer).encode() + b"\n")
             if former is not None:
                 await self._retire(former)
@@ -89,8 +97,7 @@ class Station:
     @staticmethod
     async def _retire(post: Post) -> None:
         for proxy in (post.control, post.kv):
-            if proxy is not None:
-                await proxy.close()
+            await proxy.close()
 
 
 async def register(model_dir: Path, info: WorkerInfo, counts: Callable[[], dict[str, int]]) -> WorkerInfo:
@@ -98,7 +105,7 @@ async def register(model_dir: Path, info: WorkerInfo, counts: Callable[[], dict[
     port = json.loads((model_dir / FILE).read_text())
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     address = info.address
-    told = {"worker_id": info.worker_id, "port": address.port, "kv_port": address.kv_port}
+    told = {"worker_id": info.worker_id, "role": info.role, "port": address.port, "kv_port": address.kv_port}
     writer.write(json.dumps(told).encode() + b"\n")
     given = json.loads(await reader.readline())
 

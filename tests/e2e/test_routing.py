@@ -109,7 +109,7 @@ def test_shared_prefixes_land_where_their_blocks_are(pairs: Cluster) -> None:
         assert sum(one.held_decode == PREFIX for one in of_prefix[1:]) >= 3, of_prefix
     (attempt,) = pairs.get(f"/explain/{told[-1][0].request_id}")["attempts"]
     assert attempt["chosen"]["held_prefill_tokens"] == told[-1][0].held_prefill
-    assert attempt["num_weighed"] == 4
+    assert attempt["num_weighed"] >= 4  # pairs; those with a donor count for themselves
 
 
 def test_a_hot_prefix_spreads_though_requests_come_one_at_a_time(pairs: Cluster) -> None:
