@@ -87,6 +87,10 @@ class Cluster:
         """Process ids of those that live."""
         return [one.pid for one in ray_local.descendants() if b"ServeReplica" in _command(one.pid)]
 
+    def is_gone(self, pid: int) -> bool:
+        """Whether a process has closed its sockets: the last of the dying, whose command is empty before that."""
+        return ray_local.process(pid) is None
+
     def num_client_sockets(self) -> int:
         """Connections that the gateways still hold open for clients."""
         return self._num_sockets(*OPEN)

@@ -104,7 +104,7 @@ class Faults:
             self.killed_gateways.add(pid)
             self._fate.num_killed += 1
             os.kill(pid, signal.SIGKILL)
-            while pid in self._cluster.gateways():  # noqa: ASYNC110
+            while not self._cluster.is_gone(pid):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
             self._fate.num_gone += 1
             return

@@ -104,7 +104,7 @@ class Load:
                 said = await self._ask_until_served(client, self._bodies[index])
             except (httpx.HTTPError, RuntimeError) as error:
                 self.score.lost += 1
-                self.score.errors.append(f"{type(error).__name__}: {error}")
+                self.score.errors.append(f"{type(error).__name__}: {error} (after: {self._fate.latest})")
                 continue
             if said != self._said[index]:
                 self.score.mismatched += 1
