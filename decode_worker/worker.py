@@ -152,7 +152,7 @@ class DecodeWorker:
     def reserved(self, key: Key, prefill: PeerAddress, wanted: list[tuple[int, int]]) -> None:
         """Ask the prefill worker for what is lacking."""
         landing = tuple(Landing(index, generation) for index, generation in wanted)
-        self._replica.stats.hand_over_begins(key, f"{prefill.host}:{prefill.kv_port}")
+        self._replica.stats.hand_over_begins(key, prefill.kv_name)
         self._receiver.request(prefill, Ticket(*key, next(self._serials), landing, TICKET_LEASE_MS))
 
     def tokens(self, chunks: list[TokenChunk]) -> None:
@@ -175,7 +175,7 @@ class DecodeWorker:
 
     def on_done(self, request_id: str, epoch: int, first_token: TokenChunk, lost: Sequence[int]) -> None:
         """The prompt is here, or can be computed; a first token that ended the answer ends the request."""
-        if not first_token.token_ids and first_token.finish_reason is None:
+        if first_token.is_empty:
             self.on_failed(request_id, epoch, TransferError("no first token: a donor answered in prefill's place"))
             return
         if lost:

@@ -39,6 +39,11 @@ class PeerAddress(msgspec.Struct, frozen=True, array_like=True):
     kv_port: int
     kv_shards: tuple[KvShard, ...] = ()
 
+    @property
+    def kv_name(self) -> str:
+        """What links from there are told by: "host:port"."""
+        return f"{self.host}:{self.kv_port}"
+
 
 class WorkerInfo(msgspec.Struct, frozen=True):
     """What the fleet and the gateways know of a worker. (worker_id, incarnation) names one life of it.
@@ -168,6 +173,11 @@ class TokenChunk(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs] = []
     stage_s: tuple[float, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it tells of no token and no end: a donor's, which may hold a part of the prompt only."""
+        return not self.token_ids and self.finish_reason is None
 
 
 class Tokens(Message, frozen=True):
@@ -301,7 +311,7 @@ class WorkerStats(Message, frozen=True):
         busy_s: engine thread at work.
         loop_lag_s: longest delay of the event loop since the last of these messages.
         memory_used_bytes, memory_limit_bytes: of the devices together; where they are CPUs, of the process and machine.
-        links: by the KV address of who sent it, "host:port".
+        links: by `PeerAddress.kv_name` of who sent it.
         refused: connections that were ended for what they said, by the error's code.
     """
 

@@ -362,7 +362,7 @@ class SenderCore:
     def _complete(self, now: float, key: Key, entry: _Outgoing) -> list[Effect]:
         if entry.ticket is None or entry.first_token is None:
             return []
-        rest = entry.conversion.flush() if entry.conversion and _ends_prompt(entry.first_token) else []
+        rest = entry.conversion.flush() if entry.conversion and not entry.first_token.is_empty else []
         effects = [effect for each in rest for effect in self._send_wanted(entry, *each)]
         lost, entry.wanted = tuple(sorted(entry.wanted)), {}
         done = Send(entry.peer, KvDone(*key, entry.ticket.serial, entry.first_token, lost))
@@ -397,11 +397,6 @@ class SenderCore:
         self._tombstones[key] = (now + TOMBSTONE_S, error)
         if len(self._tombstones) > MAX_TOMBSTONES:
             self._tombstones.popitem(last=False)
-
-
-def _ends_prompt(first_token: TokenChunk) -> bool:
-    """Whether the prompt was handed over to its end. A donor, which may hold a part of it, has no token to tell."""
-    return bool(first_token.token_ids) or first_token.finish_reason is not None
 
 
 def _lack(entry: _Outgoing) -> str:

@@ -167,7 +167,7 @@ class PrefillWorker:
         assert self._receiver is not None
         landing = tuple(Landing(index, generation) for index, generation in wanted)
         if wanted:
-            self._replica.stats.hand_over_begins(key, f"{donor.host}:{donor.kv_port}")
+            self._replica.stats.hand_over_begins(key, donor.kv_name)
         self._receiver.request(donor, Ticket(*key, next(self._serials), landing, FETCH_LEASE_MS))
 
     def fetch_abandoned(self, key: Key) -> None:

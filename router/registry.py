@@ -103,11 +103,6 @@ class WorkerState:
         """For logs and metrics."""
         return f"{self.info.worker_id}.{self.info.incarnation}"
 
-    @property
-    def kv_address(self) -> str:
-        """As other workers call it in what they count of links."""
-        return f"{self.info.address.host}:{self.info.address.kv_port}"
-
     # WorkerEvents
 
     def on_connected(self, client: ControlClient, info: WorkerInfo) -> None:
@@ -334,7 +329,7 @@ class Registry:
             if count <= 0:
                 continue
             if senders is None:
-                senders = {worker.kv_address: worker for worker in self.workers.values()}
+                senders = {worker.info.address.kv_name: worker for worker in self.workers.values()}
             sender = senders.get(address)
             if sender is None or (sender.info.role is Role.PREFILL and receiver.info.role is Role.DECODE):
                 continue

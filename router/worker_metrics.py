@@ -79,11 +79,7 @@ def kv_usage(worker: WorkerState) -> float:
 
 def link_names(workers: Iterable[WorkerState]) -> dict[str, str]:
     """KV address -> worker id of each worker that hands KV over: links are told by address."""
-    return {
-        f"{worker.info.address.host}:{worker.info.address.kv_port}": worker.info.worker_id
-        for worker in workers
-        if worker.info.address.kv_port
-    }
+    return {worker.info.address.kv_name: worker.info.worker_id for worker in workers if worker.info.address.kv_port}
 
 
 def worker_families(workers: Iterable[WorkerState]) -> Iterator[Metric]:

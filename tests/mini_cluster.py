@@ -205,3 +205,23 @@ class MiniCluster:
             and all(shard.table.num_free == shard.table.num_slots for shard in memory.shards)
             and all(shard.num_sequences == 0 for shard in memory.shards)
         )
+
+
+def damage_copies(monkeypatch, sender, block_index: int) -> list:
+    """Flip a bit of that block in the sender's memory, once, behind the digest: every frame of it is wrong after that.
+
+    Returns what was damaged: empty until then.
+    """
+    damaged: list = []
+    stage = sender._stage
+
+    def stage_and_damage(blocks):
+        push = stage(blocks)
+        if block_index in push.indices and not damaged:
+            damaged.append(push)
+            memory, _ = sender._loans[push.loan]
+            memory[len(memory) // 2] ^= 1
+        return push
+
+    monkeypatch.setattr(sender, "_stage", stage_and_damage)
+    return damaged

@@ -350,6 +350,7 @@ class Cluster:
     def _outcome(self, wall_s: float) -> Outcome:
         jobs, scenario = self.jobs, self.scenario
         served = [job for job in jobs if not job.refused]
+        num_prompt = sum(job.num_prompt for job in served)
         ttft = np.array([job.first_token_at - job.arrival_s for job in served] or [0.0]) * 1e3
         itl = self.gaps.percentiles((50, 90, 99))
         good = sum(is_good(job, scenario.slo) for job in served)
@@ -370,12 +371,8 @@ class Cluster:
             itl_p50_ms=itl[0] * 1e3,
             itl_p90_ms=itl[1] * 1e3,
             itl_p99_ms=itl[2] * 1e3,
-            hit_ratio=sum(job.cached_tokens for job in served) / sum(job.num_prompt for job in served)
-            if served
-            else 0.0,
-            fetched_ratio=sum(job.fetched_tokens for job in served) / sum(job.num_prompt for job in served)
-            if served
-            else 0.0,
+            hit_ratio=sum(job.cached_tokens for job in served) / num_prompt if served else 0.0,
+            fetched_ratio=sum(job.fetched_tokens for job in served) / num_prompt if served else 0.0,
             local_prefills=sum(job.attempt is not None and job.attempt.source is None for job in served),
             prefill_spread=spread(busy[Role.PREFILL]),
             decode_spread=spread(busy[Role.DECODE]),

@@ -21,7 +21,7 @@ from kv_transfer.donor import Donor
 from kv_transfer.receiver import NetKvReceiver
 from kv_transfer.ticket import Landing, Ticket
 from prefill_worker.worker import FETCH_LEASE_MS, PrefillWorker
-from tests.mini_cluster import DEADLINE_MS, Answer, MiniCluster, tiny_config
+from tests.mini_cluster import DEADLINE_MS, Answer, MiniCluster, damage_copies, tiny_config
 
 VOCAB = 149
 LENGTH = 61
@@ -265,18 +265,7 @@ async def test_a_block_that_is_damaged_on_the_way_is_computed(cluster, prompt, m
     """However often it is sent: the bit flips in the donor's memory, behind the digest."""
     expected = await cluster.teach("q", asked(prompt, 1))
     donor = cluster.names["q"]
-    sender, frames = donor._outlet.sender, []
-    stage = sender._stage
-
-    def stage_and_damage(blocks):
-        push = stage(blocks)
-        if damaged in push.indices and not frames:
-            frames.append(push)
-            memory, _ = sender._loans[push.loan]
-            memory[len(memory) // 2] ^= 1
-        return push
-
-    monkeypatch.setattr(sender, "_stage", stage_and_damage)
+    frames = damage_copies(monkeypatch, donor._outlet.sender, damaged)
     monkeypatch.setattr(donor._donor, "_portion", 1)
     answer = await cluster.run(asked(prompt, 2), "q")
     assert frames

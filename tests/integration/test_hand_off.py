@@ -14,7 +14,7 @@ import pytest_asyncio
 
 from engine_core.types import Numerics, Request, SamplingParams
 from tests.golden.cases import LENGTH_A
-from tests.mini_cluster import GOLDEN, MiniCluster, tiny_config
+from tests.mini_cluster import GOLDEN, MiniCluster, damage_copies, tiny_config
 
 VOCAB = 149
 UNHEARD_S = 5.5  # workers free what a gateway asked for that has answered no beat for so long
@@ -258,18 +258,7 @@ async def test_logits_that_are_not_finite_are_never_served(cluster, sick):
 @pytest.mark.parametrize("damaged", [0, 12])
 async def test_blocks_that_cannot_be_had_are_computed_by_decode(cluster, monkeypatch, caplog, damaged):
     """A bit flips in memory behind the copy, so that the frame is wrong however often it is sent."""
-    sender, frames = cluster.workers[0]._outlet.sender, []
-    stage = sender._stage
-
-    def stage_and_damage(blocks):
-        push = stage(blocks)
-        if damaged in push.indices and not frames:
-            frames.append(push)
-            memory, _ = sender._loans[push.loan]
-            memory[len(memory) // 2] ^= 1
-        return push
-
-    monkeypatch.setattr(sender, "_stage", stage_and_damage)
+    frames = damage_copies(monkeypatch, cluster.workers[0]._outlet.sender, damaged)
     rng = random.Random(damaged)
     prompt = [rng.randrange(VOCAB) for _ in range(61)]
     sampling = SamplingParams(max_tokens=12, temperature=1.0, seed=3, ignore_eos=True, logprobs=2)
