@@ -6,7 +6,7 @@ import asyncio
 import multiprocessing
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ class WorkerSpec:
 
     Attributes:
         cores: that its threads may use; empty: all.
+        num_pages: of its cache; 0: as the engine's config says.
     """
 
     role: Role
     name: str
     cores: tuple[int, ...] = ()
+    num_pages: int = 0
 
 
 class LocalCluster:
@@ -102,6 +104,8 @@ def _run_worker(pipe: Connection, config: EngineConfig, model_dir: Path, spec: W
     from decode_worker.worker import DecodeWorker  # noqa: PLC0415  behind the line above
     from prefill_worker.worker import PrefillWorker  # noqa: PLC0415
 
+    if spec.num_pages:
+        config = replace(config, cache=replace(config.cache, num_pages=spec.num_pages))
     kind = PrefillWorker if spec.role is Role.PREFILL else DecodeWorker
     worker = kind(config, model_dir, spec.name, 1, PeerAddress("127.0.0.1", 0, 0))
 

@@ -3,19 +3,22 @@
 Two clusters stand side by side: 1 prefill + 1 decode worker, and 1 worker that does both; real processes, sockets and
 gateways. First, prompts of several lengths at several concurrencies. Then the inter-token latency of running streams,
 without and with a prefill load beside them; for this part the prefill and decode roles are pinned to a core each, while
-the colocated worker has all cores.
+the colocated worker has all cores. Last, with the same pins, prompts that the prefill worker has no room to keep and
+fetches from the decode worker again (docs/adr/0018), beside new ones of the same length, which it computes: their TTFT,
+and the inter-token latency of streams on the decode worker meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.local_cluster import LocalCluster, WorkerSpec
@@ -27,6 +30,9 @@ from engine_core.types import Role
 DEMO = Path(__file__).parents[1] / "deploy" / "demo_model"
 VOCAB = 1000  # token ids are drawn below it; every tokenizer has them
 SETTLE_S = 0.2
+PAGE_SIZE = 16
+PARTS = ["ttft", "itl", "donor"]
+NUM_GIVEN = 3  # prompts that take turns; of two, the prefill worker might keep one
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         results |= _measure_ttft(args)
     if "itl" in args.parts:
         results |= _measure_itl(args)
+    if "donor" in args.parts:
+        results |= _measure_donor(args)
     if args.json:
         print(json.dumps(results))
 
@@ -51,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--streams", type=int, default=4, help="running streams in the ITL part")
     parser.add_argument("--stream-tokens", type=int, default=300, help="tokens of each running stream")
     parser.add_argument("--load-tokens", type=int, default=2048, help="prompt length of the prefill load")
-    parser.add_argument("--parts", nargs="+", choices=["ttft", "itl"], default=["ttft", "itl"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser
 
@@ -182,6 +190,74 @@ async def _running_streams(port: int, rng: random.Random, args: argparse.Namespa
 async def _prefill_load(port: int, rng: random.Random, tokens: int) -> None:
     while True:
         await stream_completion(port, _prompt(rng, tokens), 1)
+
+
+# What donors give, and what giving costs
+
+
+@dataclass(slots=True)
+class DonorCell:
+    """Samples of the prompts of one kind, and of the streams beside them."""
+
+    prompts: list[Timeline] = field(default_factory=list)
+    itl_s: list[float] = field(default_factory=list)
+
+    @property
+    def p99_s(self) -> float:
+        """Of the inter-token latency."""
+        return statistics.quantiles(self.itl_s, n=100)[98]
+
+
+def _measure_donor(args: argparse.Namespace) -> dict[str, object]:
+    config = _config(args)
+    config = replace(config, prefix_cache=True)
+    of_prompt = -(-(args.load_tokens + args.stream_tokens) // PAGE_SIZE)
+    kept = replace(config.cache, num_pages=config.cache.num_pages + NUM_GIVEN * of_prompt, page_size=PAGE_SIZE)
+    cores = sorted(os.sched_getaffinity(0))
+    first, second = ((cores[0],), (cores[1],)) if len(cores) > 1 else ((), ())
+    print("starting 1 prefill + 1 decode worker ...", flush=True)
+    workers = [WorkerSpec(Role.PREFILL, "prefill", first, 2 * of_prompt), WorkerSpec(Role.DECODE, "decode", second)]
+    with LocalCluster(replace(config, cache=kept), Path(args.model), workers, gateway_cores=first) as cluster:
+        cells = asyncio.run(_donor_cells(cluster.port, args))
+    table = Table("prompts beside the streams", "TTFT ms", "fetched tokens", "ITL p50 ms", "p99 ms", "p99 ratio")
+    calm = cells["none"]
+    for name, cell in cells.items():
+        ttft = f"{1e3 * statistics.median(prompt.ttft_s for prompt in cell.prompts):.1f}" if cell.prompts else ""
+        fetched = statistics.median(prompt.fetched_tokens for prompt in cell.prompts) if cell.prompts else 0
+        itl = (1e3 * statistics.median(cell.itl_s), 1e3 * cell.p99_s)
+        table.add(name, ttft, fetched, *(f"{value:.2f}" for value in itl), round(cell.p99_s / calm.p99_s, 3))
+    table.print()
+    computed, fetched = (statistics.median(p.ttft_s for p in cells[kind].prompts) for kind in ("new", "given"))
+    return {
+        "donor_ttft_ratio": round(fetched / computed, 3),
+        "donor_itl_p99_ratio": round(cells["given"].p99_s / calm.p99_s, 3),
+    }
+
+
+async def _donor_cells(port: int, args: argparse.Namespace) -> dict[str, DonorCell]:
+    rng = random.Random(0)
+    given = itertools.cycle([_prompt(rng, args.load_tokens) for _ in range(NUM_GIVEN)])
+    kinds = {"none": None, "new": lambda: _prompt(rng, args.load_tokens), "given": lambda: next(given)}
+    cells = {name: DonorCell() for name in kinds}
+    for _ in range(2 * NUM_GIVEN):
+        await stream_completion(port, next(given), 2)
+    await _running_streams(port, rng, args)
+    for _ in range(3):
+        for name, make in kinds.items():
+            load = asyncio.create_task(_prompts(port, make, cells[name].prompts)) if make else None
+            await asyncio.sleep(SETTLE_S)
+            for timeline in await _running_streams(port, rng, args):
+                cells[name].itl_s += timeline.itl_s[10:]
+            if load is not None:
+                load.cancel()
+                await asyncio.gather(load, return_exceptions=True)
+            await asyncio.sleep(SETTLE_S)
+    return cells
+
+
+async def _prompts(port: int, make: Callable[[], list[int]], timelines: list[Timeline]) -> None:
+    while True:
+        timelines.append(await stream_completion(port, make(), 2))
 
 
 if __name__ == "__main__":

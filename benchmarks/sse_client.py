@@ -9,13 +9,20 @@ from typing import Any
 
 import msgspec
 
+PLACEMENT = b"x-baton-placement: "
+
 
 @dataclass(slots=True)
 class Timeline:
-    """When each token of one stream arrived, in seconds of `time.perf_counter`."""
+    """When each token of one stream arrived, in seconds of `time.perf_counter`.
+
+    Attributes:
+        fetched_tokens: of the prompt, whose KV the prefill worker was to fetch from a donor.
+    """
 
     sent: float = 0.0
     arrivals: list[float] = field(default_factory=list)
+    fetched_tokens: int = 0
 
     @property
     def ttft_s(self) -> float:
@@ -38,7 +45,7 @@ async def stream_completion(port: int, prompt: list[int], max_tokens: int, **ext
     body = msgspec.json.encode({**fields, "ignore_eos": True, **extra})
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\nX-Baton-Debug: 1\r\n\r\n"
     )
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 24)
     timeline = Timeline()
@@ -49,6 +56,8 @@ async def stream_completion(port: int, prompt: list[int], max_tokens: int, **ext
         if b" 200 " not in status:
             raise RuntimeError((status + await reader.read()).decode(errors="replace"))
         while line := await reader.readline():
+            if line.startswith(PLACEMENT):
+                timeline.fetched_tokens = int(line.rpartition(b"fetched=")[2])
             if not line.startswith(b"data: "):
                 continue
             now = time.perf_counter()
