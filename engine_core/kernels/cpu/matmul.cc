@@ -3,7 +3,8 @@
 // The outputs are split into blocks whose weights stay in a core's L2 cache; threads draw blocks from a counter.
 //
 // Up to kFewRows rows, the time is that of streaming the weights: tiles of kRows x kCols outputs are summed along K in
-// vector registers, kDepth at a time, so that a tile's rows of x stay in L1. Vectors of bfloat16 weights are read as
+// vector registers, kDepth at a time, so that a tile's rows of x stay in L1. Meanwhile the next tile's weights are
+// fetched: pieces of kDepth are too short for the hardware to see a stream in them. Vectors of bfloat16 weights are read as
 // 32-bit words, whose low and high halves are the even and odd places; x is put in the same order once per call.
 //
 // With more rows it is that of the arithmetic: x is packed so that a vector holds the same place of kLanes rows, and
@@ -33,6 +34,7 @@ constexpr int64_t kWidened = kPanelDepth + 16;  // between two outputs' weights:
 template <int R, int C>
 void Accumulate(const float* x, const float* w, int64_t stride, int64_t depth, Floats (&sums)[R][C]) {
   for (int64_t k = 0; k < depth; k += kLanes) {
+    for (int c = 0; c < C; ++c) __builtin_prefetch(w + (C + c) * stride + k);
     Floats b[C];
     for (int c = 0; c < C; ++c) b[c] = Load(w + c * stride + k);
     for (int r = 0; r < R; ++r) {
@@ -45,6 +47,7 @@ void Accumulate(const float* x, const float* w, int64_t stride, int64_t depth, F
 template <int R, int C>
 void Accumulate(const float* x, const uint16_t* w, int64_t stride, int64_t depth, Floats (&sums)[R][C]) {
   for (int64_t k = 0; k < depth; k += 2 * kLanes) {
+    for (int c = 0; c < C; ++c) __builtin_prefetch(w + (C + c) * stride + k);
     for (int half = 0; half < 2; ++half) {
       Floats b[C];
       for (int c = 0; c < C; ++c) {
