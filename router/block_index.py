@@ -32,6 +32,7 @@ PREDICTION_S = 5.0  # a prediction is believed for at least this long, and at mo
 
 _RECENT = len(Tier)  # planes: one per tier, then two for predictions, which take turns
 _NUM_PLANES = _RECENT + 2
+_PREDICTED = (_RECENT, _RECENT + 1)
 _GROWTH = 2.0
 _FOLD_KEYS = 16384  # changes that may wait for the next match
 _MATCH_BLOCKS = 1024  # looked up at a time: most prompts diverge early
@@ -164,7 +165,10 @@ class BlockIndex:
             self._give_up(column)
 
     def predict(self, worker: Worker, keys: Keys) -> None:
-        """A worker is about to hold these blocks; believed for `PREDICTION_S`, by when it will have said so itself."""
+        """A worker is about to hold these blocks.
+
+        Believed for `PREDICTION_S`, by when it will have said so itself, or until it says that one has left.
+        """
         column = self._columns.get(worker)
         if column is None or not len(keys):
             return
@@ -291,7 +295,7 @@ class BlockIndex:
             for (plane, word), changes in phase.removed.items():
                 keys, masks = changes.concatenated()
                 for table in self._tables():
-                    table.remove(np.maximum(keys, 1), plane, word, masks)
+                    table.remove(np.maximum(keys, 1), (plane, *_PREDICTED), word, masks)
             for (plane, word), changes in phase.stored.items():
                 keys, masks = changes.concatenated()
                 self._store(np.maximum(keys, 1), plane, word, masks)

@@ -10,6 +10,8 @@ nothing was ever written to costs no memory, and neither does one that was just 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -111,15 +113,16 @@ class BlockTable:
         np.bitwise_or.at(self._words(plane, word), slots, masks)
         return refused
 
-    def remove(self, keys: Keys, plane: int, word: int, masks: Masks) -> None:
-        """Clear the bits `masks[i]` of `keys[i]`; keys may repeat or be absent."""
-        words = self._planes[plane].get(word)
-        if words is None:
+    def remove(self, keys: Keys, planes: Sequence[int], word: int, masks: Masks) -> None:
+        """Clear the bits `masks[i]` of `keys[i]` in some planes; keys may repeat or be absent."""
+        of_planes = [words for plane in planes if (words := self._planes[plane].get(word)) is not None]
+        if not of_planes:
             return
         slots = self.locate(keys)
         present = slots >= 0
-        slots = slots[present]
-        np.bitwise_and.at(words, slots, ~masks[present])
+        slots, kept = slots[present], ~masks[present]
+        for words in of_planes:
+            np.bitwise_and.at(words, slots, kept)
         self._free(np.unique(slots[self._is_empty(slots)]))
 
     def gather(self, slots: Slots, word: int, num_planes: int) -> Masks:

@@ -160,6 +160,23 @@ def test_predictions_are_believed_for_a_while_and_not_for_ever() -> None:
     assert index.match(keys_of(1, 2, 3, 4)) == {"a": 1, "b": 2}
 
 
+@pytest.mark.parametrize("rotations", [0, 1])
+def test_what_a_worker_says_has_left_is_not_predicted_any_more(rotations: int) -> None:
+    index = BlockIndex(100, None)
+    index.join("a")
+    index.join("b")
+    index.tick(0.0)
+    for worker in ("a", "b"):
+        index.predict(worker, keys_of(1, 2, 3))
+    for number in range(rotations):
+        index.tick((1 + number) * PREDICTION_S)
+    index.change("a", Tier.DEVICE, NONE, keys_of(1, 2, 3))
+    assert index.match(keys_of(1, 2, 3)) == {"a": 3, "b": 3}
+    index.change("a", Tier.DEVICE, keys_of(2, 3), NONE)
+    assert index.match(keys_of(1, 2, 3)) == {"a": 1, "b": 3}
+    assert index.match_both(keys_of(1, 2, 3)) == ({"a": 1, "b": 3}, {"a": 1})
+
+
 def test_a_block_in_two_tiers_is_held_until_it_leaves_both() -> None:
     index = BlockIndex(100, None)
     index.join("a")
@@ -184,7 +201,7 @@ def test_full_buckets_let_keys_move() -> None:
     assert (slots >= 0).all()
     assert len(np.unique(slots)) == len(stored) == table.num_used
     assert (table.gather(slots, 0, 1) == 5).all()
-    table.remove(stored, 0, 0, np.full(len(stored), 5, np.uint64))
+    table.remove(stored, (0,), 0, np.full(len(stored), 5, np.uint64))
     assert table.num_used == 0
 
 
