@@ -18,10 +18,10 @@ from engine_core.engine_thread import EngineThread
 from engine_core.errors import (
     BatonError,
     CapacityError,
+    DeadlineExceeded,
     RequestCancelled,
     RequestError,
     RequestTooLong,
-    TransferTimeout,
     WorkerDied,
 )
 from engine_core.messages import (
@@ -368,7 +368,7 @@ class WorkerHost:
         owner = self._owners.get(key)
         self.give_up(key)
         if owner is not None:
-            owner.send(_failure(key, TransferTimeout("the request's deadline has passed")))
+            owner.send(_failure(key, DeadlineExceeded("the request's deadline has passed")))
 
     def _forget(self, key: Key) -> None:
         self._owners.pop(key, None)

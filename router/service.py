@@ -210,8 +210,8 @@ class Service:
             self._attempt_failed(stream, error, worker)
 
     def _blame(self, stream: Stream, worker: WorkerState, error: BatonError) -> None:
-        """Tell the breakers; a hand-over that failed may be either side's fault. Fullness is no fault."""
-        if isinstance(error, (CapacityError, RequestError)):
+        """Tell the breakers; a hand-over that failed may be either side's fault. Fullness and time's end are none."""
+        if isinstance(error, (CapacityError, RequestError, DeadlineExceeded)):
             return
         worker.candidate.breaker.failed(self._now())
         if isinstance(error, TransferError) and stream.prefill is not None and stream.prefill is not worker:

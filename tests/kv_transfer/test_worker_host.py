@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from engine_core.messages import Cancel, Decode, Donate, PeerAddress
@@ -104,6 +105,22 @@ async def test_an_engine_that_fails_loses_its_requests_and_is_told_to_be_sick(
         assert not client.loads, "a sick worker does not beat"
     finally:
         scheduler.released.set()
+        await client.close()
+        await host.stop()
+
+
+async def test_a_request_whose_time_is_up_is_no_failed_hand_over() -> None:
+    """Its gateway's time is up, too: it shall neither try again nor blame the worker."""
+    host, client, link = await started(Scheduler())
+    try:
+        link.send(msgspec.structs.replace(decode("a"), deadline_ms=1))
+        answer = client.answers["a", 0]
+        async with asyncio.timeout(10):
+            await answer.done.wait()
+        assert answer.failure is not None
+        assert (answer.failure.code, answer.failure.retryable) == ("deadline_exceeded", False)
+        assert not host._owners and not host._deadlines
+    finally:
         await client.close()
         await host.stop()
 

@@ -227,6 +227,20 @@ async def test_deadline(model_dir: Path, answer_ids: list[int]) -> None:
         assert_idle(cluster)
 
 
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
+async def test_a_worker_that_says_that_the_time_is_up_has_not_failed(pair: Cluster, role: Role) -> None:
+    """It is told how much is left, and so as a rule knows first: no other worker is tried, and it is not left alone."""
+    workers = pair.prefill if role is Role.PREFILL else pair.decode
+    for worker in workers:
+        worker.fail, worker.fail_code, worker.fail_retryable = 100, "deadline_exceeded", False
+    for _ in range(8):
+        reply = await pair.http.post("/v1/completions", json=BODY)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")
+    assert not any(pair.service.metrics.retries.values())
+    assert all(state.candidate.breaker.num_opened == 0 for state in pair.service.registry.workers.values())
+    assert_idle(pair)
+
+
 async def test_too_many_at_once(model_dir: Path, answer_ids: list[int]) -> None:
     async with run_cluster(model_dir, answer_ids, max_concurrent_choices=3) as cluster:
         reply = await cluster.http.post("/v1/completions", json={**BODY, "n": 4})
