@@ -176,8 +176,13 @@ class AdmissionQueue:
         return self._served * math.exp(min(0.0, self._served_at - now) / RATE_WINDOW_S)
 
     def _rate(self, now: float) -> float:
-        """Entries taken per second, lately."""
-        return self._decayed(now) / RATE_WINDOW_S if self._num_served >= MIN_SERVED else 0.0
+        """Entries taken per second, lately.
+
+        A silence lengthens the window, no more: those who hold their places for long leave together, as they came.
+        """
+        if self._served_at is None or self._num_served < MIN_SERVED:
+            return 0.0
+        return self._served / (RATE_WINDOW_S + max(0.0, now - self._served_at))
 
     @staticmethod
     def _refusal(reason: str, text: str, wait_s: float) -> Overloaded:

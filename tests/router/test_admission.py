@@ -108,6 +108,19 @@ def test_what_cannot_meet_its_deadline_is_refused_at_once() -> None:
     assert queue.offer(entry(priority=1, deadline=now + 0.1), now) is None  # nobody is ahead of it
 
 
+@pytest.mark.parametrize("silence_s", [10.0, 25.0, 50.0])
+def test_a_silence_is_no_standstill(silence_s: float) -> None:
+    """Long answers hold their places: nothing is served for a while, and then all that wait."""
+    queue = AdmissionQueue(1000, {})
+    for index in range(2 * MIN_SERVED):
+        queue.passed(index / 10)
+    now = queue_began = 1.5 + silence_s
+    while now < queue_began + 1:
+        queue.offer(entry(deadline=now + 60), now)
+        now += 0.1
+    assert silence_s / 4 < queue.wait_s(0, now) < 2 * silence_s, "as many as then take about as long"
+
+
 def test_entries_expire() -> None:
     queue = AdmissionQueue(10, {})
     first, second, cancelled = entry(deadline=1.0), entry(deadline=2.0), entry(deadline=0.5)
