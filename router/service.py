@@ -170,7 +170,9 @@ class Service:
                     await self._wait_for_worker()
                 self._retry_budget.requested()
                 await self._waiting.admit(stream, wishes, self._now())
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, BatonError):
+                self._withdraw(streams)
             generation.close()
             raise
         for request in requests:
@@ -446,6 +448,16 @@ class Service:
             self.tracing.ended(stream, reason, self._now())
         self.slow_requests.record(stream, reason, self._now())
         self.registry.forget_idle()
+
+    def _withdraw(self, streams: Sequence[Stream]) -> None:
+        """They are refused: those that were never placed are no choices that ended, and no client has left."""
+        for stream in streams:
+            if stream.route is None and not stream.ended:
+                stream.ended = True
+                del self._streams[stream.request.request_id]
+                if self.tracing is not None:
+                    self.tracing.ended(stream, "error", self._now())
+        self.metrics.running_streams = len(self._streams)
 
     async def _watch_deadlines(self) -> None:
         """End what takes too long. One task for all: a timer per request would cost as much as placing it."""
