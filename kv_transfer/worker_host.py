@@ -19,6 +19,7 @@ from engine_core.errors import (
     BatonError,
     CapacityError,
     DeadlineExceeded,
+    ProtocolError,
     RequestCancelled,
     RequestError,
     RequestTooLong,
@@ -356,7 +357,20 @@ class WorkerHost:
                 if chunk.finish_reason is not None:
                     self._forget(key)
         for owner, mine in frames.items():
-            owner.send(Tokens(mine))
+            self._send_together(owner, mine)
+
+    def _send_together(self, owner: GatewayLink, chunks: list[TokenChunk]) -> None:
+        """In one frame; where none is large enough one by one, and what is too large by itself fails alone."""
+        try:
+            owner.send(Tokens(chunks))
+        except ProtocolError:
+            if len(chunks) > 1:
+                for chunk in chunks:
+                    self._send_together(owner, [chunk])
+                return
+            key = (chunks[0].request_id, chunks[0].epoch)
+            self.give_up(key)
+            owner.send(_failure(key, RequestError("the log probabilities are too many to be sent at once", "logprobs")))
 
     def _send_failure(self, key: Key, error: BatonError) -> None:
         owner = self._owners.get(key)
