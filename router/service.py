@@ -126,12 +126,17 @@ class Service:
         """These workers serve, and no others."""
         self.registry.update(workers)
 
-    async def close(self) -> None:
-        """End what runs; hang up on all workers."""
+    def end_all(self) -> None:
+        """No time is left: whoever still waits hears so, and may try another gateway."""
         self.draining = True
         self._waiting.close(CapacityError("the gateway is shutting down"))
         for stream in list(self._streams.values()):
+            self._abandon_attempt(stream)
             self._fail(stream, CapacityError("the gateway is shutting down"))
+
+    async def close(self) -> None:
+        """End what runs; hang up on all workers."""
+        self.end_all()
         tasks = [*self._retries, *self._watch_tasks]
         for task in tasks:
             task.cancel()

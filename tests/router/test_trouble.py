@@ -266,6 +266,26 @@ async def test_drain_finishes_streams_and_takes_no_more(model_dir: Path, answer_
         assert not any(worker._server.links for worker in cluster.prefill + cluster.decode)
 
 
+async def test_what_a_drain_has_no_time_for_ends_with_an_error(model_dir: Path, answer_ids: list[int]) -> None:
+    """One that waits for a worker, an answer, and a stream in the middle: each hears why, and may try elsewhere."""
+    async with run_cluster(model_dir, answer_ids) as cluster:
+        cluster.decode[0].step_s = 0.1
+        stream = asyncio.create_task(collect(cluster, max_tokens=400))
+        whole = asyncio.create_task(cluster.http.post("/v1/completions", json={**BODY, "max_tokens": 400}))
+        await cluster.until(lambda: any(len(s.journal.token_ids) > 2 for s in cluster.service._streams.values()))
+        cluster.decode[0].beat(Load(8, 100, 0, 100, False, 0))
+        await cluster.until(lambda: cluster.service.registry.decode[0].load.waiting == 100)
+        waits = asyncio.create_task(cluster.http.post("/v1/completions", json=BODY))
+        await cluster.until(lambda: len(cluster.service._waiting) == 1)
+        await cluster.gateway.drain(0.3)
+        for reply in (await whole, await waits):
+            assert (reply.status_code, reply.json()["error"]["code"]) == (503, "overloaded")
+            assert reply.headers["retry-after"]
+        text, events = await stream
+        assert said(answer_ids, 400).startswith(text) and text
+        assert events[-1]["error"]["code"] == "overloaded"
+
+
 async def test_the_streams_of_a_worker_that_leaves_go_on_elsewhere(pair: Cluster, answer_ids: list[int]) -> None:
     for worker in pair.decode:
         worker.step_s = 0.01
