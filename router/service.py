@@ -171,10 +171,7 @@ class Service:
         self.metrics.running_streams = len(self._streams)
         try:
             for stream in streams:
-                if not self.registry.decode:
-                    await self._wait_for_worker()
-                self._retry_budget.requested()
-                await self._waiting.admit(stream, wishes, self._now())
+                await self._admit(stream, wishes)
         except BaseException as error:
             if isinstance(error, BatonError):
                 self._withdraw(streams)
@@ -183,6 +180,14 @@ class Service:
         for request in requests:
             self.metrics.accepted(request.num_prompt_tokens)
         return generation
+
+    async def _admit(self, stream: Stream, wishes: Wishes) -> None:
+        """Place it as soon as there is room; not if its time has run out before: who reads the answer hears so."""
+        if not self.registry.decode:
+            await self._wait_for_worker()
+        if not stream.ended:
+            self._retry_budget.requested()
+            await self._waiting.admit(stream, wishes, self._now())
 
     def measure(self) -> LoadTotals:
         """What this gateway tells the autoscaler."""
@@ -471,8 +476,9 @@ class Service:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(interval_s)
-            self._waiting.expire(loop.time())
-            oldest = loop.time() - limit_s
+            now = loop.time()
+            self._waiting.expire(now)
+            oldest = now - limit_s
             for stream in list(self._streams.values()):  # in order of arrival
                 if stream.arrived_at > oldest:
                     break

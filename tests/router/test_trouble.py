@@ -12,10 +12,12 @@ import msgspec
 import openai
 import pytest
 
+from engine_core.errors import DeadlineExceeded
 from engine_core.messages import Cancel, Decode, Failed, Load, PeerAddress, Prefill
 from engine_core.types import Role
 from router.config import GatewayConfig
 from router.server import Gateway
+from router.stream import Stream
 from tests.fakes import FakeWorker, make_tokenizer
 from tests.router.conftest import Cluster, run_cluster
 
@@ -239,6 +241,26 @@ async def test_a_worker_that_says_that_the_time_is_up_has_not_failed(pair: Clust
     assert not any(pair.service.metrics.retries.values())
     assert all(state.candidate.breaker.num_opened == 0 for state in pair.service.registry.workers.values())
     assert_idle(pair)
+
+
+async def test_a_choice_whose_time_is_up_before_its_turn_is_not_placed(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Choices are placed one after another; nobody would ever take this one back from its workers."""
+    room = cluster.service._waiting
+    admit = room.admit
+
+    async def admit_late(stream: Stream, *rest: object) -> None:
+        await admit(stream, *rest)
+        for other in list(cluster.service._streams.values()):
+            cluster.service._abandon_attempt(other)
+            cluster.service._fail(other, DeadlineExceeded("the request took too long"))
+
+    monkeypatch.setattr(room, "admit", admit_late)
+    reply = await cluster.http.post("/v1/completions", json={**BODY, "n": 2})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")
+    assert_idle(cluster)
+    assert sum(isinstance(message, Decode) for message in cluster.decode[0].received) <= 1
 
 
 async def test_too_many_at_once(model_dir: Path, answer_ids: list[int]) -> None:
