@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from engine_core.errors import Overloaded
-from router.admission import MIN_SERVED, AdmissionQueue, Entry
+from router.admission import IDLE_TENANTS, MIN_SERVED, AdmissionQueue, Entry
 
 
 def entry(tenant: str = "t", priority: int = 0, cost: float = 1.0, deadline: float = 1e9) -> Entry:
@@ -74,6 +74,20 @@ def test_idleness_saves_up_nothing() -> None:
     for _ in range(100):
         queue.offer(entry("idle"), 0.0)
     assert Counter(queue.take(0.0).tenant for _ in range(40)) == {"idle": 20, "busy": 20}
+
+
+def test_tenants_that_come_once_are_forgotten() -> None:
+    """As many as users have ids; of those remembered, one that has had far more than its share still waits longest."""
+    queue = AdmissionQueue(100, {})
+    queue.offer(entry("greedy", cost=1e6), 0.0)
+    queue.take(0.0)
+    for index in range(3 * IDLE_TENANTS):
+        queue.offer(entry(f"user-{index}"), 0.0)
+        drain(queue)
+    assert len(queue._virtual) <= IDLE_TENANTS
+    queue.offer(entry("greedy"), 0.0)
+    queue.offer(entry("new"), 0.0)
+    assert [item.tenant for item in drain(queue)] == ["new", "greedy"]
 
 
 def test_the_queue_is_bounded_and_lower_priorities_make_way() -> None:
