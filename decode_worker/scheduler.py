@@ -190,7 +190,7 @@ class DecodeScheduler:
 
     def _reserve_landings(self) -> None:
         memory = self._replica.memory
-        while self._waiting:
+        while self._waiting and not self._queue.is_owed_pages:  # who was preempted had his turn before
             sequence, prefill = self._waiting[0]
             if not memory.place(sequence, computes=False):
                 return

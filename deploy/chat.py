@@ -62,7 +62,7 @@ class Conversation:
             if response.is_error:
                 response.read()
                 raise ChatError(_error_message(response))
-            for line in response.iter_lines():
+            for line in _lines(response):
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
                 event = json.loads(line.removeprefix("data: "))
@@ -71,6 +71,14 @@ class Conversation:
                 for choice in event.get("choices", []):
                     if piece := choice.get("delta", {}).get("content"):
                         yield piece
+
+
+def _lines(response: httpx.Response) -> Iterator[str]:
+    """Of an event stream, which end at line feeds; httpx would end them at U+2028 and others, too, within an answer."""
+    rest = ""
+    for text in response.iter_text():
+        *lines, rest = (rest + text).split("\n")
+        yield from lines
 
 
 class ChatError(Exception):

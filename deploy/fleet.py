@@ -18,7 +18,7 @@ from deploy.config import AutoscaleMode, ServeConfig, WorkerShape
 from deploy.fleet_core import FleetCore
 from deploy.fleet_types import FleetStatus, Membership, Successor, WorkerHandle, WorkerReport, WorkerSpec
 from deploy.log import log_to_file
-from deploy.ray_calls import PLACE_POLL_S, alive, is_placed, started
+from deploy.ray_calls import PLACE_POLL_S, alive, answered, is_placed, started
 from deploy.spanning_worker import SpanningWorkerHandle
 from deploy.worker_actor import WorkerActor, WorkerPlan
 from engine_core.errors import ConfigError
@@ -79,12 +79,12 @@ class RayWorkerHandle:
 
     async def report(self) -> WorkerReport:
         """Answer the health check."""
-        report: WorkerReport = await alive(self._actor.report.remote())
+        report: WorkerReport = await answered(self._actor.report.remote())
         return report
 
     async def drain(self, timeout_s: float) -> None:
         """Finish what runs, then close."""
-        await alive(self._actor.drain.remote(timeout_s))
+        await answered(self._actor.drain.remote(timeout_s))
 
     async def kill(self) -> None:
         """End the process, and give back what it took."""

@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 MAX_EVENTS = 50
+MAX_DOUBLINGS = 64  # of a pause: larger numbers are no floats in the end
 DRAIN_GRACE_S = 2.0  # for a worker to notice by itself that its time is up
 OTHER = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}
 
@@ -300,7 +301,7 @@ class FleetCore:
                 await self._fail(WorkerLost(f"{member.worker_id} died {deaths} times while it started"))
                 break
             await self._enter(member, MemberState.WAITING)
-            pause_s = min(self._config.backoff_s * 2 ** (deaths - 1), self._config.max_backoff_s)
+            pause_s = min(self._config.backoff_s * 2 ** min(deaths - 1, MAX_DOUBLINGS), self._config.max_backoff_s)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(member.retire.wait(), pause_s)
             member.incarnation = self._next_incarnation(member.worker_id)

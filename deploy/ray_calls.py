@@ -6,7 +6,7 @@ import logging
 from collections.abc import Awaitable
 from typing import Any
 
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
 from deploy.fleet_types import StartFailed, WorkerLost
@@ -24,6 +24,16 @@ async def alive(reference: Awaitable[Any]) -> Any:
         return await reference
     except RayTaskError:
         raise
+    except RayError as error:
+        raise WorkerLost(first_line(error)) from None
+
+
+async def answered(reference: Awaitable[Any]) -> Any:
+    """Await a worker's answer; WorkerLost where it is gone, or has none."""
+    try:
+        return await reference
+    except RayTaskError as error:
+        raise WorkerLost(f"{type(error.cause).__name__}: {error.cause}") from None
     except RayError as error:
         raise WorkerLost(first_line(error)) from None
 
@@ -46,7 +56,7 @@ async def started(starting: Awaitable[WorkerInfo], name: str) -> WorkerInfo:
         if isinstance(cause, ConfigError):
             raise ConfigError(str(cause)) from None
         raise StartFailed(f"{name} failed to start: {type(cause).__name__}: {cause}") from None
-    except RayActorError as error:
+    except RayError as error:  # not only RayActorError: what Ray kills for memory, say, is told by another one
         raise WorkerLost(first_line(error)) from None
 
 

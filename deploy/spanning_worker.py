@@ -20,7 +20,7 @@ from ray.util.tpu import SlicePlacementGroup
 from deploy.config import WorkerShape
 from deploy.fleet_types import WorkerLost, WorkerReport
 from deploy.follower_actor import FollowerActor
-from deploy.ray_calls import PLACE_POLL_S, alive, first_line, is_placed, started
+from deploy.ray_calls import PLACE_POLL_S, answered, first_line, is_placed, started
 from deploy.worker_actor import WorkerActor, WorkerPlan
 from engine_core.errors import ConfigError
 from engine_core.messages import WorkerInfo
@@ -97,7 +97,7 @@ class SpanningWorkerHandle:
         """Answer the health check: the first host's answer, where all are well."""
         if self._leader is None:
             return WorkerReport(True, 0, "starting")
-        calls = [alive(actor.report.remote()) for actor in (self._leader, *self._followers)]
+        calls = [answered(actor.report.remote()) for actor in (self._leader, *self._followers)]
         reports: list[WorkerReport] = await asyncio.gather(*calls)
         sick = [number for number, report in enumerate(reports) if not report.healthy]
         if sick:
@@ -106,7 +106,7 @@ class SpanningWorkerHandle:
 
     async def drain(self, timeout_s: float) -> None:
         """Finish what runs, then close."""
-        await alive(self._leader.drain.remote(timeout_s))
+        await answered(self._leader.drain.remote(timeout_s))
 
     async def kill(self) -> None:
         """End all processes, and give back what they took."""

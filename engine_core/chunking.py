@@ -34,6 +34,11 @@ class ChunkQueue:
         return len(self._waiting)
 
     @property
+    def is_owed_pages(self) -> bool:
+        """Whether the next sequence is in the middle of its answer: it gave its pages to others, or lost its worker."""
+        return bool(self._waiting) and self._waiting[0].num_generated > 0
+
+    @property
     def queued_tokens(self) -> int:
         """Tokens still to be computed."""
         return sum(len(s.token_ids) - s.num_dispatched for s in (*self._active, *self._waiting))

@@ -18,10 +18,11 @@ from engine_core.engine_thread import EngineThread
 from engine_core.errors import (
     BatonError,
     CapacityError,
+    DeadlineExceeded,
+    ProtocolError,
     RequestCancelled,
     RequestError,
     RequestTooLong,
-    TransferTimeout,
     WorkerDied,
 )
 from engine_core.messages import (
@@ -356,7 +357,20 @@ class WorkerHost:
                 if chunk.finish_reason is not None:
                     self._forget(key)
         for owner, mine in frames.items():
-            owner.send(Tokens(mine))
+            self._send_together(owner, mine)
+
+    def _send_together(self, owner: GatewayLink, chunks: list[TokenChunk]) -> None:
+        """In one frame; where none is large enough one by one, and what is too large by itself fails alone."""
+        try:
+            owner.send(Tokens(chunks))
+        except ProtocolError:
+            if len(chunks) > 1:
+                for chunk in chunks:
+                    self._send_together(owner, [chunk])
+                return
+            key = (chunks[0].request_id, chunks[0].epoch)
+            self.give_up(key)
+            owner.send(_failure(key, RequestError("the log probabilities are too many to be sent at once", "logprobs")))
 
     def _send_failure(self, key: Key, error: BatonError) -> None:
         owner = self._owners.get(key)
@@ -368,7 +382,7 @@ class WorkerHost:
         owner = self._owners.get(key)
         self.give_up(key)
         if owner is not None:
-            owner.send(_failure(key, TransferTimeout("the request's deadline has passed")))
+            owner.send(_failure(key, DeadlineExceeded("the request's deadline has passed")))
 
     def _forget(self, key: Key) -> None:
         self._owners.pop(key, None)

@@ -147,15 +147,16 @@ class AdmissionQueue:
         self.cancel(entry)
         self._now_virtual = self._virtual[tenant]
         self._virtual[tenant] += entry.cost / self._weights.get(tenant, 1.0)
-        if len(self._virtual) > IDLE_TENANTS:
+        if len(self._virtual) > IDLE_TENANTS + len(self):
             self._forget_idle()
         return entry
 
     def _forget_idle(self) -> None:
+        """Of those that do not wait, half as many as may be remembered: those that have had most beyond their share."""
         active = {tenant for band in self._bands.values() for tenant in band}
-        self._virtual = {
-            tenant: at for tenant, at in self._virtual.items() if tenant in active or at > self._now_virtual
-        }
+        idle = sorted((tenant for tenant in self._virtual if tenant not in active), key=lambda one: self._virtual[one])
+        for tenant in idle[: -IDLE_TENANTS // 2]:
+            del self._virtual[tenant]
 
     def _last_below(self, priority: int) -> Entry | None:
         """The entry that would be served last, if its priority is lower."""
@@ -176,8 +177,13 @@ class AdmissionQueue:
         return self._served * math.exp(min(0.0, self._served_at - now) / RATE_WINDOW_S)
 
     def _rate(self, now: float) -> float:
-        """Entries taken per second, lately."""
-        return self._decayed(now) / RATE_WINDOW_S if self._num_served >= MIN_SERVED else 0.0
+        """Entries taken per second, lately.
+
+        A silence lengthens the window, no more: those who hold their places for long leave together, as they came.
+        """
+        if self._served_at is None or self._num_served < MIN_SERVED:
+            return 0.0
+        return self._served / (RATE_WINDOW_S + max(0.0, now - self._served_at))
 
     @staticmethod
     def _refusal(reason: str, text: str, wait_s: float) -> Overloaded:

@@ -8,13 +8,14 @@ from typing import Any
 import msgspec
 
 from engine_core.errors import RequestError
+from router.chat_template import SPECIAL_NAMES
 from router.openai_types import ChatBody, ChatMessage, CompletionBody, Unparsed, is_absent
 from router.sampling import too_long
 from router.tokenizer import TextCodec
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MAX_KWARGS_BYTES = 16 << 10
-RESERVED_KWARGS = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+RESERVED_KWARGS = frozenset({"self", "messages", "tools", "documents", "add_generation_prompt", *SPECIAL_NAMES})
 
 
 def num_prompts(body: CompletionBody) -> int:

@@ -36,6 +36,7 @@ TOKENIZER_THREADS = 2
 START_POLL_S = 0.01
 CONNECT_S = 2.0
 STOP_S = 0.5
+LAST_WORD_S = 1.0  # for those whose requests end with an error to hear so
 GC_THRESHOLD = 20_000  # a request leaves hardly any cycles
 
 
@@ -133,11 +134,14 @@ class Gateway:
             raise RuntimeError("the HTTP server has stopped")
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no new requests, finish the running ones within the time, close."""
+        """Take no new requests, finish the running ones within the time, tell the others, close."""
         self.service.draining = True
-        self._server.config.timeout_graceful_shutdown = timeout_s  # type: ignore[assignment]  # any number will do
+        shutdown_s = timeout_s + LAST_WORD_S
+        self._server.config.timeout_graceful_shutdown = shutdown_s  # type: ignore[assignment]  # any number will do
         self._server.should_exit = True
+        ending = asyncio.get_running_loop().call_later(timeout_s, self.service.end_all)
         await self._serving
+        ending.cancel()
         await self.service.close()
         if self.service.tracing is not None:
             await asyncio.to_thread(self.service.tracing.close)

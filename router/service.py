@@ -126,12 +126,17 @@ class Service:
         """These workers serve, and no others."""
         self.registry.update(workers)
 
-    async def close(self) -> None:
-        """End what runs; hang up on all workers."""
+    def end_all(self) -> None:
+        """No time is left: whoever still waits hears so, and may try another gateway."""
         self.draining = True
         self._waiting.close(CapacityError("the gateway is shutting down"))
         for stream in list(self._streams.values()):
+            self._abandon_attempt(stream)
             self._fail(stream, CapacityError("the gateway is shutting down"))
+
+    async def close(self) -> None:
+        """End what runs; hang up on all workers."""
+        self.end_all()
         tasks = [*self._retries, *self._watch_tasks]
         for task in tasks:
             task.cancel()
@@ -166,16 +171,23 @@ class Service:
         self.metrics.running_streams = len(self._streams)
         try:
             for stream in streams:
-                if not self.registry.decode:
-                    await self._wait_for_worker()
-                self._retry_budget.requested()
-                await self._waiting.admit(stream, wishes, self._now())
-        except BaseException:
+                await self._admit(stream, wishes)
+        except BaseException as error:
+            if isinstance(error, BatonError):
+                self._withdraw(streams)
             generation.close()
             raise
         for request in requests:
             self.metrics.accepted(request.num_prompt_tokens)
         return generation
+
+    async def _admit(self, stream: Stream, wishes: Wishes) -> None:
+        """Place it as soon as there is room; not if its time has run out before: who reads the answer hears so."""
+        if not self.registry.decode:
+            await self._wait_for_worker()
+        if not stream.ended:
+            self._retry_budget.requested()
+            await self._waiting.admit(stream, wishes, self._now())
 
     def measure(self) -> LoadTotals:
         """What this gateway tells the autoscaler."""
@@ -210,8 +222,8 @@ class Service:
             self._attempt_failed(stream, error, worker)
 
     def _blame(self, stream: Stream, worker: WorkerState, error: BatonError) -> None:
-        """Tell the breakers; a hand-over that failed may be either side's fault. Fullness is no fault."""
-        if isinstance(error, (CapacityError, RequestError)):
+        """Tell the breakers; a hand-over that failed may be either side's fault. Fullness and time's end are none."""
+        if isinstance(error, (CapacityError, RequestError, DeadlineExceeded)):
             return
         worker.candidate.breaker.failed(self._now())
         if isinstance(error, TransferError) and stream.prefill is not None and stream.prefill is not worker:
@@ -447,6 +459,16 @@ class Service:
         self.slow_requests.record(stream, reason, self._now())
         self.registry.forget_idle()
 
+    def _withdraw(self, streams: Sequence[Stream]) -> None:
+        """They are refused: those that were never placed are no choices that ended, and no client has left."""
+        for stream in streams:
+            if stream.route is None and not stream.ended:
+                stream.ended = True
+                del self._streams[stream.request.request_id]
+                if self.tracing is not None:
+                    self.tracing.ended(stream, "error", self._now())
+        self.metrics.running_streams = len(self._streams)
+
     async def _watch_deadlines(self) -> None:
         """End what takes too long. One task for all: a timer per request would cost as much as placing it."""
         limit_s = self.config.request_timeout_s
@@ -454,8 +476,9 @@ class Service:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(interval_s)
-            self._waiting.expire(loop.time())
-            oldest = loop.time() - limit_s
+            now = loop.time()
+            self._waiting.expire(now)
+            oldest = now - limit_s
             for stream in list(self._streams.values()):  # in order of arrival
                 if stream.arrived_at > oldest:
                     break

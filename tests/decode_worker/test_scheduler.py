@@ -230,6 +230,28 @@ def test_full_cache_queues_then_preempts_and_no_answer_changes(prefix_cache, num
     assert_released(replica, scheduler)
 
 
+def test_who_was_preempted_goes_on_although_others_keep_coming():
+    """Those whose prompts are read elsewhere would take each page that is freed: his stream would stand still."""
+    replica, events = fake_replica(num_pages=20, max_model_len=76, num_slots=8), Events()
+    scheduler = DecodeScheduler(replica, events)
+    prompts = {name: [start + i for i in range(30)] for name, start in (("a", 3), ("b", 40))}
+    for name, prompt in prompts.items():
+        scheduler.add(request(name, prompt, 40), None)
+    told = 0
+    for tick in range(400):
+        if len(prompts) - 2 - told < 2:  # two that wait, always
+            name, prompt = f"r{tick}", [(7 * tick + i) % 90 + 3 for i in range(14)]
+            prompts[name] = prompt
+            scheduler.add(request(name, prompt, 10), PREFILL)
+        scheduler.tick()
+        for key, _, wanted in events.tickets[told:]:
+            land(replica, scheduler, key, wanted, prompts[key[0]])
+            scheduler.landed(key, first_token(key[0], prompts[key[0]]))
+        told = len(events.tickets)
+    assert scheduler.num_preemptions > 0 and told > 20
+    assert events.answer("a") == generate(prompts["a"], 40)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_random_traffic_with_cancels_leaves_nothing_behind(seed):
     rng = random.Random(seed)

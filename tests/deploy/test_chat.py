@@ -25,7 +25,7 @@ class Server:
             return httpx.Response(404, json={"error": {"message": "no such model"}})
         events = [{"choices": [{"delta": {"role": "assistant"}}]}]
         events += [{"choices": [{"delta": {"content": piece}}]} for piece in self.pieces]
-        lines = [f"data: {json.dumps(event)}\n\n" for event in events] + ["data: [DONE]\n\n"]
+        lines = [f"data: {json.dumps(event, ensure_ascii=False)}\n\n" for event in events] + ["data: [DONE]\n\n"]
         return httpx.Response(200, text="".join(lines))
 
 
@@ -55,6 +55,12 @@ def test_a_conversation_remembers(client: httpx.Client, server: Server) -> None:
             {"role": "user", "content": "Again"},
         ],
     }
+
+
+def test_an_answer_may_have_line_separators_of_its_own(client: httpx.Client, server: Server) -> None:
+    """JSON escapes none of these, and events end at line feeds only."""
+    server.pieces = ("one\u2028two", "\x85three\u2029", "\n")
+    assert list(Conversation(client, "demo", "", {}).ask("Hi")) == list(server.pieces)
 
 
 def test_an_answer_that_was_stopped_is_remembered_as_far_as_it_came(client: httpx.Client) -> None:

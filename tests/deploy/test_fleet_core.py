@@ -142,6 +142,25 @@ async def test_a_config_error_after_the_fleet_served_is_tried_again() -> None:
     await lab.core.stop(0.5)
 
 
+async def test_a_worker_is_tried_again_however_often_it_has_died() -> None:
+    """As over a weekend without a checkpoint: what doubles with each death must not grow for ever."""
+    lab = Lab(dataclasses.replace(FAST, backoff_s=1e-6, max_backoff_s=1e-6))
+    await lab.core.start()
+    await lab.ready()
+    lab.auto = False
+    launch, lab.core._launch = lab.core._launch, lambda spec: _stillborn(lab.launch(spec))
+    lab.life("decode-0", 1).die()
+    await lab.until(lambda: len(lab.lives) > 1100)
+    lab.core._launch, lab.auto = launch, True
+    await lab.ready()
+    await lab.core.stop(0.5)
+
+
+def _stillborn(handle: FakeHandle) -> FakeHandle:
+    handle.die("no checkpoint")
+    return handle
+
+
 async def test_scale_up_and_down_drains() -> None:
     lab = await serving_lab()
     await lab.core.scale({Role.PREFILL: 3})

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
-from engine_core.messages import Cancel, Decode, Donate, PeerAddress
-from engine_core.types import Request, Role, SamplingParams
+from engine_core.messages import Cancel, Decode, Donate, PeerAddress, TokenChunk
+from engine_core.types import Request, Role, SamplingParams, TokenLogprobs
 from engine_core.worker_stats import StatsRecorder
 from kv_transfer.worker_host import WorkerHost
 from tests.deploy.fakes import worker_info
@@ -104,6 +105,47 @@ async def test_an_engine_that_fails_loses_its_requests_and_is_told_to_be_sick(
         assert not client.loads, "a sick worker does not beat"
     finally:
         scheduler.released.set()
+        await client.close()
+        await host.stop()
+
+
+async def test_a_request_whose_time_is_up_is_no_failed_hand_over() -> None:
+    """Its gateway's time is up, too: it shall neither try again nor blame the worker."""
+    host, client, link = await started(Scheduler())
+    try:
+        link.send(msgspec.structs.replace(decode("a"), deadline_ms=1))
+        answer = client.answers["a", 0]
+        async with asyncio.timeout(10):
+            await answer.done.wait()
+        assert answer.failure is not None
+        assert (answer.failure.code, answer.failure.retryable) == ("deadline_exceeded", False)
+        assert not host._owners and not host._deadlines
+    finally:
+        await client.close()
+        await host.stop()
+
+
+@pytest.mark.parametrize("order", [("much", "little"), ("little", "much")])
+async def test_what_no_frame_holds_fails_alone(monkeypatch: pytest.MonkeyPatch, order: tuple[str, str]) -> None:
+    """As log probabilities of a very long prompt: others of the same step have their tokens all the same."""
+    monkeypatch.setattr("kv_transfer.channel.MAX_FRAME_BYTES", 20_000)
+    scheduler = Scheduler()
+    host, client, link = await started(scheduler)
+    try:
+        for name in order:
+            link.send(decode(name))
+        await asyncio.sleep(0.05)
+        scores = {"much": [TokenLogprobs(-1.0, (1,) * 20, (-1.0,) * 20)] * 200, "little": [TokenLogprobs(-1.0)]}
+        host.emit([TokenChunk(name, 0, 0, [7], "length", prompt_logprobs=scores[name]) for name in order])
+        async with asyncio.timeout(10):
+            for name in order:
+                await client.answers[name, 0].done.wait()
+        assert client.answers["little", 0].token_ids == [7]
+        failure = client.answers["much", 0].failure
+        assert failure is not None
+        assert (failure.code, failure.retryable) == ("invalid_value", False)
+        assert not host._owners and not host._deadlines
+    finally:
         await client.close()
         await host.stop()
 

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from engine_core.errors import Overloaded
-from router.admission import MIN_SERVED, AdmissionQueue, Entry
+from router.admission import IDLE_TENANTS, MIN_SERVED, AdmissionQueue, Entry
 
 
 def entry(tenant: str = "t", priority: int = 0, cost: float = 1.0, deadline: float = 1e9) -> Entry:
@@ -76,6 +76,20 @@ def test_idleness_saves_up_nothing() -> None:
     assert Counter(queue.take(0.0).tenant for _ in range(40)) == {"idle": 20, "busy": 20}
 
 
+def test_tenants_that_come_once_are_forgotten() -> None:
+    """As many as users have ids; of those remembered, one that has had far more than its share still waits longest."""
+    queue = AdmissionQueue(100, {})
+    queue.offer(entry("greedy", cost=1e6), 0.0)
+    queue.take(0.0)
+    for index in range(3 * IDLE_TENANTS):
+        queue.offer(entry(f"user-{index}"), 0.0)
+        drain(queue)
+    assert len(queue._virtual) <= IDLE_TENANTS
+    queue.offer(entry("greedy"), 0.0)
+    queue.offer(entry("new"), 0.0)
+    assert [item.tenant for item in drain(queue)] == ["new", "greedy"]
+
+
 def test_the_queue_is_bounded_and_lower_priorities_make_way() -> None:
     queue = AdmissionQueue(3, {})
     low = [entry(priority=-1, deadline=100.0 + i) for i in range(3)]
@@ -106,6 +120,19 @@ def test_what_cannot_meet_its_deadline_is_refused_at_once() -> None:
     assert (refused.value.reason, refused.value.retry_after_s) == ("deadline", pytest.approx(wait_s))
     assert queue.offer(entry(deadline=now + 60), now) is None
     assert queue.offer(entry(priority=1, deadline=now + 0.1), now) is None  # nobody is ahead of it
+
+
+@pytest.mark.parametrize("silence_s", [10.0, 25.0, 50.0])
+def test_a_silence_is_no_standstill(silence_s: float) -> None:
+    """Long answers hold their places: nothing is served for a while, and then all that wait."""
+    queue = AdmissionQueue(1000, {})
+    for index in range(2 * MIN_SERVED):
+        queue.passed(index / 10)
+    now = queue_began = 1.5 + silence_s
+    while now < queue_began + 1:
+        queue.offer(entry(deadline=now + 60), now)
+        now += 0.1
+    assert silence_s / 4 < queue.wait_s(0, now) < 2 * silence_s, "as many as then take about as long"
 
 
 def test_entries_expire() -> None:

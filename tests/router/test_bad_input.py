@@ -104,6 +104,8 @@ CHAT_ONLY = [
     ({"min_tokens": 5}, 400, "min_tokens", "unsupported_value"),
     ({"chat_template_kwargs": 5}, 400, "chat_template_kwargs", "invalid_type"),
     ({"chat_template_kwargs": {"x": "y" * 20000}}, 400, "chat_template_kwargs", "invalid_value"),
+    ({"chat_template_kwargs": {"eos_token": "x"}}, 400, "chat_template_kwargs", "invalid_value"),
+    ({"chat_template_kwargs": {"self": "x"}}, 400, "chat_template_kwargs", "invalid_value"),
     ({"chat_template_kwargs": {"messages": []}}, 400, "chat_template_kwargs", "invalid_value"),
 ]
 TEXT_ONLY = [

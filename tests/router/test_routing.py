@@ -127,7 +127,11 @@ async def test_those_that_wait_too_long_are_told_when_to_come_back(model_dir: Pa
         assert int(late.headers["retry-after"]) >= 1
         metrics = (await cluster.http.get("/metrics")).text
         assert 'baton_refused_requests_total{reason="queue_full"} 2.0' in metrics
+        assert 'baton_choices_total{finish_reason="cancelled"} 0.0' in metrics, "no client left"
+        assert "baton_request_generation_tokens_count 0.0" in metrics, "nothing has ended that never began"
+        assert not cluster.service.slow_requests.slowest()
         assert not cluster.service._waiting
+        assert not cluster.service._streams
 
 
 async def test_a_deadline_that_no_worker_can_meet_is_refused_before_any_work(cluster: Cluster) -> None:

@@ -12,10 +12,12 @@ import msgspec
 import openai
 import pytest
 
+from engine_core.errors import DeadlineExceeded
 from engine_core.messages import Cancel, Decode, Failed, Load, PeerAddress, Prefill
 from engine_core.types import Role
 from router.config import GatewayConfig
 from router.server import Gateway
+from router.stream import Stream
 from tests.fakes import FakeWorker, make_tokenizer
 from tests.router.conftest import Cluster, run_cluster
 
@@ -227,6 +229,40 @@ async def test_deadline(model_dir: Path, answer_ids: list[int]) -> None:
         assert_idle(cluster)
 
 
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
+async def test_a_worker_that_says_that_the_time_is_up_has_not_failed(pair: Cluster, role: Role) -> None:
+    """It is told how much is left, and so as a rule knows first: no other worker is tried, and it is not left alone."""
+    workers = pair.prefill if role is Role.PREFILL else pair.decode
+    for worker in workers:
+        worker.fail, worker.fail_code, worker.fail_retryable = 100, "deadline_exceeded", False
+    for _ in range(8):
+        reply = await pair.http.post("/v1/completions", json=BODY)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")
+    assert not any(pair.service.metrics.retries.values())
+    assert all(state.candidate.breaker.num_opened == 0 for state in pair.service.registry.workers.values())
+    assert_idle(pair)
+
+
+async def test_a_choice_whose_time_is_up_before_its_turn_is_not_placed(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Choices are placed one after another; nobody would ever take this one back from its workers."""
+    room = cluster.service._waiting
+    admit = room.admit
+
+    async def admit_late(stream: Stream, *rest: object) -> None:
+        await admit(stream, *rest)
+        for other in list(cluster.service._streams.values()):
+            cluster.service._abandon_attempt(other)
+            cluster.service._fail(other, DeadlineExceeded("the request took too long"))
+
+    monkeypatch.setattr(room, "admit", admit_late)
+    reply = await cluster.http.post("/v1/completions", json={**BODY, "n": 2})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")
+    assert_idle(cluster)
+    assert sum(isinstance(message, Decode) for message in cluster.decode[0].received) <= 1
+
+
 async def test_too_many_at_once(model_dir: Path, answer_ids: list[int]) -> None:
     async with run_cluster(model_dir, answer_ids, max_concurrent_choices=3) as cluster:
         reply = await cluster.http.post("/v1/completions", json={**BODY, "n": 4})
@@ -250,6 +286,26 @@ async def test_drain_finishes_streams_and_takes_no_more(model_dir: Path, answer_
             await draining
         await asyncio.sleep(0.05)
         assert not any(worker._server.links for worker in cluster.prefill + cluster.decode)
+
+
+async def test_what_a_drain_has_no_time_for_ends_with_an_error(model_dir: Path, answer_ids: list[int]) -> None:
+    """One that waits for a worker, an answer, and a stream in the middle: each hears why, and may try elsewhere."""
+    async with run_cluster(model_dir, answer_ids) as cluster:
+        cluster.decode[0].step_s = 0.1
+        stream = asyncio.create_task(collect(cluster, max_tokens=400))
+        whole = asyncio.create_task(cluster.http.post("/v1/completions", json={**BODY, "max_tokens": 400}))
+        await cluster.until(lambda: any(len(s.journal.token_ids) > 2 for s in cluster.service._streams.values()))
+        cluster.decode[0].beat(Load(8, 100, 0, 100, False, 0))
+        await cluster.until(lambda: cluster.service.registry.decode[0].load.waiting == 100)
+        waits = asyncio.create_task(cluster.http.post("/v1/completions", json=BODY))
+        await cluster.until(lambda: len(cluster.service._waiting) == 1)
+        await cluster.gateway.drain(0.3)
+        for reply in (await whole, await waits):
+            assert (reply.status_code, reply.json()["error"]["code"]) == (503, "overloaded")
+            assert reply.headers["retry-after"]
+        text, events = await stream
+        assert said(answer_ids, 400).startswith(text) and text
+        assert events[-1]["error"]["code"] == "overloaded"
 
 
 async def test_the_streams_of_a_worker_that_leaves_go_on_elsewhere(pair: Cluster, answer_ids: list[int]) -> None:
