@@ -192,11 +192,19 @@ class DecodeScheduler:
         memory = self._replica.memory
         while self._waiting:
             sequence, prefill = self._waiting[0]
-            if not memory.place(sequence, computes=False):
+            if self._is_early(sequence) or not memory.place(sequence, computes=False):
                 return
             self._waiting.popleft()
             self._replica.stats.admitted(sequence)
             self._events.reserved(sequence.key, prefill, self._landings.begin(sequence))
+
+    def _is_early(self, sequence: Seq) -> bool:
+        """Whether a prompt that is read here came before it and waits for pages, which running sequences will leave.
+
+        It would wait for ever behind those that need fewer, while they evict what is cached of it.
+        """
+        starved = self._queue.starved
+        return starved is not None and bool(self._running) and starved.created_at < sequence.created_at
 
     def _admit_ready(self) -> None:
         memory = self._replica.memory
