@@ -199,9 +199,10 @@ class DecodeScheduler:
             self._events.reserved(sequence.key, prefill, self._landings.begin(sequence))
 
     def _is_early(self, sequence: Seq) -> bool:
-        """Whether a prompt that is read here came before it and waits for pages, which running sequences will leave.
+        """Whether one that is computed here, most often preempted, came before it and waits for pages.
 
-        It would wait for ever behind those that need fewer, while they evict what is cached of it.
+        Behind all those that need fewer it would wait long, while they evict what is cached of it. Where nothing is
+        running that will leave pages, it may itself wait for the landing.
         """
         starved = self._queue.starved
         return starved is not None and bool(self._running) and starved.created_at < sequence.created_at

@@ -252,6 +252,24 @@ def test_a_prompt_that_waits_for_pages_is_not_overtaken_by_later_landings():
     assert_released(replica, scheduler)
 
 
+def test_a_preempted_sequence_is_not_overtaken_by_later_landings():
+    replica, events = fake_replica(num_pages=9, max_model_len=36, prefix_cache=False), Events()
+    scheduler = DecodeScheduler(replica, events)
+    for name in ("older", "younger"):
+        scheduler.add(request(name, [5, 6, 7, 8, 9], 24), None)
+    while not scheduler.num_preemptions:
+        scheduler.tick()
+    scheduler.tick()
+    scheduler.add(request("short", [5, 6, 7], 2), PREFILL)
+    assert replica.memory.free_pages
+    while len(events.answer("older")) < 24:
+        assert not events.tickets
+        scheduler.tick()
+    run(scheduler)
+    assert events.answer("younger") == generate([5, 6, 7, 8, 9], 24)
+    assert len(events.tickets) == 1
+
+
 def test_a_landing_that_came_before_a_prompt_that_waits_for_pages_goes_first():
     replica, events = fake_replica(num_pages=9, max_model_len=36, prefix_cache=False), Events()
     scheduler = DecodeScheduler(replica, events)
