@@ -190,13 +190,22 @@ class DecodeScheduler:
 
     def _reserve_landings(self) -> None:
         memory = self._replica.memory
-        while self._waiting and not self._queue.is_owed_pages:  # who was preempted had his turn before
+        while self._waiting:
             sequence, prefill = self._waiting[0]
-            if not memory.place(sequence, computes=False):
+            if self._is_early(sequence) or not memory.place(sequence, computes=False):
                 return
             self._waiting.popleft()
             self._replica.stats.admitted(sequence)
             self._events.reserved(sequence.key, prefill, self._landings.begin(sequence))
+
+    def _is_early(self, sequence: Seq) -> bool:
+        """Whether one that is computed here, most often preempted, came before it and waits for pages.
+
+        Behind all those that need fewer it would wait long, while they evict what is cached of it. Where nothing is
+        running that will leave pages, it may itself wait for the landing.
+        """
+        starved = self._queue.starved
+        return starved is not None and bool(self._running) and starved.created_at < sequence.created_at
 
     def _admit_ready(self) -> None:
         memory = self._replica.memory

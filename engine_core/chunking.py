@@ -17,6 +17,9 @@ class ChunkQueue:
 
     Args:
         memory: where pages and slots come from.
+
+    Attributes:
+        starved: the first that waits, if there were no pages for it when its turn last came.
     """
 
     def __init__(self, memory: SequenceMemory) -> None:
@@ -24,6 +27,7 @@ class ChunkQueue:
         self._waiting: deque[Sequence] = deque()
         self._active: deque[Sequence] = deque()
         self._held: set[Sequence] = set()
+        self.starved: Sequence | None = None
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._active)
@@ -32,11 +36,6 @@ class ChunkQueue:
     def num_waiting(self) -> int:
         """Sequences that have not been given pages yet."""
         return len(self._waiting)
-
-    @property
-    def is_owed_pages(self) -> bool:
-        """Whether the next sequence is in the middle of its answer: it gave its pages to others, or lost its worker."""
-        return bool(self._waiting) and self._waiting[0].num_generated > 0
 
     @property
     def queued_tokens(self) -> int:
@@ -62,6 +61,8 @@ class ChunkQueue:
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence; what it holds stays its own."""
         self._held.discard(sequence)
+        if self.starved is sequence:
+            self.starved = None
         for queue in (self._waiting, self._active):
             if sequence in queue:
                 queue.remove(sequence)
@@ -79,6 +80,7 @@ class ChunkQueue:
         tokens, rows = [num_tokens] * shards, [num_rows] * shards
         coming: set[bytes] = set()  # blocks that this step fills
         at = 0
+        self.starved = None
         while any(map(min, tokens, rows)) and (at < len(self._active) or self._admit(num_rows * shards, coming)):
             sequence = self._active[at]
             shard = sequence.shard
@@ -111,7 +113,10 @@ class ChunkQueue:
         sequence = next((waiting for waiting in self._waiting if waiting not in self._held), None)
         if sequence is None:
             return False
-        if self._memory.first_missing(sequence) in coming or not self._memory.place(sequence, computes=True):
+        if self._memory.first_missing(sequence) in coming:
+            return False
+        if not self._memory.place(sequence, computes=True):
+            self.starved = sequence if self._memory.has_free_slot else None
             return False
         self._waiting.remove(sequence)
         self._active.append(sequence)

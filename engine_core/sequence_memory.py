@@ -79,6 +79,11 @@ class SequenceMemory:
         """Pages that can be had, free or evictable, on all shards together."""
         return sum(shard.cache.num_available for shard in self.shards)
 
+    @property
+    def has_free_slot(self) -> bool:
+        """Whether a row shard has one."""
+        return any(shard.table.num_free for shard in self.shards)
+
     def num_pages(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_size)

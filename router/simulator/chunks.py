@@ -51,6 +51,9 @@ class Readings:
 
     Args:
         chunk_tokens, max_rows: tokens and prompts of one step at most.
+
+    Attributes:
+        starved: the first that waits, if there were no pages for it when its turn last came.
     """
 
     def __init__(self, memory: Memory, chunk_tokens: int, max_rows: int) -> None:
@@ -59,6 +62,7 @@ class Readings:
         self._max_rows = max_rows
         self._waiting: deque[Reading] = deque()
         self._active: deque[Reading] = deque()
+        self.starved: Reading | None = None
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._active)
@@ -85,6 +89,8 @@ class Readings:
 
     def remove(self, attempt: Attempt) -> None:
         """Forget a prompt and free its pages. Unknown ones are fine."""
+        if self.starved is not None and self.starved.attempt is attempt:
+            self.starved = None
         for queue in (self._waiting, self._active):
             for reading in [one for one in queue if one.attempt is attempt]:
                 queue.remove(reading)
@@ -94,6 +100,7 @@ class Readings:
     def next_step(self) -> Step | None:
         """Chunks for one step, dispatched."""
         chunks: list[tuple[Reading, int, int]] = []
+        self.starved = None
         left, num_pairs = self._chunk_tokens, 0
         size = self._memory.page_size
         coming: set[bytes] = set()  # blocks that this step fills
@@ -126,6 +133,7 @@ class Readings:
         hashes = reading.attempt.job.hashes
         reserved = self._memory.reserve(hashes, reading.num_tokens - 1, reading.num_tokens)
         if reserved is None:
+            self.starved = reading
             return False
         pages, num_cached = reserved
         if not coming.isdisjoint(hashes[num_cached : num_cached + 1]):

@@ -109,6 +109,7 @@ class DecodeWorker(Worker):
         """A request: its prompt is read by `attempt.source`, or here."""
         if not self.alive or attempt.over:
             return
+        attempt.came_at = self._events.now
         if attempt.source is None:
             reading = Reading(attempt, attempt.num_tokens)
             self._readings[attempt] = reading
@@ -289,8 +290,11 @@ class DecodeWorker(Worker):
     # sequences
 
     def _reserve_landings(self) -> None:
+        starved = self.readings.starved if self._rows else None
         while self._to_reserve:
             attempt = self._to_reserve[0]
+            if starved is not None and starved.attempt.came_at < attempt.came_at:  # running rows will leave pages
+                return
             reserved = self.memory.reserve(attempt.job.hashes, attempt.num_tokens, attempt.num_tokens)
             if reserved is None:
                 return

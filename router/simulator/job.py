@@ -82,10 +82,12 @@ class Attempt:
         fetched: block indices that came from it.
         over: ended, in whatever way; messages still under way find it so.
         num_granted: block indices below are not wanted by the target; -1 before its ticket has arrived.
+        came_at: when the target had its message; negative before.
         prefilled_at: when its prompt had been read; negative before.
     """
 
     __slots__ = (
+        "came_at",
         "donor",
         "donor_blocks",
         "fetched",
@@ -114,4 +116,5 @@ class Attempt:
         self.fetched = range(0)
         self.over = False
         self.num_granted = -1
+        self.came_at = -1.0
         self.prefilled_at = -1.0

@@ -252,6 +252,90 @@ def test_who_was_preempted_goes_on_although_others_keep_coming():
     assert events.answer("a") == generate(prompts["a"], 40)
 
 
+def test_a_prompt_that_waits_for_pages_is_not_overtaken_by_later_landings():
+    replica, events = fake_replica(num_pages=9, max_model_len=36, prefix_cache=False), Events()
+    scheduler = DecodeScheduler(replica, events)
+    long = list(range(2, 32))
+    scheduler.add(request("running", [5, 6, 7, 8, 9], 12), None)
+    scheduler.tick()
+    scheduler.add(request("long", long, 2), None)
+    scheduler.tick()
+    scheduler.add(request("short", [5, 6, 7], 2), PREFILL)
+    while len(events.answer("running")) < 12:
+        assert not events.tickets
+        scheduler.tick()
+    run(scheduler)
+    assert events.answer("long") == generate(long, 2)
+    ((key, _, wanted),) = events.tickets
+    land(replica, scheduler, key, wanted, [5, 6, 7])
+    scheduler.landed(key, first_token("short", [5, 6, 7]))
+    run(scheduler)
+    assert events.answer("short") == generate([5, 6, 7], 2)[1:]
+    assert_released(replica, scheduler)
+
+
+def test_a_preempted_sequence_is_not_overtaken_by_later_landings():
+    replica, events = fake_replica(num_pages=9, max_model_len=36, prefix_cache=False), Events()
+    scheduler = DecodeScheduler(replica, events)
+    for name in ("older", "younger"):
+        scheduler.add(request(name, [5, 6, 7, 8, 9], 24), None)
+    while not scheduler.num_preemptions:
+        scheduler.tick()
+    scheduler.tick()
+    scheduler.add(request("short", [5, 6, 7], 2), PREFILL)
+    assert replica.memory.free_pages
+    while len(events.answer("older")) < 24:
+        assert not events.tickets
+        scheduler.tick()
+    run(scheduler)
+    assert events.answer("younger") == generate([5, 6, 7, 8, 9], 24)
+    assert len(events.tickets) == 1
+
+
+def test_a_landing_that_came_before_a_prompt_that_waits_for_pages_goes_first():
+    replica, events = fake_replica(num_pages=9, max_model_len=36, prefix_cache=False), Events()
+    scheduler = DecodeScheduler(replica, events)
+    scheduler.add(request("brief", list(range(2, 18)), 6), None)
+    scheduler.add(request("running", [5, 6, 7, 8, 9], 12), None)
+    while scheduler.num_running < 2:
+        scheduler.tick()
+    scheduler.add(request("landing", list(range(3, 19)), 2), PREFILL)
+    scheduler.add(request("long", list(range(2, 32)), 2), None)
+    while not events.tickets:
+        assert len(events.answer("running")) < 12
+        scheduler.tick()
+    assert len(events.answer("running")) < 12
+
+
+@pytest.mark.parametrize("sent", [True, False])
+def test_a_landing_does_not_wait_for_a_prompt_that_was_cancelled_or_that_nothing_makes_room_for(sent):
+    replica, events = fake_replica(num_pages=9, max_model_len=36, prefix_cache=False), Events()
+    scheduler = DecodeScheduler(replica, events)
+    if sent:  # its KV is on the way: it may need what the next landing's prompt holds on the prefill worker
+        scheduler.add(request("sent", list(range(2, 18)), 2), PREFILL)
+    else:
+        scheduler.add(request("running", [5, 6, 7, 8, 9], 12), None)
+    scheduler.tick()
+    scheduler.add(request("long", list(range(2, 32)), 2), None)
+    scheduler.tick()
+    scheduler.add(request("short", [5, 6, 7], 2), PREFILL)
+    if not sent:
+        scheduler.cancel(("long", 0))
+    scheduler.tick()
+    assert events.tickets[-1][0] == ("short", 0)
+
+
+def test_a_landing_does_not_wait_for_a_prompt_that_lacks_only_a_slot():
+    replica, events = fake_replica(num_pages=64, num_slots=1, max_model_len=36), Events()
+    scheduler = DecodeScheduler(replica, events)
+    for name in ("running", "next"):
+        scheduler.add(request(name, [5, 6, 7, 8, 9], 12), None)
+        scheduler.tick()
+    scheduler.add(request("short", [5, 6, 7], 2), PREFILL)
+    scheduler.tick()
+    assert len(events.tickets) == 1
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_random_traffic_with_cancels_leaves_nothing_behind(seed):
     rng = random.Random(seed)

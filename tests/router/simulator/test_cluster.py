@@ -6,7 +6,7 @@ from engine_core.errors import ConfigError
 from router.placement import PlacementConfig
 from router.simulator.cluster import Cluster, Crash, hash_trace
 from router.simulator.oracle import hit_ratio
-from router.simulator.policies import POLICIES
+from router.simulator.policies import POLICIES, Reservation
 from router.simulator.profile import QWEN3_32B_TPU7X
 from router.simulator.synthesis import Shape, synthesize
 from tests.router.simulator.cases import PROFILE, SCENARIO, cluster, trace_of
@@ -104,6 +104,37 @@ def test_local_prefill_shares_rounds_with_decoding():
     # from 2.0 on, rounds of a chunk (2 s) and a step (0.75 s) until the second prompt is read; one more step
     assert second.first_token_at == pytest.approx(7.5)
     assert first.last_token_at == pytest.approx(8.25)
+
+
+class LocalReservation(Reservation):
+    """Of a request whose decode worker reads its prompt."""
+
+    def __init__(self, placed: Reservation) -> None:
+        placed.release(0.0)
+        self.prefill, self.decode, self.donor, self.donor_blocks = None, placed.decode, None, 0
+
+    def release_prefill(self, now: float) -> None: ...
+
+    def release(self, now: float) -> None: ...
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_later_landings_do_not_overtake_a_prompt_that_waits_for_pages(first):
+    long, short = ([7] * 8, 75, 2), ([8], 10, 2)
+    second, third = (long, short) if first else (short, long)
+    run = cluster(trace_of((0.0, [1, 2, 3], 25, 40), (6.0, *second), (6.5, *third)), profile={"kv_tokens": 100})
+    place = run.gateway.policy.place
+
+    def placed(request, *rest):
+        reservation = place(request, *rest)
+        return LocalReservation(reservation) if request.num_prompt_tokens == long[1] else reservation
+
+    run.gateway.policy.place = placed
+    run.run()
+    running, long_one = run.jobs[0], run.jobs[1 if first else 2]
+    assert long_one.first_token_at > running.last_token_at
+    assert (run.jobs[2 if first else 1].last_token_at > running.last_token_at) is first
+    run.check_integrity()
 
 
 def test_preemption_ends_and_leaves_nothing():
