@@ -34,7 +34,7 @@ from kv_transfer.wire import KvBeat, KvBlocks, KvHello, KvRelease, KvSegment, Pl
 logger = logging.getLogger(__name__)
 
 FRAME_BYTES = 4 << 20  # payload of one frame, unless a single block is larger, or a worker's plane hands over more
-MAX_FRAME_BYTES = 16 << 20
+MAX_FRAME_BYTES = 32 << 20
 TURN_FRAMES = 2  # copied to shared memory per turn of the event loop at most
 SESSION_BYTES = 16
 MAX_CONNECTIONS = 64  # of one session
