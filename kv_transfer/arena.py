@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import ctypes
 import fcntl
 import mmap
 import os
@@ -36,7 +35,7 @@ HEAD_BYTES = 4096
 """In front of a segment's content."""
 MAX_SEGMENT_BYTES = 1 << 40
 
-Mapping = ctypes.Array[ctypes.c_char] | mmap.mmap
+Mapping = memoryview | mmap.mmap
 
 _MEMFD_NAME = "baton-kv"
 
@@ -62,7 +61,6 @@ class Segment:
         self.ref = ref
         self.num_bytes = num_bytes
         self._mapping = mapping
-        self._is_ours = ref is None or descriptor is not None
         if descriptor is not None:
             weakref.finalize(self, os.close, descriptor)
 
@@ -80,7 +78,7 @@ class Segment:
             os.close(descriptor)
             raise
         token = secrets.token_bytes(TOKEN_BYTES)
-        ctypes.memmove(mapping, token, TOKEN_BYTES)
+        mapping[:TOKEN_BYTES] = token
         ref = SegmentRef(f"/proc/{os.getpid()}/fd/{descriptor}", num_bytes, token)
         return cls(mapping, num_bytes, ref, descriptor)
 
@@ -125,13 +123,12 @@ class Segment:
         if offset < 0 or num_bytes <= 0 or offset + num_bytes > self.num_bytes:
             raise ProtocolError(f"bytes {offset} to {offset + num_bytes} of {self.num_bytes}")
         array = np.frombuffer(self._mapping, np.uint8, num_bytes, HEAD_BYTES + offset)
-        array.flags.writeable = self._is_ours
         weakref.finalize(array, on_return).atexit = False
         return array
 
     def make_huge(self, begin: int, end: int) -> bool:
         """See `mapping`; begin and end are those of a part of the file, head and all."""
-        return isinstance(self._mapping, ctypes.Array) and make_huge(self._mapping, begin, end)
+        return isinstance(self._mapping, memoryview) and make_huge(self._mapping, begin, end)
 
 
 class Arena:

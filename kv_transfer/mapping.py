@@ -26,8 +26,8 @@ _MADV_COLLAPSE = 25
 _FAILED = ctypes.c_void_p(-1).value
 
 
-def map_file(descriptor: int, num_bytes: int, *, writable: bool) -> ctypes.Array[ctypes.c_char]:
-    """A file's first bytes, shared; unmapped when the array and all that was made of it are gone. Linux only.
+def map_file(descriptor: int, num_bytes: int, *, writable: bool) -> memoryview:
+    """A file's first bytes, shared; unmapped when the view and all that was made of it are gone. Linux only.
 
     Raises:
         OSError: the system refuses.
@@ -42,24 +42,26 @@ def map_file(descriptor: int, num_bytes: int, *, writable: bool) -> ctypes.Array
     except OSError:
         _call("munmap", start, reserved)
         raise
-    memory = (ctypes.c_char * num_bytes).from_address(address)
+    memory = (ctypes.c_ubyte * num_bytes).from_address(address)
     weakref.finalize(memory, _call, "munmap", start, reserved).atexit = False
-    return memory
+    view = memoryview(memory).cast("B")
+    return view if writable else view.toreadonly()
 
 
-def make_huge(memory: ctypes.Array[ctypes.c_char], begin: int, end: int) -> bool:
+def make_huge(memory: memoryview, begin: int, end: int) -> bool:
     """Have memory that nobody writes to now backed by huge pages; whether the system did. Its content stays.
 
-    What it would not do costs nothing further, and the time it takes is about that of touching the memory page by page.
+    It takes a tenth of the time of touching the memory page by page; several times that where the system must first
+    move others' pages to make room.
 
     Args:
         memory: from `map_file`, writable.
         begin, end: multiples of `HUGE_BYTES`.
     """
-    one_of_each = np.frombuffer(memory, np.uint8)[begin:end:HUGE_BYTES]
-    one_of_each += 0  # written to, as they are made only where something is
+    part = np.frombuffer(memory, np.uint8)[begin:end]
+    part[::HUGE_BYTES] += 0  # written to, as they are made only where something is
     try:
-        _call("madvise", ctypes.addressof(memory) + begin, end - begin, _MADV_COLLAPSE)
+        _call("madvise", part.ctypes.data, end - begin, _MADV_COLLAPSE)
     except OSError:
         return False
     return True

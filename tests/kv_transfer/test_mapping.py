@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 from collections.abc import Iterator
@@ -26,13 +25,17 @@ def descriptor() -> Iterator[int]:
     os.close(found)
 
 
+def address_of(memory: memoryview) -> int:
+    return np.frombuffer(memory, np.uint8).ctypes.data
+
+
 def is_mapped(address: int) -> bool:
     return any(line.startswith(f"{address:x}-") for line in Path("/proc/self/maps").read_text().splitlines())
 
 
 def test_two_mappings_share_the_file(descriptor):
     written, read = map_file(descriptor, SIZE, writable=True), map_file(descriptor, SIZE, writable=False)
-    assert ctypes.addressof(written) % HUGE_BYTES == ctypes.addressof(read) % HUGE_BYTES == 0
+    assert address_of(written) % HUGE_BYTES == address_of(read) % HUGE_BYTES == 0
     np.frombuffer(written, np.uint8)[:] = np.arange(SIZE, dtype=np.uint32).view(np.uint8)[:SIZE]
     assert bytes(read) == bytes(written) == os.pread(descriptor, SIZE, 0)
 
@@ -49,7 +52,7 @@ def test_what_is_made_huge_keeps_its_content(descriptor):
 
 def test_it_is_unmapped_when_nobody_holds_a_part_of_it(descriptor):
     memory = map_file(descriptor, SIZE, writable=True)
-    address = ctypes.addressof(memory)
+    address = address_of(memory)
     view = np.frombuffer(memory, np.uint8, 64, 4096).view(np.float32)[3:]
     del memory
     gc.collect()
@@ -98,7 +101,7 @@ def spied(monkeypatch: pytest.MonkeyPatch, answer: bool) -> list[tuple[int, int]
     """What `make_huge` is asked for; it does it, and says `answer`."""
     asked: list[tuple[int, int]] = []
 
-    def note(memory: ctypes.Array[ctypes.c_char], begin: int, end: int) -> bool:
+    def note(memory: memoryview, begin: int, end: int) -> bool:
         asked.append((begin, end))
         make_huge(memory, begin, end)
         return answer
