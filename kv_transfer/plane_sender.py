@@ -132,7 +132,7 @@ class PlaneKvSender:
         streams = not to_socket and len(indices) * layout.block_bytes > STREAM_BYTES
         start = 0
         while start < len(indices):
-            each = self._frame_blocks(0 if to_socket else len(indices) - start)
+            each = self._frame_blocks(0 if to_socket else min(2 * start, len(indices) - start))
             blocks = _Unstaged((request_id, epoch), indices[start : start + each], reader, start, streams)
             with self._lock:
                 self._inflight_bytes += self._num_bytes(blocks)
@@ -190,15 +190,15 @@ class PlaneKvSender:
 
     # Staging
 
-    def _frame_blocks(self, rest: int) -> int:
-        """Blocks of the next frame while so many are left; sockets take small ones.
+    def _frame_blocks(self, around: int) -> int:
+        """Blocks of the next frame: half of as many as are left, or of twice those before; sockets take small ones.
 
-        What a frame costs beside its bytes is paid less often if it is large; the last are small, as nobody works
-        beside who verifies those.
+        What a frame costs beside its bytes is paid less often if it is large; the first and the last are small, as
+        nobody works beside who copies those or verifies these.
         """
         block_bytes = self._identity.layout.block_bytes
         most = min(MAX_FRAME_BYTES, max(FRAME_BYTES, self._arena_bytes // PIPELINE_FRAMES))
-        return max(1, min(max(FRAME_BYTES, rest * block_bytes // 2), most) // block_bytes)
+        return max(1, min(max(FRAME_BYTES, around * block_bytes // 2), most) // block_bytes)
 
     def _num_bytes(self, blocks: _Unstaged) -> int:
         return len(blocks.indices) * self._identity.layout.block_bytes
