@@ -77,7 +77,7 @@ class Digests:
         n = num_bytes // self._layout.block_bytes
         rows = payload_rows(self._source[: n * self._layout.block_bytes], n, self._layout)
         cpu_s, start_s = time.process_time(), time.monotonic()
-        self._digester.digests(rows, range(n))
+        self._digester.reader(rows).digests(range(n))
         self._cpu_s += time.process_time() - cpu_s
         return time.monotonic() - start_s
 
@@ -114,12 +114,12 @@ class SameWork:
         n, each = num_bytes // layout.block_bytes, max(1, FRAME_BYTES // layout.block_bytes)
         rows = payload_rows(self._source[: n * layout.block_bytes], n, layout)
         cpu_s, start_s = time.process_time(), time.monotonic()
+        reader = self._digester.reader(rows)
         for at in range(0, n, each):
-            part = [row[at : at + each] for row in rows]
-            begin, count = at * layout.block_bytes, len(part[0])
+            begin, count = at * layout.block_bytes, min(each, n - at)
             landed = payload_rows(self._target[begin : begin + count * layout.block_bytes], count, layout)
-            copied = self._digester.copy(part, landed, streams=True)
-            assert copied == self._digester.digests(landed, range(count))
+            copied = reader.copy(at, landed, streams=True)
+            assert copied == self._digester.reader(landed).digests(range(count))
         self._cpu_s += time.process_time() - cpu_s
         return time.monotonic() - start_s
 

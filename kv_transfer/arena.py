@@ -26,6 +26,7 @@ import msgspec
 import numpy as np
 
 from engine_core.errors import ProtocolError
+from kv_transfer.mapping import HUGE_BYTES, make_huge, map_file
 
 ALIGNMENT = 64
 """Of every loan: what lets a CPU device use it in place."""
@@ -33,6 +34,8 @@ TOKEN_BYTES = 16
 HEAD_BYTES = 4096
 """In front of a segment's content."""
 MAX_SEGMENT_BYTES = 1 << 40
+
+Mapping = memoryview | mmap.mmap
 
 _MEMFD_NAME = "baton-kv"
 
@@ -54,7 +57,7 @@ class SegmentRef(msgspec.Struct, frozen=True, array_like=True):
 class Segment:
     """Memory of which `ref` tells others; anonymous, with no `ref`, where the system has no memfd."""
 
-    def __init__(self, mapping: mmap.mmap, num_bytes: int, ref: SegmentRef | None, descriptor: int | None) -> None:
+    def __init__(self, mapping: Mapping, num_bytes: int, ref: SegmentRef | None, descriptor: int | None) -> None:
         self.ref = ref
         self.num_bytes = num_bytes
         self._mapping = mapping
@@ -70,7 +73,7 @@ class Segment:
         try:
             os.ftruncate(descriptor, HEAD_BYTES + num_bytes)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _size_seals() | fcntl.F_SEAL_SEAL)
-            mapping = mmap.mmap(descriptor, HEAD_BYTES + num_bytes)
+            mapping = map_file(descriptor, HEAD_BYTES + num_bytes, writable=True)
         except BaseException:
             os.close(descriptor)
             raise
@@ -99,7 +102,7 @@ class Segment:
                 raise ProtocolError(f"the size of {ref.path} is not sealed")
             if found.st_size != HEAD_BYTES + ref.num_bytes:
                 raise ProtocolError(f"{ref.path} has {found.st_size} bytes")
-            mapping = mmap.mmap(descriptor, found.st_size, prot=mmap.PROT_READ)
+            mapping = map_file(descriptor, found.st_size, writable=False)
         finally:
             os.close(descriptor)
         if mapping[:TOKEN_BYTES] != ref.token:
@@ -123,12 +126,18 @@ class Segment:
         weakref.finalize(array, on_return).atexit = False
         return array
 
+    def make_huge(self, begin: int, end: int) -> bool:
+        """See `mapping`; begin and end are those of a part of the file, head and all."""
+        return isinstance(self._mapping, memoryview) and make_huge(self._mapping, begin, end)
+
 
 class Arena:
     """Loans of one segment. `lend` is called on one thread; loans may end on any."""
 
     def __init__(self, num_bytes: int) -> None:
         self.segment = Segment.create(num_bytes)
+        self._used_bytes = 0  # of the file, a multiple of HUGE_BYTES: what lies beyond was never lent
+        self._can_be_huge = True
         self._extents = Extents(num_bytes)
         self._returned: deque[int] = deque()
 
@@ -149,12 +158,21 @@ class Arena:
         offset = self._extents.take(num_bytes)
         if offset is None:
             return None
+        self._begin_to_use(HEAD_BYTES + offset + num_bytes)
 
         def end() -> None:
             self._returned.append(offset)
             on_return()
 
         return offset, self.segment.lend(offset, num_bytes, end)
+
+    def _begin_to_use(self, end: int) -> None:
+        """What lies in front of `end` in the file is about to be written to."""
+        whole = (HEAD_BYTES + self.segment.num_bytes) // HUGE_BYTES * HUGE_BYTES
+        end = min(-(-end // HUGE_BYTES) * HUGE_BYTES, whole)
+        if self._can_be_huge and end > self._used_bytes:
+            self._can_be_huge = self.segment.make_huge(self._used_bytes, end)
+            self._used_bytes = end
 
     def _reclaim(self) -> None:
         with contextlib.suppress(IndexError):

@@ -44,7 +44,7 @@ class HostBlocks:
     ) -> tuple[int, ...]:
         """One per block of `places`, whose (block_index, generation) are `blocks`."""
         if self.digests is None:
-            return named(digester.digests(self.rows, places), ticket_key, blocks)
+            return named(digester.reader(self.rows).digests(places), ticket_key, blocks)
         return named([self.digests[place] for place in places], ticket_key, blocks)
 
 

@@ -19,6 +19,7 @@ from kv_transfer.framing import HEAD, check_of
 MAX_FRAME_BYTES = 64 << 20
 MAX_PENDING_BYTES = 256 << 20  # a peer that leaves this much unread is cut off
 WRITE_HIGH_BYTES = 1 << 20
+READ_BYTES = 256 << 10  # at a time, as asyncio does
 KEEPALIVE = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 2, "TCP_USER_TIMEOUT": 3000}  # s, s, count, ms
 
 MALFORMED = (msgspec.MsgspecError, ValueError, OverflowError, RecursionError)
@@ -34,7 +35,7 @@ OnMessage = Callable[["Channel", Any], None]
 OnClosed = Callable[["Channel", Exception | None], None]
 
 
-class Channel(asyncio.Protocol):
+class Channel(asyncio.BufferedProtocol):
     """One end of a connection: `on_message(channel, message)` per frame, `on_closed(channel, error)` once.
 
     `on_message` may raise ProtocolError, which closes this connection and nothing else; it may be reassigned at any
@@ -59,6 +60,7 @@ class Channel(asyncio.Protocol):
         self.writable = True
         self._decode = decoder.decode
         self._on_open = on_open
+        self._received = memoryview(bytearray(READ_BYTES))  # ours: asyncio's own would be mapped anew for every read
         self._on_closed = on_closed
         self._in = bytearray()
         self._needed = HEAD.size  # bytes of `_in` that complete its first frame
@@ -138,12 +140,16 @@ class Channel(asyncio.Protocol):
         set_socket_options(transport.get_extra_info("socket"))
         self._on_open(self)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where to receive."""
+        return self._received
+
+    def buffer_updated(self, nbytes: int) -> None:
         """Deliver every whole frame; keep the rest."""
         if not self._in:
-            self._in += self._deliver(memoryview(data))
+            self._in += self._deliver(self._received[:nbytes])
             return
-        self._in += data
+        self._in += self._received[:nbytes]
         if len(self._in) >= self._needed:
             received, self._in = self._in, bytearray()
             self._in += self._deliver(memoryview(received))

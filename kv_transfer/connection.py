@@ -161,10 +161,12 @@ class KvConnection:
         budget = TURN_BYTES
         try:
             while budget > 0 and not self.closed:
-                received = self._receive()
+                asked, received = self._receive()
                 if not received:
                     raise TransferError("the peer closed the connection")
                 budget -= received
+                if received < asked:  # no more is there: to ask again would only be refused
+                    break
         except BlockingIOError:
             pass
         except OSError as error:
@@ -175,15 +177,16 @@ class KvConnection:
             self.close(TransferError("internal error while receiving"))  # our own bug: the loop logs it
             raise
 
-    def _receive(self) -> int:
-        if self._rest and self._payload:
-            received = self._socket.recv_into(self._payload[-self._rest :])
+    def _receive(self) -> tuple[int, int]:
+        """Bytes asked for, and received."""
+        if asked := self._rest if self._payload else 0:
+            received = self._socket.recv_into(self._payload[-asked:])
             self._advance(received)
-            return received
+            return asked, received
         fresh = self._socket.recv(READ_BYTES)
         self._in += fresh
         self._parse()
-        return len(fresh)
+        return READ_BYTES, len(fresh)
 
     def _parse(self) -> None:
         """Consume all that is whole in `_in`."""

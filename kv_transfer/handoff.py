@@ -13,7 +13,7 @@ import itertools
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from engine_core import errors
 from engine_core.errors import (
@@ -147,8 +147,7 @@ Effect = Send | SendBlocks | Unsend | Ticketed | Cancelled | Landed | Done | Los
 # Prefill side
 
 
-@dataclass(frozen=True, slots=True)
-class _Sent:
+class _Sent(NamedTuple):
     """A block that the receiver may still ask for again."""
 
     generation: int

@@ -193,7 +193,7 @@ class _Link:
             arrived = box.pop()
             weakref.finalize(arrived, self._released, item).atexit = False
             rows = payload_rows(arrived, len(item.blocks), layout)
-            intact = is_intact(header, PlainDigester().digests(rows, range(len(item.blocks))))
+            intact = is_intact(header, PlainDigester().reader(rows).digests(range(len(item.blocks))))
             effects = receiver.core.on_blocks(receiver.loop.time(), header, intact)
             receiver.apply(effects, LandedBlocks(rows, None, 0, 0))
 

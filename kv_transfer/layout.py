@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from functools import cached_property
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -48,7 +49,7 @@ class CacheShape(Protocol):
         """float32, bfloat16 or float8_e4m3fn."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockLayout:
     """Logical heads, unpadded: per layer `[page_size, 2K, H]`, heads in the order K0, V0, K1, V1, ...
 
@@ -131,12 +132,12 @@ class BlockLayout:
         """One block of one layer."""
         return (self.page_size, 2 * self.num_kv_heads, self.head_dim)
 
-    @property
+    @cached_property
     def layer_bytes(self) -> int:
         """One block of one layer."""
         return self.page_size * 2 * self.num_kv_heads * self.head_dim * self.numpy_dtype.itemsize
 
-    @property
+    @cached_property
     def block_bytes(self) -> int:
         """One block of all layers."""
         return self.num_layers * self.layer_bytes

@@ -19,7 +19,7 @@ from kv_transfer.auth import check_bind
 from kv_transfer.base import Layers, SenderEvents
 from kv_transfer.blocks import as_rows, payload_rows
 from kv_transfer.compiled.digester import open_digester
-from kv_transfer.digester import STREAM_BYTES
+from kv_transfer.digester import STREAM_BYTES, Reader
 from kv_transfer.endpoint import KvIdentity
 from kv_transfer.handshake import TransferOptions
 from kv_transfer.plane_link import PlaneLink, PlaneProcess
@@ -46,11 +46,12 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class _Unstaged:
-    """Blocks that found no room in shared memory; `streams`: see Digester."""
+    """Blocks that found no room in shared memory: those from number `first` on; `streams`: see Reader."""
 
     key: Key
     indices: tuple[int, ...]
-    rows: tuple[np.ndarray, ...]
+    reader: Reader
+    first: int
     streams: bool
 
 
@@ -126,14 +127,13 @@ class PlaneKvSender:
         """See KvSender. Copies, a frame at a time, so that the plane begins with the first while the next is copied."""
         indices = tuple(int(index) for index in block_indices)
         layout = self._identity.layout
-        rows = as_rows(layers, len(indices), layout)
+        reader = self._digester.reader(as_rows(layers, len(indices), layout))
         to_socket = self._open.get((request_id, epoch)) is Transport.TCP
         streams = not to_socket and len(indices) * layout.block_bytes > STREAM_BYTES
         start = 0
         while start < len(indices):
-            each = self._frame_blocks(0 if to_socket else len(indices) - start)
-            part = slice(start, start + each)
-            blocks = _Unstaged((request_id, epoch), indices[part], tuple(row[part] for row in rows), streams)
+            each = self._frame_blocks(0 if to_socket else min(2 * start, len(indices) - start))
+            blocks = _Unstaged((request_id, epoch), indices[start : start + each], reader, start, streams)
             with self._lock:
                 self._inflight_bytes += self._num_bytes(blocks)
             self._put(blocks)
@@ -190,15 +190,15 @@ class PlaneKvSender:
 
     # Staging
 
-    def _frame_blocks(self, rest: int) -> int:
-        """Blocks of the next frame while so many are left; sockets take small ones.
+    def _frame_blocks(self, around: int) -> int:
+        """Blocks of the next frame: half of as many as are left, or of twice those before; sockets take small ones.
 
-        What a frame costs beside its bytes is paid less often if it is large; the last are small, as nobody works
-        beside who verifies those.
+        What a frame costs beside its bytes is paid less often if it is large; the first and the last are small, as
+        nobody works beside who copies those or verifies these.
         """
         block_bytes = self._identity.layout.block_bytes
         most = min(MAX_FRAME_BYTES, max(FRAME_BYTES, self._arena_bytes // PIPELINE_FRAMES))
-        return max(1, min(max(FRAME_BYTES, rest * block_bytes // 2), most) // block_bytes)
+        return max(1, min(max(FRAME_BYTES, around * block_bytes // 2), most) // block_bytes)
 
     def _num_bytes(self, blocks: _Unstaged) -> int:
         return len(blocks.indices) * self._identity.layout.block_bytes
@@ -226,7 +226,7 @@ class PlaneKvSender:
             return None
         offset, memory = loan
         layout = self._identity.layout
-        digests = self._digester.copy(blocks.rows, payload_rows(memory, n, layout), streams=blocks.streams)
+        digests = blocks.reader.copy(blocks.first, payload_rows(memory, n, layout), streams=blocks.streams)
         number = self._next_loan
         self._next_loan += 1
         self._loans[number] = (memory, num_bytes)

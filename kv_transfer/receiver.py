@@ -268,7 +268,7 @@ class _ToPrefill:
         owner = self._owner
         n = len(header.blocks)
         rows = strided_rows(memory, n, stride, self.identity.layout)
-        intact = owner.core.wants(header) and is_intact(header, owner.digester.digests(rows, range(n)))
+        intact = owner.core.wants(header) and is_intact(header, owner.digester.reader(rows).digests(range(n)))
         effects = owner.core.on_blocks(owner.loop.time(), header, intact)
         owner.apply(effects, LandedBlocks(rows, segment, offset, stride))
 

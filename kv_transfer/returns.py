@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections import deque
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ class Returns:
     def __init__(self, tell: Callable[[tuple[int, ...]], object]) -> None:
         self._tell = tell
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         self._numbers: deque[int] = deque()
         self._is_scheduled = False
 
@@ -26,8 +28,10 @@ class Returns:
         self._numbers.append(number)
         if not self._is_scheduled:
             self._is_scheduled = True
+            is_loop = threading.get_ident() == self._thread  # which need not be woken
+            call = self._loop.call_soon if is_loop else self._loop.call_soon_threadsafe
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._flush)
+                call(self._flush)
 
     def _flush(self) -> None:
         self._is_scheduled = False

@@ -34,7 +34,7 @@ from kv_transfer.wire import KvBeat, KvBlocks, KvHello, KvRelease, KvSegment, Pl
 logger = logging.getLogger(__name__)
 
 FRAME_BYTES = 4 << 20  # payload of one frame, unless a single block is larger, or a worker's plane hands over more
-MAX_FRAME_BYTES = 16 << 20
+MAX_FRAME_BYTES = 32 << 20
 TURN_FRAMES = 2  # copied to shared memory per turn of the event loop at most
 SESSION_BYTES = 16
 MAX_CONNECTIONS = 64  # of one session
@@ -407,9 +407,9 @@ class _ToDecode:
                 self.close(ProtocolError(f"a block of {layout.block_bytes} bytes is larger than the shared memory"))
             return 0
         offset, memory = loan
-        rows = [row[run.start : run.stop] for row in source.rows]
+        reader, targets = self._owner.digester.reader(source.rows), payload_rows(memory, len(run), layout)
         streams = len(item.blocks) * layout.block_bytes > STREAM_BYTES
-        digests = self._owner.digester.copy(rows, payload_rows(memory, len(run), layout), streams=streams)
+        digests = reader.copy(run.start, targets, streams=streams)
         sums = named(digests, item.key, blocks)
         place = Place(shared.number, offset, len(run) * layout.layer_bytes)
         self._send_place(item, blocks, sums, place, memory)

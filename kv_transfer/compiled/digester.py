@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from engine_core.compiled_library import COMPILERS, Sources, build_library, load_library
-from kv_transfer.digester import Digester, PlainDigester, Rows
+from kv_transfer.digester import Digester, PlainDigester, PlainReader, Reader, Rows
 
 logger = logging.getLogger(__name__)
 
@@ -57,33 +57,43 @@ def open_digester(library: Path | None) -> Digester:
 
 
 class CompiledDigester:
-    """Reads the bytes once, copying or not; rows that the library is not made for are left to the definition."""
+    """Its readers read the bytes once, copying or not; rows that the library is not made for it leaves to others."""
 
     def __init__(self, digest: Digest) -> None:
         self._digest = digest
-        self._plain = PlainDigester()
 
-    def digests(self, rows: Rows, places: Sequence[int]) -> tuple[int, ...]:
+    def reader(self, rows: Rows) -> Reader:
         """See Digester."""
         source = _Rows.of(rows)
-        if source is None:
-            return self._plain.digests(rows, places)
-        if places and not 0 <= min(places) <= max(places) < source.n:
+        return PlainReader(rows) if source is None else CompiledReader(self._digest, rows, source)
+
+
+class CompiledReader:
+    """Knows where the rows lie: to ask NumPy for the address of every layer takes longer than the rest of a call."""
+
+    def __init__(self, digest: Digest, rows: Rows, source: _Rows) -> None:
+        self._digest = digest
+        self._rows = rows
+        self._source = source
+
+    def digests(self, places: Sequence[int]) -> tuple[int, ...]:
+        """See Reader."""
+        source, n = self._source, len(places)
+        if n and not 0 <= min(places) <= max(places) < source.n:
             raise IndexError(f"blocks {list(places)} of {source.n}")
-        found = (ctypes.c_uint64 * len(places))()
-        wanted = (ctypes.c_int64 * len(places))(*places)
-        self._digest(source.addresses, source.stride, None, 0, *source.sizes, wanted, len(places), False, found)
+        found, wanted = (ctypes.c_uint64 * n)(), (ctypes.c_int64 * n)(*places)
+        self._digest(source.addresses, source.stride, None, 0, *source.sizes, wanted, n, False, found)
         return tuple(found)
 
-    def copy(self, rows: Rows, targets: Rows, *, streams: bool) -> tuple[int, ...]:
-        """See Digester."""
-        source, target = _Rows.of(rows), _Rows.of(targets)
-        if source is None or target is None:
-            return self._plain.copy(rows, targets, streams=streams)
-        if (source.n, source.sizes) != (target.n, target.sizes):
-            raise ValueError(f"rows of other shapes: {source}, {target}")
-        found, n = (ctypes.c_uint64 * source.n)(), source.n
-        places = (ctypes.c_int64 * n)(*range(n))
+    def copy(self, first: int, targets: Rows, *, streams: bool) -> tuple[int, ...]:
+        """See Reader."""
+        source, target = self._source, _Rows.of(targets)
+        if target is None:
+            return PlainReader(self._rows).copy(first, targets, streams=streams)
+        n, end = target.n, first + target.n
+        if source.sizes != target.sizes or not 0 <= first <= end <= source.n:
+            raise ValueError(f"rows of other shapes: {first} to {end} of {source}, {target}")
+        found, places = (ctypes.c_uint64 * n)(), (ctypes.c_int64 * n)(*range(first, end))
         written = (target.addresses, target.stride)
         self._digest(source.addresses, source.stride, *written, *source.sizes, places, n, streams, found)
         return tuple(found)

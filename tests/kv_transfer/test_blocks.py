@@ -24,12 +24,12 @@ def some_rows(layout: BlockLayout, n: int) -> list[np.ndarray]:
 
 def test_digests_that_were_taken_before_are_used():
     rows, blocks, digester = tuple(some_rows(SMALL, 3)), [(7, 1), (9, 1)], PlainDigester()
-    taken = HostBlocks(rows, None, digester.digests(rows, range(3)))
+    taken = HostBlocks(rows, None, digester.reader(rows).digests(range(3)))
     found = taken.checksums([2, 0], KEY, blocks, digester)
     assert found == HostBlocks(rows, None).checksums([2, 0], KEY, blocks, digester)
-    assert found == named(digester.digests(rows, [2, 0]), KEY, blocks)
+    assert found == named(digester.reader(rows).digests([2, 0]), KEY, blocks)
     rows[0][2, 0] ^= 1  # damage behind the copy is found by the receiver
-    assert found[0] != named(digester.digests(rows, [2]), KEY, blocks[:1])[0]
+    assert found[0] != named(digester.reader(rows).digests([2]), KEY, blocks[:1])[0]
 
 
 def test_the_same_bytes_under_another_name_have_another_checksum():

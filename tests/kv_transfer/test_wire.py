@@ -89,7 +89,7 @@ def frame(layout: BlockLayout = LAYOUT) -> tuple[KvBlocks, np.ndarray]:
 
 
 def digests_of(payload: np.ndarray, layout: BlockLayout) -> tuple[int, ...]:
-    return PlainDigester().digests(payload_rows(payload, 2, layout), [0, 1])
+    return PlainDigester().reader(payload_rows(payload, 2, layout)).digests([0, 1])
 
 
 def intact(header: KvBlocks, payload: np.ndarray) -> bool:
