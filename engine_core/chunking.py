@@ -26,7 +26,7 @@ class ChunkQueue:
         self._memory = memory
         self._waiting: deque[Sequence] = deque()
         self._active: deque[Sequence] = deque()
-        self._held: set[Sequence] = set()
+        self._held: dict[Sequence, int] = {}
         self.starved: Sequence | None = None
 
     def __len__(self) -> int:
@@ -39,8 +39,13 @@ class ChunkQueue:
 
     @property
     def queued_tokens(self) -> int:
-        """Tokens still to be computed."""
-        return sum(len(s.token_ids) - s.num_dispatched for s in (*self._active, *self._waiting))
+        """Tokens still to be computed, without those that are cached or on their way here. Any thread."""
+        left = sum(len(sequence.token_ids) - sequence.num_dispatched for sequence in tuple(self._active))
+        return left + sum(map(self._num_missing, tuple(self._waiting)))
+
+    def _num_missing(self, sequence: Sequence) -> int:
+        num_blocks = max(self._memory.num_cached_blocks(sequence), self._held.get(sequence, 0))
+        return max(1, len(sequence.token_ids) - num_blocks * self._memory.page_size)
 
     def add(self, sequence: Sequence, *, first: bool = False) -> None:
         """Queue a sequence; `first` is for one that was preempted."""
@@ -50,17 +55,21 @@ class ChunkQueue:
         else:
             self._waiting.append(sequence)
 
-    def hold(self, sequence: Sequence) -> None:
-        """Pass over a sequence that waits, until `resume`: blocks of it are on their way here. It keeps its place."""
-        self._held.add(sequence)
+    def hold(self, sequence: Sequence, num_blocks: int) -> None:
+        """Pass over a sequence that waits, until `resume`: it keeps its place.
+
+        Args:
+            num_blocks: leading blocks that are cached or on their way here.
+        """
+        self._held[sequence] = num_blocks
 
     def resume(self, sequence: Sequence) -> None:
         """Its turn may come."""
-        self._held.discard(sequence)
+        self._held.pop(sequence, None)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence; what it holds stays its own."""
-        self._held.discard(sequence)
+        self._held.pop(sequence, None)
         if self.starved is sequence:
             self.starved = None
         for queue in (self._waiting, self._active):

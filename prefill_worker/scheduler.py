@@ -129,7 +129,7 @@ class PrefillScheduler:
         if source is not None:
             wanted = self._fetches.begin(sequence, source)
             if wanted:
-                self._queue.hold(sequence)
+                self._queue.hold(sequence, wanted[-1][0] + 1)
             self._events.fetch(sequence.key, source.donor, wanted)
 
     def fetched(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from router.simulator.job import Attempt
@@ -21,7 +20,7 @@ class Reading:
         num_computed: tokens whose steps have ended.
         num_stored: blocks that the prefix cache knows.
         num_sent: blocks below it have been sent to the target, or were never wanted.
-        awaited: blocks that are on their way from a donor; others go before it.
+        num_awaited: leading blocks that are here or on their way from a donor, while some are; others go before it.
         resumed: for a preempted sequence, the tokens it has left to generate, and when it had its latest one.
     """
 
@@ -33,7 +32,7 @@ class Reading:
     num_computed: int = 0
     num_stored: int = 0
     num_sent: int = 0
-    awaited: Sequence[bytes] = ()
+    num_awaited: int = 0
     resumed: tuple[int, float] | None = None
 
 
@@ -74,10 +73,13 @@ class Readings:
 
     @property
     def queued_tokens(self) -> int:
-        """Tokens still to be computed, before any look into the cache."""
-        return sum(
-            reading.num_tokens - reading.num_done for queue in (self._active, self._waiting) for reading in queue
-        )
+        """Tokens still to be computed, without those that are cached or on their way here."""
+        left = sum(reading.num_tokens - reading.num_done for reading in self._active)
+        return left + sum(map(self._num_missing, self._waiting))
+
+    def _num_missing(self, reading: Reading) -> int:
+        num_blocks = max(self._memory.cache.count(reading.attempt.job.hashes), reading.num_awaited)
+        return max(1, reading.num_tokens - num_blocks * self._memory.page_size)
 
     def add(self, reading: Reading, *, first: bool) -> None:
         """Queue a prompt; `first` is for one that was preempted."""
@@ -127,7 +129,7 @@ class Readings:
 
         Those whose blocks are on their way from a donor are passed over.
         """
-        reading = next((waiting for waiting in self._waiting if not waiting.awaited), None)
+        reading = next((waiting for waiting in self._waiting if not waiting.num_awaited), None)
         if reading is None:
             return False
         hashes = reading.attempt.job.hashes

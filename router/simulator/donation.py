@@ -119,7 +119,7 @@ class Fetches:
             self._memory.release(pages)
             return
         self._running[attempt] = _Fetch(reading, pages, first, self._events.now)
-        reading.awaited = wanted[first:]
+        reading.num_awaited = len(wanted)
         self._events.after(self._message_s, attempt.donor.donations.send, attempt, first, self._block_bytes, self)
 
     def landed(self, attempt: Attempt, count: int) -> None:
@@ -130,7 +130,7 @@ class Fetches:
         end = fetch.first + count
         self._memory.store(attempt.job.hashes, fetch.pages, fetch.first, end * self._memory.page_size)
         self._memory.release(fetch.pages)
-        fetch.reading.awaited = ()
+        fetch.reading.num_awaited = 0
         attempt.fetched = range(fetch.first, end)
         self._on_landed(attempt, count, self._events.now - fetch.begun_at)
 
