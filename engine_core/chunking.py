@@ -39,13 +39,12 @@ class ChunkQueue:
 
     @property
     def queued_tokens(self) -> int:
-        """Tokens still to be computed, without those that are cached or on their way here. Any thread."""
+        """Tokens still to be computed, before any look into the cache, without those on their way here. Any thread."""
         left = sum(len(sequence.token_ids) - sequence.num_dispatched for sequence in tuple(self._active))
         return left + sum(map(self._num_missing, tuple(self._waiting)))
 
     def _num_missing(self, sequence: Sequence) -> int:
-        num_blocks = max(self._memory.num_cached_blocks(sequence), self._held.get(sequence, 0))
-        return max(1, len(sequence.token_ids) - num_blocks * self._memory.page_size)
+        return len(sequence.token_ids) - self._held.get(sequence, 0) * self._memory.page_size
 
     def add(self, sequence: Sequence, *, first: bool = False) -> None:
         """Queue a sequence; `first` is for one that was preempted."""

@@ -153,17 +153,11 @@ class SequenceMemory:
             for shard in self.shards:
                 shard.cache.touch(sequence.hashes)
 
-    def num_cached_blocks(self, sequence: Seq) -> int:
-        """Of a sequence that waits, the leading full blocks that some shard has cached. Any thread."""
-        if not self._reuse or sequence.scores_prompt:
-            return 0
-        return max(shard.cache.count(sequence.hashes) for shard in self.shards)
-
     def first_missing(self, sequence: Seq) -> bytes | None:
         """Of a sequence that waits, the first full block that no shard has cached; None where it would not matter."""
         if not self._reuse or sequence.scores_prompt:
             return None
-        num_cached = self.num_cached_blocks(sequence)
+        num_cached = max(shard.cache.count(sequence.hashes) for shard in self.shards)
         return sequence.hashes[num_cached] if num_cached < len(sequence.hashes) else None
 
     def blocks(self, sequence: Seq, start: int, end: int) -> list[bytes]:

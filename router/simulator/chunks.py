@@ -73,13 +73,12 @@ class Readings:
 
     @property
     def queued_tokens(self) -> int:
-        """Tokens still to be computed, without those that are cached or on their way here."""
+        """Tokens still to be computed, before any look into the cache, without those on their way here."""
         left = sum(reading.num_tokens - reading.num_done for reading in self._active)
         return left + sum(map(self._num_missing, self._waiting))
 
     def _num_missing(self, reading: Reading) -> int:
-        num_blocks = max(self._memory.cache.count(reading.attempt.job.hashes), reading.num_awaited)
-        return max(1, reading.num_tokens - num_blocks * self._memory.page_size)
+        return reading.num_tokens - reading.num_awaited * self._memory.page_size
 
     def add(self, reading: Reading, *, first: bool) -> None:
         """Queue a prompt; `first` is for one that was preempted."""

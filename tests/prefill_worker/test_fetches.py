@@ -119,20 +119,7 @@ def test_what_is_on_its_way_is_not_queued_and_what_does_not_come_is():
     side.scheduler.tick()
     assert side.scheduler.queued_tokens == len(PROMPT) - 4 * NUM_BLOCKS
     side.scheduler.fetch_failed(KEY)
-    assert side.scheduler.queued_tokens == len(PROMPT) - 4 * 2
-    run(side.scheduler)
-    assert side.scheduler.queued_tokens == 0
-
-
-@pytest.mark.parametrize("prefix_cache", [True, False])
-def test_what_is_cached_is_not_queued(prefix_cache):
-    side = Side(prefix_cache=prefix_cache)
-    side.read("b", [*PROMPT[:9], 3, 3])
-    side.scheduler.add(request("a", PROMPT))
-    side.scheduler.add(request("c", PROMPT[:8]))
-    cached = (8, 7) if prefix_cache else (0, 0)  # the last token of a prompt is computed, for its logits
-    assert side.scheduler.queued_tokens == len(PROMPT) - cached[0] + 8 - cached[1]
-    side.scheduler.tick()
+    assert side.scheduler.queued_tokens == len(PROMPT)
     run(side.scheduler)
     assert side.scheduler.queued_tokens == 0
 
