@@ -24,7 +24,7 @@ MAX_SERVICES = 2000  # recent prompts that the model looks at
 _SMOOTHING = 0.1  # of means per request
 _MISSES = 2  # windows in a row before feedback acts
 _DEVIATIONS = 2.0  # of the number of rows
-_UP, _DOWN = 0.5, 1.0  # of the forecast's error, for growing and for shrinking
+_UP, _DOWN = 0.5, 1.4  # of the forecast's error, for growing and for shrinking
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
