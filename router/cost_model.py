@@ -25,7 +25,7 @@ FORGOTTEN = 1e-3  # freshness below which nobody knows better than anybody else
 FADE_S = 10.0  # after which a third of an unconfirmed belief is left
 _FLOOR_S = 0.001  # errors of times below it are not relative any more
 _PRIOR_WEIGHT = 1e-3
-_LEAST_WEIGHT = 1e-6
+_LEAST_WEIGHT = 1e-6  # of a prior, in 1 / s^2: as that of a sample that took so long, of the typical size
 
 
 class LinearModel:
@@ -34,16 +34,20 @@ class LinearModel:
     Args:
         prior: coefficients to begin with.
         scale: a typical size of each feature.
+        least: how much the prior of each feature counts at least, in 1 / s^2, as a sample of that size would.
 
     Attributes:
         coefficients: as fitted last.
         num_samples: seen.
     """
 
-    def __init__(self, prior: Sequence[float], scale: Sequence[float]) -> None:
+    def __init__(
+        self, prior: Sequence[float], scale: Sequence[float], least: float | Sequence[float] = _LEAST_WEIGHT
+    ) -> None:
         self.coefficients: tuple[float, ...] = tuple(prior)
         self.num_samples = 0
         self._scale = np.array(scale)
+        self._least = np.array(least)
         self._prior = np.array(prior) * self._scale
         self._gram = np.zeros((len(prior), len(prior)))
         self._moment = np.zeros(len(prior))
@@ -67,7 +71,7 @@ class LinearModel:
 
     def _fit(self) -> None:
         """The prior pulls on each feature as a small part of its own samples does; one never seen keeps its prior."""
-        pull = _PRIOR_WEIGHT * self._gram.diagonal() + _LEAST_WEIGHT
+        pull = _PRIOR_WEIGHT * self._gram.diagonal() + self._least
         gram = self._gram + np.diag(pull)
         solution = _non_negative(gram, self._moment + pull * self._prior)
         self.coefficients = tuple((solution / self._scale).tolist())
@@ -91,6 +95,10 @@ _STEP_PRIOR = (2e-3, 3e-5, 2e-9, 5e-3, 5e-5, 5e-8)
 _STEP_SCALE = (1.0, 1e3, 1e6, 1.0, 1e1, 1e4)
 _TRANSFER_PRIOR = (1e-3, 1e-9)
 _TRANSFER_SCALE = (1.0, 1e7)
+# Most samples are the ends of prompts, small and of like sizes, and some waited for a busy host. What they tell of a
+# byte's time is noise, which a large hand-over would have a hundred times over: until some have been large, it counts
+# less than a single one that took ten times as long as foretold.
+_TRANSFER_LEAST = (_LEAST_WEIGHT, (10 * _TRANSFER_PRIOR[1] * _TRANSFER_SCALE[1]) ** -2)
 
 
 class StepModel:
@@ -181,7 +189,7 @@ class TransferModel:
 
     def __init__(self) -> None:
         self.version = 0
-        self._fleet = LinearModel(_TRANSFER_PRIOR, _TRANSFER_SCALE)
+        self._fleet = LinearModel(_TRANSFER_PRIOR, _TRANSFER_SCALE, _TRANSFER_LEAST)
         self._samples: list[tuple[Hashable, Hashable, int, float]] = []
         self._connected: set[tuple[Hashable, Hashable]] = set()
         self._rows: dict[Hashable, int] = {}
@@ -334,7 +342,7 @@ class _Links:
 def _fit_two(gram: Floats, moment: Floats, prior: Floats) -> Floats:
     """What `LinearModel` makes of `[n, 3]` and `[n, 2]` sums, for each of n models of two features: `[n, 2]`."""
     diagonal = gram[:, [0, 2]]
-    pull = _PRIOR_WEIGHT * diagonal + _LEAST_WEIGHT
+    pull = _PRIOR_WEIGHT * diagonal + _TRANSFER_LEAST
     (a, c), b = (diagonal + pull).T, gram[:, 1]
     m, n = (moment + pull * prior).T
     determinant = a * c - b * b

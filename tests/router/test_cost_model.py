@@ -9,7 +9,7 @@ import pytest
 import scipy.optimize
 
 from engine_core.messages import StepSums
-from router.cost_model import Average, LinearModel, StepModel, TransferModel, _non_negative, fade
+from router.cost_model import _TRANSFER_LEAST, Average, LinearModel, StepModel, TransferModel, _non_negative, fade
 
 
 def steps(rng: np.random.Generator, count: int, law: tuple[float, ...], noise: float) -> list[StepSums]:
@@ -100,6 +100,24 @@ def test_the_first_hand_over_of_a_pair_is_not_counted() -> None:
     assert fixed_s + 1e6 * byte_s == pytest.approx(0.004, rel=0.05)
 
 
+def test_small_hand_overs_that_waited_say_nothing_of_large_ones() -> None:
+    """Those of one size came one at a time, those of the other together with others: their bytes are not to blame."""
+    model = TransferModel()
+    rng = np.random.default_rng(1)
+    for _ in range(60):
+        model.learn("w0", "w1", 8_192, 0.005 * float(rng.lognormal(0, 0.3)))
+        model.learn("w0", "w1", 32_137, 0.02 * float(rng.lognormal(0, 0.6)))
+    model.fit(0.0)
+    fixed_s, byte_s = model.link("w0", "w1")
+    assert 0.004 < fixed_s < 0.02
+    assert 400_000 * byte_s < 0.005
+    for _ in range(5):  # a slow link shows as soon as hand-overs are large
+        model.learn("w0", "w1", 20_000_000, 0.4)
+    model.fit(1.0)
+    fixed_s, byte_s = model.link("w0", "w1")
+    assert fixed_s + 20_000_000 * byte_s == pytest.approx(0.4, rel=0.1)
+
+
 def test_an_idle_link_comes_to_be_taken_for_an_average_one() -> None:
     model = TransferModel()
     for _ in range(40):
@@ -170,7 +188,7 @@ def test_links_fitted_at_once_are_what_each_would_be_alone(seed: int) -> None:
         prior = model.link("nobody", "knows")
         for pair, samples in batch.items():
             if samples:
-                one = alone.setdefault(pair, LinearModel(prior, (1.0, 1e7)))
+                one = alone.setdefault(pair, LinearModel(prior, (1.0, 1e7), _TRANSFER_LEAST))
                 one._prior = np.array(prior) * (1.0, 1e7)
                 one.learn([(1.0, size) for size, _ in samples], [seconds for _, seconds in samples])
                 assert model.link(*pair) == pytest.approx(one.coefficients, rel=1e-6, abs=1e-15)
