@@ -266,13 +266,13 @@ def test_what_is_sent_while_later_chunks_compute_costs_nothing() -> None:
     fleet = Fleet(1, 1, **REMOTE)
     for _ in range(30):
         fleet.transfers.learn(("p0", 1), ("d0", 1), 0, 0.0)
-        fleet.transfers.learn(("p0", 1), ("d0", 1), 1_000_000, 0.05)
+        fleet.transfers.learn(("p0", 1), ("d0", 1), 1_000_000, 0.01)
     fleet.transfers.fit(fleet.now)
     one = fleet.place(text(1, 256))
     two = fleet.place(text(2, 2048))
     assert one.transfer_bytes * 8 == two.transfer_bytes == 2 << 20
-    assert one.decision.chosen.terms.transfer_s == pytest.approx(0.0131, rel=0.05)  # a quarter of a megabyte
-    assert two.decision.chosen.terms.transfer_s == pytest.approx(0.0131, rel=0.05)  # its last chunk
+    assert one.decision.chosen.terms.transfer_s == pytest.approx(0.0026, rel=0.05)  # a quarter of a megabyte
+    assert two.decision.chosen.terms.transfer_s == pytest.approx(0.0026, rel=0.05)  # its last chunk
 
 
 def test_a_full_decode_worker_is_the_last_choice() -> None:
