@@ -155,7 +155,7 @@ def test_pools_follow_the_load_onto_new_nodes_and_back(
 
         (model / FULL).unlink()
         clients.rate = 0.5
-        until(lambda: pools(baton) == {"prefill": 1, "decode": 1} and not others(baton), 90)
+        until(lambda: pools(baton) == {"prefill": 1, "decode": 1} and not others(baton), 150)
         until(lambda: len(head.processes("raylet")) == 2, 30)
         clients.stop()
         assert len(clients.answers) > 60 and clients.all_whole()
