@@ -68,15 +68,16 @@ def _config(args: argparse.Namespace) -> EngineConfig:
     length = max(*args.tokens, args.load_tokens) + args.stream_tokens + args.output + 64
     return EngineConfig(
         model=ModelConfig(path=args.model),
-        cache=CacheConfig(num_pages=(max(args.concurrency) + args.streams + 2) * (-(-length // 16))),
+        cache=CacheConfig(
+            num_pages=(max(args.concurrency) + args.streams + 2) * (-(-length // PAGE_SIZE)), page_size=PAGE_SIZE
+        ),
         batch=BatchConfig(num_slots=max(8, args.streams + 4, *args.concurrency), max_model_len=length),
         prefix_cache=False,
     )
 
 
 def _start(args: argparse.Namespace, *, pinned: bool) -> tuple[LocalCluster, LocalCluster]:
-    cores = sorted(os.sched_getaffinity(0))
-    first, second = ((cores[0],), (cores[1],)) if pinned and len(cores) > 1 else ((), ())
+    first, second = _cores() if pinned else ((), ())
     config, model = _config(args), Path(args.model)
     print("starting 1 prefill + 1 decode worker ...", flush=True)
     apart = LocalCluster(
@@ -88,6 +89,16 @@ def _start(args: argparse.Namespace, *, pinned: bool) -> tuple[LocalCluster, Loc
     print("starting 1 colocated worker ...", flush=True)
     together = LocalCluster(config, model, [WorkerSpec(Role.DECODE, "colocated")])
     return apart, together
+
+
+def _cores() -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """One for each role; none where there is only one."""
+    cores = sorted(os.sched_getaffinity(0))
+    return ((cores[0],), (cores[1],)) if len(cores) > 1 else ((), ())
+
+
+def _p99(values: Sequence[float]) -> float:
+    return statistics.quantiles(values, n=100)[98]
 
 
 def _prompt(rng: random.Random, length: int) -> list[int]:
@@ -154,7 +165,7 @@ def _measure_itl(args: argparse.Namespace) -> dict[str, object]:
     table = Table("cluster", "ITL p50 ms", "p99 ms", "p50 under load", "p99 under load", "p99 ratio")
     ratio = {}
     for name, (calm, loaded) in samples.items():
-        p99 = [statistics.quantiles(values, n=100)[98] for values in (calm, loaded)]
+        p99 = [_p99(values) for values in (calm, loaded)]
         ratio[name] = round(p99[1] / p99[0], 3)
         p50 = [statistics.median(values) for values in (calm, loaded)]
         row = (p50[0], p99[0], p50[1], p99[1])
@@ -205,19 +216,18 @@ class DonorCell:
     @property
     def p99_s(self) -> float:
         """Of the inter-token latency."""
-        return statistics.quantiles(self.itl_s, n=100)[98]
+        return _p99(self.itl_s)
 
 
 def _measure_donor(args: argparse.Namespace) -> dict[str, object]:
     config = _config(args)
-    config = replace(config, prefix_cache=True)
     of_prompt = -(-(args.load_tokens + args.stream_tokens) // PAGE_SIZE)
-    kept = replace(config.cache, num_pages=config.cache.num_pages + NUM_GIVEN * of_prompt, page_size=PAGE_SIZE)
-    cores = sorted(os.sched_getaffinity(0))
-    first, second = ((cores[0],), (cores[1],)) if len(cores) > 1 else ((), ())
+    more = replace(config.cache, num_pages=config.cache.num_pages + NUM_GIVEN * of_prompt)
+    config = replace(config, cache=more, prefix_cache=True)
+    first, second = _cores()
     print("starting 1 prefill + 1 decode worker ...", flush=True)
     workers = [WorkerSpec(Role.PREFILL, "prefill", first, 2 * of_prompt), WorkerSpec(Role.DECODE, "decode", second)]
-    with LocalCluster(replace(config, cache=kept), Path(args.model), workers, gateway_cores=first) as cluster:
+    with LocalCluster(config, Path(args.model), workers, gateway_cores=first) as cluster:
         cells = asyncio.run(_donor_cells(cluster.port, args))
     table = Table("prompts beside the streams", "TTFT ms", "fetched tokens", "ITL p50 ms", "p99 ms", "p99 ratio")
     calm = cells["none"]

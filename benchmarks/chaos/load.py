@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,7 +127,7 @@ class Load:
         async with client.stream("POST", self._url, json=body) as reply:
             if reply.status_code != 200:
                 raise RuntimeError(f"{reply.status_code}: {(await reply.aread()).decode():.300}")
-            async for line in reply.aiter_lines():
+            async for line in _lines(reply):
                 if heard_at:
                     self._note_gap(loop.time() - heard_at, num_frozen)
                 heard_at, num_frozen = loop.time(), self._fate.num_frozen - self._fate.is_frozen
@@ -141,6 +141,15 @@ class Load:
         score.gaps_s[latest] = max(score.gaps_s.get(latest, 0.0), seconds)
         if self._fate.num_frozen == num_frozen:
             score.longest_gap_s = max(score.longest_gap_s, seconds)
+
+
+async def _lines(reply: httpx.Response) -> AsyncIterator[str]:
+    """Of an event stream; httpx would end lines at U+2028 and others within an answer, too."""
+    rest = ""
+    async for text in reply.aiter_text():
+        *lines, rest = (rest + text).split("\n")
+        for line in lines:
+            yield line
 
 
 class _Stream:

@@ -75,6 +75,16 @@ async def test_a_stream_that_differs_is_counted(case: str) -> None:
     assert bool(score.errors) == any(expected)
 
 
+async def test_only_line_feeds_end_events() -> None:
+    text = "\u2028a\x85b\u2029"  # servers need not escape them
+    said = [event("?", "length").replace("?", text), usage(1), "[DONE]"]
+    async with answering(said) as url:
+        load = Load(url, "m", [BODY], Fate())
+        await disturbed(load)
+    assert load.score.streams > 0 and not load.score.errors
+    assert load._said[0][0] == ((text, "length", ()),)
+
+
 async def test_a_stream_that_is_lost_undisturbed_ends_the_run() -> None:
     async with answering(CASES["no end"][0]) as url:
         with pytest.raises(RuntimeError, match="ended early"):
