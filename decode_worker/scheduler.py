@@ -16,6 +16,7 @@ flight; that write is dispatched before any by the page's next owner, so device 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ from engine_core.step_meter import StepMeter
 from engine_core.types import Request
 
 Key = tuple[str, int]
+
+PATIENCE_S = 10.0  # of landings that others overtake; far below the lease of what is to land
 
 
 class DecodeEvents(Protocol):
@@ -193,10 +196,11 @@ class DecodeScheduler:
         while self._waiting:
             sequence, prefill = self._waiting[0]
             if self._is_early(sequence) or not memory.place(sequence, computes=False):
-                return
+                break
             self._waiting.popleft()
             self._replica.stats.admitted(sequence)
             self._events.reserved(sequence.key, prefill, self._landings.begin(sequence))
+        self._queue.before = self._scoring.before = self._last_turn()
 
     def _is_early(self, sequence: Seq) -> bool:
         """Whether one that is computed here, most often preempted, came before it and waits for pages.
@@ -206,6 +210,18 @@ class DecodeScheduler:
         """
         starved = self._queue.starved
         return starved is not None and bool(self._running) and starved.created_at < sequence.created_at
+
+    def _last_turn(self) -> float:
+        """Until when prompts must have come to be given pages here.
+
+        While the first landing waits, short prompts that came later and need fewer pages than it are read: more clients
+        get their answers in time. But not for ever: where they keep coming, they would take each page that is freed.
+        """
+        if self._waiting and self._running:
+            came_at = self._waiting[0][0].created_at
+            if time.monotonic() - came_at > PATIENCE_S:
+                return came_at
+        return math.inf
 
     def _admit_ready(self) -> None:
         memory = self._replica.memory

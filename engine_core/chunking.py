@@ -5,6 +5,7 @@ Used by the prefill worker for every request and by the decode worker for local 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 from engine_core.batch import Chunk
@@ -20,6 +21,7 @@ class ChunkQueue:
 
     Attributes:
         starved: the first that waits, if there were no pages for it when its turn last came.
+        before: those that came later (`time.monotonic()`) get no pages yet.
     """
 
     def __init__(self, memory: SequenceMemory) -> None:
@@ -28,6 +30,7 @@ class ChunkQueue:
         self._active: deque[Sequence] = deque()
         self._held: dict[Sequence, int] = {}
         self.starved: Sequence | None = None
+        self.before = math.inf
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._active)
@@ -119,7 +122,7 @@ class ChunkQueue:
         if len(self._active) >= num_rows:
             return False
         sequence = next((waiting for waiting in self._waiting if waiting not in self._held), None)
-        if sequence is None:
+        if sequence is None or sequence.created_at > self.before:
             return False
         if self._memory.first_missing(sequence) in coming:
             return False

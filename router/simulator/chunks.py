@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -53,6 +54,7 @@ class Readings:
 
     Attributes:
         starved: the first that waits, if there were no pages for it when its turn last came.
+        before: those that came later get no pages yet.
     """
 
     def __init__(self, memory: Memory, chunk_tokens: int, max_rows: int) -> None:
@@ -62,6 +64,7 @@ class Readings:
         self._waiting: deque[Reading] = deque()
         self._active: deque[Reading] = deque()
         self.starved: Reading | None = None
+        self.before = math.inf
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._active)
@@ -129,7 +132,7 @@ class Readings:
         Those whose blocks are on their way from a donor are passed over.
         """
         reading = next((waiting for waiting in self._waiting if not waiting.num_awaited), None)
-        if reading is None:
+        if reading is None or reading.attempt.came_at > self.before:
             return False
         hashes = reading.attempt.job.hashes
         reserved = self._memory.reserve(hashes, reading.num_tokens - 1, reading.num_tokens)

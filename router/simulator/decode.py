@@ -22,6 +22,8 @@ from router.simulator.job import Attempt
 from router.simulator.profile import WorkerProfile
 from router.simulator.worker import Place, Worker
 
+PATIENCE_S = 10.0  # as in `decode_worker.scheduler`
+
 
 @dataclass(slots=True, eq=False)
 class _Row:
@@ -290,6 +292,14 @@ class DecodeWorker(Worker):
     # sequences
 
     def _reserve_landings(self) -> None:
+        self._reserve_what_may_land()
+        self.readings.before = math.inf
+        if self._to_reserve and self._rows:
+            came_at = self._to_reserve[0].came_at
+            if self._events.now - came_at > PATIENCE_S:
+                self.readings.before = came_at
+
+    def _reserve_what_may_land(self) -> None:
         starved = self.readings.starved if self._rows else None
         while self._to_reserve:
             attempt = self._to_reserve[0]

@@ -307,6 +307,31 @@ def test_a_landing_that_came_before_a_prompt_that_waits_for_pages_goes_first():
     assert len(events.answer("running")) < 12
 
 
+@pytest.mark.parametrize("patience_s", [0.0, 60.0])
+def test_a_landing_that_has_waited_for_long_is_not_overtaken_by_prompts_that_need_fewer_pages(patience_s, monkeypatch):
+    monkeypatch.setattr("decode_worker.scheduler.PATIENCE_S", patience_s)
+    replica, events = fake_replica(num_pages=9, max_model_len=36, prefix_cache=False), Events()
+    scheduler = DecodeScheduler(replica, events)
+    scheduler.add(request("running", [5, 6, 7, 8, 9], 12), None)
+    scheduler.tick()
+    scheduler.add(request("landing", list(range(2, 32)), 2), PREFILL)
+    scheduler.tick()
+    scheduler.add(request("short", [5, 6, 7], 2), None)
+    scheduler.add(request("scored", [5, 6, 7], 2, logprobs=0, prompt_logprobs=True), None)
+    overtook = set()
+    while not events.tickets:
+        overtook |= {name for name in ("short", "scored") if events.answer(name)}
+        scheduler.tick()
+    assert overtook == ({"short", "scored"} if patience_s else set())
+    ((key, _, wanted),) = events.tickets
+    land(replica, scheduler, key, wanted, list(range(2, 32)))
+    scheduler.landed(key, first_token("landing", list(range(2, 32))))
+    run(scheduler)
+    assert events.answer("landing") == generate(list(range(2, 32)), 2)[1:]
+    assert events.answer("short") == generate([5, 6, 7], 2)
+    assert_released(replica, scheduler)
+
+
 @pytest.mark.parametrize("sent", [True, False])
 def test_a_landing_does_not_wait_for_a_prompt_that_was_cancelled_or_that_nothing_makes_room_for(sent):
     replica, events = fake_replica(num_pages=9, max_model_len=36, prefix_cache=False), Events()
