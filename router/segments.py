@@ -7,18 +7,15 @@ back with one more turn, or of a system prompt that everyone sends, only what is
 
 from __future__ import annotations
 
-import json
 import re
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.normalizers import NFC, NFD, NFKC, NFKD
+from tokenizers import AddedToken
 
 MAX_BYTES = 64 << 20  # of segments and their ids that are remembered
-_UNICODE_FORMS = (NFC, NFD, NFKC, NFKD)
 _OVERHEAD_BYTES = 200  # of a segment besides its text and ids
 
 
@@ -32,7 +29,6 @@ class Segments:
 
     def __init__(self, added_tokens: Mapping[int, AddedToken], max_bytes: int = MAX_BYTES) -> None:
         self._pattern = _pattern(added_tokens)
-        self._id_of = {token.content: token_id for token_id, token in added_tokens.items()}
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._ids: OrderedDict[str, array[int]] = OrderedDict()
@@ -49,11 +45,6 @@ class Segments:
             bounds.insert(0, 0)
         bounds.append(len(text))
         return [text[start:end] for start, end in pairwise(bounds)]
-
-    def behead(self, piece: str) -> tuple[list[int], str]:
-        """Id of the added token that a piece begins with, if it does, and what follows it."""
-        head = self._pattern.match(piece) if self._pattern is not None else None
-        return ([self._id_of[head[0]]], piece[head.end() :]) if head is not None else ([], piece)
 
     def find(self, pieces: Iterable[str]) -> dict[str, list[int]]:
         """Ids of those pieces that are known."""
@@ -73,18 +64,6 @@ class Segments:
                 self._num_bytes += _size(piece, kept)
         while self._num_bytes > self._max_bytes:
             self._num_bytes -= _size(*self._ids.popitem(last=False))
-
-
-def is_alike_anywhere(tokenizer: Tokenizer) -> bool:
-    """Whether text has the same ids behind an added token as by itself: certain of byte-level BPE, as a rule."""
-    normalizer, pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
-    if pre_tokenizer is None or (normalizer is not None and type(normalizer) not in _UNICODE_FORMS):
-        return False
-    spec = json.loads(pre_tokenizer.__getstate__())
-    return all(
-        step["type"] == "Split" or (step["type"] == "ByteLevel" and not step["add_prefix_space"])
-        for step in spec.get("pretokenizers", [spec])
-    )
 
 
 def _size(piece: str, ids: array[int]) -> int:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from engine_core.errors import CheckpointError, RequestError
 from router.chat_template import ChatTemplate, load_chat_template
 from router.detokenizer import ByteTable, Detokenizer, TableDetokenizer, WindowDetokenizer, byte_table
-from router.segments import Segments, is_alike_anywhere
+from router.segments import Segments
 
 CONTEXT_TOKENS = 8  # of the prompt, for decoders that look back
 MARK = "\ue000"
@@ -58,7 +58,6 @@ class TextCodec:
         ordered = sorted(self._special.values(), key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
         self._segments = Segments(added)
-        self._is_alike_anywhere = is_alike_anywhere(self._tokenizer)
         self._inline_chars = inline_chars
         self._executor = executor
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -151,21 +150,13 @@ class TextCodec:
         pieces = self._segments.cut(text)
         ids_of = self._segments.find(pieces)
         new = [piece for piece in dict.fromkeys(pieces) if piece not in ids_of]
-        encoded = await self._encode_pieces(new)
+        encoded = dict(zip(new, await self._encode(self._tokenizer, new, False), strict=True))
         self._segments.remember(encoded)
         ids_of |= encoded
         ids: list[int] = []
         for piece in pieces:
             ids += ids_of[piece]
         return ids
-
-    async def _encode_pieces(self, pieces: list[str]) -> dict[str, list[int]]:
-        """Ids of each. A tokenizer takes a third longer for a text that begins with an added token."""
-        if not self._is_alike_anywhere:
-            return dict(zip(pieces, await self._encode(self._tokenizer, pieces, False), strict=True))
-        parts = [self._segments.behead(piece) for piece in pieces]
-        encoded = await self._encode(self._tokenizer, [text for _, text in parts], False)
-        return {piece: head + ids for piece, (head, _), ids in zip(pieces, parts, encoded, strict=True)}
 
 
 def _ids_of(tokenizer: Tokenizer, texts: list[str], add_special: bool) -> list[list[int]]:

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from router.chat_template import ChatTemplate
-from router.segments import Segments, is_alike_anywhere
+from router.segments import Segments
 from router.tokenizer import TextCodec
 from tests.fakes import SPECIAL, make_tokenizer
 from tests.router.test_text import TEXTS, sentencepiece_like
@@ -106,20 +106,4 @@ async def test_a_conversation_that_comes_back_is_not_encoded_again() -> None:
     turn = f"{SPECIAL[0]}first\n"
     await codec._encode_segments(turn)
     await codec._encode_segments(f"{turn}{SPECIAL[0]}second\n")
-    assert encoded == ["first\n", "second\n"]
-
-
-@pytest.mark.parametrize(
-    ("make", "expected"),
-    [(make_tokenizer, True), (with_prefix_space, False), (with_metaspace, False), (that_prepends, False)],
-)
-def test_which_tokenizers_encode_alike_anywhere(make: Callable[[], Tokenizer], expected: bool) -> None:
-    assert is_alike_anywhere(make()) is expected
-
-
-def test_a_piece_is_beheaded() -> None:
-    tokenizer = with_overlapping_tokens()
-    segments = Segments(tokenizer.get_added_tokens_decoder())
-    assert segments.behead("<x>b") == ([tokenizer.token_to_id("<x>")], "b")
-    assert segments.behead("<x>y<c") == ([tokenizer.token_to_id("<x>y<")], "c")
-    assert segments.behead("a<x>") == ([], "a<x>")
+    assert encoded == [turn, f"{SPECIAL[0]}second\n"]
