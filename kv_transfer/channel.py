@@ -25,8 +25,7 @@ KEEPALIVE = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 2, "TCP_USER_
 MALFORMED = (msgspec.MsgspecError, ValueError, OverflowError, RecursionError)
 """What decoding hostile bytes can raise; UnicodeDecodeError is a ValueError."""
 
-_HOLE = b"\0" * HEAD.size
-_ENCODER = msgspec.msgpack.Encoder()
+_encode = msgspec.msgpack.Encoder().encode
 
 from_gateway: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(GatewayToWorker)
 from_worker: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(WorkerToGateway)
@@ -81,19 +80,11 @@ class Channel(asyncio.BufferedProtocol):
         """
         if self.closed:
             return False
-        out = self._out
-        start = len(out)
-        out += _HOLE
-        try:
-            _ENCODER.encode_into(message, out, start + HEAD.size)
-            size = len(out) - start - HEAD.size
-            if size > MAX_FRAME_BYTES:
-                raise ProtocolError(f"a {type(message).__name__} of {size} bytes exceeds the frame limit")
-        except BaseException:
-            del out[start:]
-            raise
-        with memoryview(out) as view, view[start + HEAD.size :] as body:
-            HEAD.pack_into(out, start, size, check_of(body, self._num_sent))
+        body = _encode(message)
+        if len(body) > MAX_FRAME_BYTES:
+            raise ProtocolError(f"a {type(message).__name__} of {len(body)} bytes exceeds the frame limit")
+        self._out += HEAD.pack(len(body), check_of(body, self._num_sent))
+        self._out += body
         self._num_sent += 1
         if not self._flush_scheduled:
             self._flush_scheduled = True

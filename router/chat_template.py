@@ -31,7 +31,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
+        environment = _Environment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
         environment.filters["tojson"] = _tojson
@@ -110,6 +110,14 @@ def _tojson(
 ) -> str:
     """Unlike Jinja's own filter this does not escape HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """As Jinja has it: attributes before items. Of messages it is items that templates want, found sooner here."""
+        if type(obj) is dict and attribute in obj and not hasattr(obj, attribute):
+            return obj[attribute]
+        return super().getattr(obj, attribute)
 
 
 class _Generation(jinja2.ext.Extension):

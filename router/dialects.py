@@ -16,10 +16,19 @@ from router.answers import Answer, ChatStream, ChatWhole, CompletionStream, Comp
 from router.choice import Choice
 from router.config import GatewayConfig
 from router.http import HttpError
-from router.openai_types import ChatBody, Common, CompletionBody, decode_body, is_absent
+from router.openai_types import ChatBody, Common, CompletionBody, decode_body, find_unserved
 from router.prompts import chat_prompt, completion_prompts, num_prompts
 from router.sampling import chat_sampling, choice_seed, completion_sampling, stop_strings
 from router.service import Service
+
+HARMLESS = {  # fields of a chat that are not served, and what they may hold nevertheless
+    "tools": (b"[]",),
+    "tool_choice": (b'"none"', b'"auto"'),
+    "functions": (b"[]",),
+    "function_call": (b'"none"', b'"auto"'),
+    "audio": (),
+    "modalities": (b'["text"]',),
+}
 
 
 @dataclass(slots=True)
@@ -168,15 +177,8 @@ def _check_completion(asked: CompletionBody) -> None:
 
 
 def _check_chat(asked: ChatBody) -> None:
-    for name, value, harmless in (
-        ("tools", asked.tools, (b"[]",)),
-        ("tool_choice", asked.tool_choice, (b'"none"', b'"auto"')),
-        ("functions", asked.functions, (b"[]",)),
-        ("function_call", asked.function_call, (b'"none"', b'"auto"')),
-        ("audio", asked.audio, ()),
-        ("modalities", asked.modalities, (b'["text"]',)),
-    ):
-        if not is_absent(value, harmless):
-            raise RequestError(f"this value of {name} is not supported", name, "unsupported_value")
+    name = find_unserved(asked, HARMLESS)
+    if name is not None:
+        raise RequestError(f"this value of {name} is not supported", name, "unsupported_value")
     if asked.response_format is not None and asked.response_format.type != "text":
         raise RequestError("only response_format {'type': 'text'} is supported", "response_format", "unsupported_value")

@@ -24,6 +24,7 @@ from router.http import (
     send_error,
     send_json,
 )
+from router.mailbox import joined
 from router.service import Service
 from router.wishes import Wishes, read_wishes
 
@@ -44,7 +45,7 @@ class GenerateEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request. Nothing that happens here reaches another one."""
         exchange = Exchange(self._service, send)
-        arrived_at = asyncio.get_running_loop().time()
+        arrived_at = self._service.now()
         watch: DisconnectWatch | None = None
         try:
             if scope["method"] != "POST":
@@ -182,7 +183,8 @@ class Exchange:
         remaining = len(job.choices)
         until_end = not any(choice.has_stops for choice in job.choices)
         while remaining:
-            for index, chunk in await generation.take(until_end):
+            items = await generation.take(until_end)
+            for index, chunk in joined(items) if until_end else items:  # where nothing in a text ends it
                 choice = job.choices[index]
                 if choice.finish_reason is None:
                     job.writer.write(index, chunk)

@@ -1,29 +1,43 @@
-"""uvicorn's HTTP protocol, except that a response's head leaves with its first bytes, and request heads are bounded."""
+"""uvicorn's HTTP protocol, except for three things.
+
+A response's head leaves with its first bytes, as one segment. Request heads are bounded. Idle connections are found by
+a look at all of them now and then: a timer for every response costs more.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any, cast
+import logging
+import math
+from collections.abc import Iterable
+from urllib.parse import unquote
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+import httptools
+from starlette.types import Message
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from router.http import HttpError, error_json
+from router.http import Headers, HttpError, error_json
+
+logger = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 << 10  # of a request: its target and headers
+BODILESS = frozenset({204, 304})  # statuses
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One HTTP connection."""
+    """One HTTP connection.
 
+    Attributes:
+        idle_since: when its last response ended, on the loop's clock; infinite while it is in use.
+    """
+
+    idle_since = math.inf
     _in_head = False
     _head_bytes = 0
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """See asyncio."""
-        super().connection_made(cast(asyncio.Transport, HeadHolder(cast(asyncio.Transport, transport))))
-
     def data_received(self, data: bytes) -> None:
         """See asyncio."""
+        self.idle_since = math.inf
         super().data_received(data)
         if self._in_head:
             self._head_bytes += len(data)
@@ -37,13 +51,44 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        """See httptools."""
+        """See httptools. The application begins before the body is there."""
         self._in_head = False
-        super().on_headers_complete()
+        parser, scope = self.parser, self.scope
+        version = parser.get_http_version()
+        target = httptools.parse_url(self.url)
+        path = target.path.decode("ascii")
+        scope["method"] = parser.get_method().decode("ascii")
+        scope["http_version"] = version
+        scope["path"] = unquote(path) if "%" in path else path
+        scope["raw_path"] = target.path
+        scope["query_string"] = target.query or b""
+        earlier = self.cycle
+        self.cycle = cycle = Cycle(self, version != "1.0" and parser.should_keep_alive())
+        if earlier is None or earlier.response_complete:
+            self._begin(cycle)
+        else:  # the client has not waited for its answer
+            self.flow.pause_reading()
+            self.pipeline.appendleft((cycle, self.app))
+
+    def on_response_complete(self) -> None:
+        """A request is over: the next one, if it is here."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._begin(self.pipeline.pop()[0])
+        else:
+            self.idle_since = self.loop.time()
 
     def send_400_response(self, msg: str) -> None:
         """What cannot be parsed as HTTP."""
         self._refuse(400, msg, "invalid_http")
+
+    def _begin(self, cycle: RequestResponseCycle) -> None:
+        task = self.loop.create_task(cycle.run_asgi(self.app))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     def _refuse(self, status: int, message: str, code: str) -> None:
         body = error_json(HttpError(status, message, code))
@@ -52,44 +97,89 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
-class HeadHolder:
-    """A transport that keeps the head of a response until its first bytes follow, so that both are one segment.
+class Cycle(RequestResponseCycle):
+    """One request and its response.
 
-    uvicorn writes them separately, and uvloop sends what it gets at once.
+    Args:
+        keep_alive: whether the connection may take another request.
     """
 
-    __slots__ = ("_head", "_loop", "_transport", "_write", "is_closing", "pause_reading", "resume_reading")
+    def __init__(self, protocol: HttpProtocol, keep_alive: bool) -> None:
+        super().__init__(
+            protocol.scope,
+            protocol.transport,
+            protocol.flow,
+            logger,
+            logger,
+            False,
+            protocol.server_state.default_headers,
+            asyncio.Event(),
+            protocol.expect_100_continue,
+            keep_alive,
+            protocol.on_response_complete,
+        )
+        self._head = b""  # of the response, until its first bytes come
 
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._write = transport.write
-        self._head = b""
-        self._loop = asyncio.get_running_loop()
-        self.is_closing = transport.is_closing
-        self.pause_reading = transport.pause_reading
-        self.resume_reading = transport.resume_reading
-
-    def write(self, data: bytes) -> None:
-        """Send, or keep for a moment."""
-        if self._head:
-            self._write(self._head + data)
-            self._head = b""
-        elif data.startswith(b"HTTP/1.1 ") and data.endswith(b"\r\n\r\n") and not data.startswith(b"HTTP/1.1 1"):
-            self._head = data
-            self._loop.call_soon(self._flush)  # if nothing follows, as after HEAD
+    async def send(self, message: Message) -> None:  # type: ignore[override]  # uvicorn has a type for each kind
+        """See ASGI."""
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        if self.disconnected:
+            return
+        kind = message["type"]
+        if kind == "http.response.start" and not self.response_started:
+            self._head = self._head_of(message["status"], [*self.default_headers, *message.get("headers", ())])
+            self.response_started = True
+            self.waiting_for_100_continue = False
+        elif kind == "http.response.body" and self.response_started and not self.response_complete:
+            self._write(message.get("body", b""), bool(message.get("more_body")))
         else:
-            self._write(data)
+            raise RuntimeError(f"the application may not send {kind} now")
 
-    def close(self) -> None:
-        """Send what is kept, then close."""
-        self._flush()
-        self._transport.close()
+    def _head_of(self, status: int, headers: Headers) -> bytes:
+        """Status line and headers; sets how the body is framed."""
+        self.chunked_encoding = self.scope["method"] != "HEAD" and status not in BODILESS
+        says_close = False
+        for name, value in headers:
+            if name == b"content-length":
+                self.chunked_encoding = False
+                self.expected_content_length = int(value)
+            elif name == b"connection" and b"close" in value.lower():
+                self.keep_alive, says_close = False, True
+        lines = [b"%s: %s\r\n" % header for header in headers]
+        if not self.keep_alive and not says_close:
+            lines.append(b"connection: close\r\n")
+        if self.chunked_encoding:
+            lines.append(b"transfer-encoding: chunked\r\n")
+        fields = b"".join(lines)
+        if fields.count(b"\n") != len(lines) or fields.count(b"\r") != len(lines):
+            raise RuntimeError("a header holds a line break")
+        return b"%s%s\r\n" % (STATUS_LINE[status], fields)
 
-    def _flush(self) -> None:
-        if self._head:
-            self._write(self._head)
-            self._head = b""
+    def _write(self, body: bytes, more_body: bool) -> None:
+        """Part of the body, behind the head if that is still here."""
+        head, self._head = self._head, b""
+        if self.scope["method"] == "HEAD":
+            self.expected_content_length = 0
+            body = b""
+        elif self.chunked_encoding:
+            chunk = b"%x\r\n%s\r\n" % (len(body), body) if body else b""
+            body = chunk if more_body else chunk + b"0\r\n\r\n"
+        else:
+            self.expected_content_length -= len(body)
+            if self.expected_content_length < 0 or (self.expected_content_length and not more_body):
+                raise RuntimeError("the response's body is not as long as its headers say")
+        self.transport.write(head + body)
+        if not more_body:
+            self.response_complete = True
+            self.message_event.set()
+            if not self.keep_alive:
+                self.transport.close()
+            self.on_response()
 
-    def __getattr__(self, name: str) -> Any:
-        """The rest of a transport."""
-        return getattr(self._transport, name)
+
+def close_idle(connections: Iterable[object], since: float) -> None:
+    """Close those that have not been used since then."""
+    for connection in list(connections):
+        if isinstance(connection, HttpProtocol) and connection.idle_since < since:
+            connection.transport.close()

@@ -10,6 +10,28 @@ from engine_core.messages import TokenChunk
 Item = tuple[int, TokenChunk]
 
 
+def joined(items: list[Item]) -> list[Item]:
+    """All chunks of a choice as one, in the order in which the choices first appear."""
+    of_choice: dict[int, list[TokenChunk]] = {}
+    for index, chunk in items:
+        of_choice.setdefault(index, []).append(chunk)
+    return [(index, _join(chunks)) for index, chunks in of_choice.items()]
+
+
+def _join(chunks: list[TokenChunk]) -> TokenChunk:
+    first = chunks[0]
+    return TokenChunk(
+        first.request_id,
+        first.epoch,
+        first.position,
+        [token_id for chunk in chunks for token_id in chunk.token_ids],
+        chunks[-1].finish_reason,
+        [entry for chunk in chunks for entry in chunk.logprobs],
+        first.cached_tokens,
+        first.prompt_logprobs,
+    )
+
+
 class Mailbox:
     """A queue with one reader, who takes all there is at once: many chunks cost one task switch."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -121,9 +121,17 @@ class ChatBody(Common, forbid_unknown_fields=True, kw_only=True):
     safety_identifier: str | None = None
 
 
-def is_absent(value: Unparsed, harmless: Sequence[bytes] = ()) -> bool:
-    """Whether a field was not sent, is null, or is one of the JSON texts that change nothing."""
-    return value is UNSET or bytes(value) in (b"null", *harmless)
+def find_unserved(sent: Struct, harmless: Mapping[str, Collection[bytes]]) -> str | None:
+    """The first of some unparsed fields that was sent, is not null, and is none of the JSON texts that change nothing.
+
+    Args:
+        harmless: field -> these texts.
+    """
+    for name, texts in harmless.items():
+        value: Unparsed = getattr(sent, name)
+        if value is not UNSET and bytes(value) not in (b"null", *texts):
+            return name
+    return None
 
 
 Body = TypeVar("Body", CompletionBody, ChatBody)

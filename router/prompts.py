@@ -9,11 +9,12 @@ import msgspec
 
 from engine_core.errors import RequestError
 from router.chat_template import SPECIAL_NAMES
-from router.openai_types import ChatBody, ChatMessage, CompletionBody, Unparsed, is_absent
+from router.openai_types import ChatBody, ChatMessage, CompletionBody, Unparsed, find_unserved
 from router.sampling import too_long
 from router.tokenizer import TextCodec
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+HARMLESS = dict.fromkeys(("tool_calls", "function_call", "audio"), (b"[]",))  # not served, beyond such values
 MAX_KWARGS_BYTES = 16 << 10
 RESERVED_KWARGS = frozenset({"self", "messages", "tools", "documents", "add_generation_prompt", *SPECIAL_NAMES})
 
@@ -81,9 +82,9 @@ def _message(message: ChatMessage, index: int) -> dict[str, str]:
         raise RequestError(
             f"unknown role {message.role!r}; this server takes {', '.join(ROLES)}", f"{where}.role", "invalid_value"
         )
-    for name in ("tool_calls", "function_call", "audio"):
-        if not is_absent(getattr(message, name), (b"[]",)):
-            raise RequestError(f"{name} is not supported", f"{where}.{name}", "unsupported_value")
+    name = find_unserved(message, HARMLESS)
+    if name is not None:
+        raise RequestError(f"{name} is not supported", f"{where}.{name}", "unsupported_value")
     content = message.content
     if content is None:
         raise RequestError("content is missing", f"{where}.content", "missing_required_parameter")

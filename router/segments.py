@@ -11,6 +11,7 @@ import re
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 from tokenizers import AddedToken
 
@@ -42,16 +43,17 @@ class Segments:
         bounds = [match.start() for match in self._pattern.finditer(text)]
         if not bounds or bounds[0]:
             bounds.insert(0, 0)
-        return [text[start:end] for start, end in zip(bounds, [*bounds[1:], len(text)], strict=True)]
+        bounds.append(len(text))
+        return [text[start:end] for start, end in pairwise(bounds)]
 
-    def find(self, pieces: Iterable[str]) -> dict[str, Sequence[int]]:
+    def find(self, pieces: Iterable[str]) -> dict[str, list[int]]:
         """Ids of those pieces that are known."""
-        found: dict[str, Sequence[int]] = {}
+        found: dict[str, list[int]] = {}
         for piece in pieces:
             ids = self._ids.get(piece)
-            if ids is not None:
+            if ids is not None and piece not in found:
                 self._ids.move_to_end(piece)
-                found[piece] = ids
+                found[piece] = ids.tolist()  # half as long as to iterate over them
         return found
 
     def remember(self, encoded: Mapping[str, Sequence[int]]) -> None:

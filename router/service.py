@@ -62,7 +62,7 @@ RETRY_DELAY_S = 0.05  # before a request goes to a worker that failed it, times 
 
 
 class Service:
-    """Sends requests to workers and hears their answers. Everything runs on the event-loop thread.
+    """Sends requests to workers and hears their answers. Made and used on the event-loop thread.
 
     Args:
         salt: secret; keys the block hashes. The same in all gateways of a cluster.
@@ -110,6 +110,11 @@ class Service:
         self._streams: dict[str, Stream] = {}
         self._retries: set[asyncio.Task[None]] = set()
         self._watch_tasks: list[asyncio.Task[None]] = []
+        self._loop = asyncio.get_running_loop()  # asking for it costs a system call before Python 3.12
+
+    def now(self) -> float:
+        """The event loop's clock."""
+        return self._loop.time()
 
     @property
     def fingerprint(self) -> str:
@@ -120,7 +125,7 @@ class Service:
         """Begin to watch the workers and the time."""
         self.registry.start()
         watches = (self._watch_deadlines(), watch_loop(self.metrics.loop_lag.observe), self.history.watch())
-        self._watch_tasks = [asyncio.get_running_loop().create_task(watch) for watch in watches]
+        self._watch_tasks = [self._loop.create_task(watch) for watch in watches]
 
     def follow(self, workers: Sequence[WorkerInfo]) -> None:
         """These workers serve, and no others."""
@@ -187,12 +192,12 @@ class Service:
             await self._wait_for_worker()
         if not stream.ended:
             self._retry_budget.requested()
-            await self._waiting.admit(stream, wishes, self._now())
+            await self._waiting.admit(stream, wishes, self.now())
 
     def measure(self) -> LoadTotals:
         """What this gateway tells the autoscaler."""
         refused = sum(self.metrics.refused.values())
-        return self.meter.read(self._now(), self._streams.values(), refused, self.registry.candidates[Role.DECODE])
+        return self.meter.read(self.now(), self._streams.values(), refused, self.registry.candidates[Role.DECODE])
 
     def cancel(self, stream: Stream, reason: str) -> None:
         """Free everything that the stream holds, here and on the workers; ended streams hold nothing."""
@@ -225,14 +230,14 @@ class Service:
         """Tell the breakers; a hand-over that failed may be either side's fault. Fullness and time's end are none."""
         if isinstance(error, (CapacityError, RequestError, DeadlineExceeded)):
             return
-        worker.candidate.breaker.failed(self._now())
+        worker.candidate.breaker.failed(self.now())
         if isinstance(error, TransferError) and stream.prefill is not None and stream.prefill is not worker:
-            stream.prefill.candidate.breaker.failed(self._now())
+            stream.prefill.candidate.breaker.failed(self.now())
 
     def on_lost(self, worker: WorkerState, error: BatonError) -> None:
         """All that was asked of the worker is lost."""
         if worker.streams:
-            worker.candidate.breaker.failed(self._now())
+            worker.candidate.breaker.failed(self.now())
         for stream in list(worker.streams):
             self._attempt_failed(stream, error, worker)
 
@@ -277,9 +282,6 @@ class Service:
             raise too_late(ttft_s)
         self._send(stream, placement)
 
-    def _now(self) -> float:
-        return asyncio.get_running_loop().time()
-
     def _deliver(self, stream: Stream, chunk: TokenChunk, now: float) -> None:
         """Pass on an accepted chunk, and those that waited for it."""
         journal, metrics = stream.journal, self.metrics
@@ -314,7 +316,7 @@ class Service:
         prefill = workers[placement.prefill.key] if placement.prefill is not None else None
         decode = workers[placement.decode.key]
         donor = workers[placement.donor.key] if placement.donor is not None else None
-        now = self._now()
+        now = self.now()
         deadline_ms = max(1, int(1000 * (stream.arrived_at + self.config.request_timeout_s - now)))
         stream.attach(placement, prefill, decode, donor)
         stream.sent_at = now
@@ -378,7 +380,7 @@ class Service:
         self._abandon_attempt(stream)
         journal, record = stream.journal, stream.failures
         key = (culprit.info.worker_id, culprit.info.incarnation) if culprit is not None else None
-        now = self._now()
+        now = self.now()
         record.note(journal.start, len(journal.token_ids), error, key, now)
         final = not error.retryable or record.is_hopeless(self.config.max_attempts, error, now) or self.draining
         if final or not (isinstance(error, WorkerDied) or self._retry_budget.take()):
@@ -396,7 +398,7 @@ class Service:
         prompt = request.token_ids[: request.num_prompt_tokens]
         stream.request = msgspec.structs.replace(request, token_ids=prompt + stream.journal.token_ids, epoch=epoch)
         logger.warning("request %s: attempt %d after: %s", request.request_id, epoch + 1, error)
-        task = asyncio.get_running_loop().create_task(self._retry(stream))
+        task = self._loop.create_task(self._retry(stream))
         self._retries.add(task)
         task.add_done_callback(self._retries.discard)
 
@@ -409,11 +411,11 @@ class Service:
                 if not self.registry.decode:
                     await self._wait_for_worker()
                     continue
-                placement = self._choose(stream, self._now())
+                placement = self._choose(stream, self.now())
                 if placement.decode.key not in stream.avoid:
                     self._send(stream, placement)
                     return
-                placement.release(self._now())
+                placement.release(self.now())
                 await asyncio.sleep(RETRY_DELAY_S * epoch)
                 stream.avoid.clear()
         except BatonError as error:
@@ -423,12 +425,12 @@ class Service:
     async def _clear_of_suspicion(self, stream: Stream) -> None:
         """Return once it is known that workers did not die of this request. Raises PoisonRequest where they did."""
         victims = stream.failures.victims
-        until = self._now() + VERDICT_S
+        until = self.now() + VERDICT_S
         while stream.failures.is_suspect and not stream.ended:
             back = [key for key in victims if key in self.registry.workers and self.registry.workers[key].connected]
             for key in back:
                 victims.remove(key)
-            if not back and self._now() >= until:
+            if not back and self.now() >= until:
                 names = ", ".join(f"{worker_id}.{life}" for worker_id, life in victims)
                 raise PoisonRequest(f"workers {names} died at the same token of this request; it is not tried again")
             await asyncio.sleep(RETRY_DELAY_S)
@@ -436,7 +438,7 @@ class Service:
     def _abandon_attempt(self, stream: Stream) -> None:
         """Release the attempt, and tell its workers so."""
         message = Cancel(stream.request.request_id, stream.journal.epoch)
-        for worker in stream.detach(self._now()):
+        for worker in stream.detach(self.now()):
             with contextlib.suppress(WorkerDied):
                 worker.client.send(message)
 
@@ -450,13 +452,13 @@ class Service:
         self.metrics.running_streams = len(self._streams)
         self.metrics.cached_tokens += stream.cached_tokens
         if self._waiting:
-            self.on_room(self._now())
+            self.on_room(self.now())
         self.metrics.ended(stream, reason)
         if reason != "cancelled":
             self.meter.ended(stream)
         if self.tracing is not None:
-            self.tracing.ended(stream, reason, self._now())
-        self.slow_requests.record(stream, reason, self._now())
+            self.tracing.ended(stream, reason, self.now())
+        self.slow_requests.record(stream, reason, self.now())
         self.registry.forget_idle()
 
     def _withdraw(self, streams: Sequence[Stream]) -> None:
@@ -466,17 +468,16 @@ class Service:
                 stream.ended = True
                 del self._streams[stream.request.request_id]
                 if self.tracing is not None:
-                    self.tracing.ended(stream, "error", self._now())
+                    self.tracing.ended(stream, "error", self.now())
         self.metrics.running_streams = len(self._streams)
 
     async def _watch_deadlines(self) -> None:
         """End what takes too long. One task for all: a timer per request would cost as much as placing it."""
         limit_s = self.config.request_timeout_s
         interval_s = min(DEADLINE_INTERVAL_S, limit_s)
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(interval_s)
-            now = loop.time()
+            now = self.now()
             self._waiting.expire(now)
             oldest = now - limit_s
             for stream in list(self._streams.values()):  # in order of arrival

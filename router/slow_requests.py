@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from router.decision import Terms
 from router.stream import Stream
 
 KEPT = 2000  # choices that ended last, among which the slowest are looked for
@@ -20,7 +21,7 @@ class EndedChoice(msgspec.Struct, frozen=True):
         at: seconds since 1970.
         prefill: None where the decode worker read the prompt.
         donor: None where nothing was fetched.
-        terms: what placement compared when it chose the pair.
+        terms: what placement compared when it chose the pair; None where it never did.
     """
 
     request_id: str
@@ -35,7 +36,7 @@ class EndedChoice(msgspec.Struct, frozen=True):
     prefill: str | None
     decode: str | None
     donor: str | None
-    terms: dict[str, float]
+    terms: Terms | None
 
 
 class SlowRequests:
@@ -65,7 +66,7 @@ class SlowRequests:
             prefill=route.prefill if route else None,
             decode=route.decode if route else None,
             donor=route.donor if route else None,
-            terms=route.terms if route else {},
+            terms=route.terms if route else None,
         )
         self._ended.append(entry)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-import msgspec
-
 from engine_core.messages import TokenChunk
 from engine_core.types import Request
+from router.decision import Terms
 from router.failures import FailureRecord
 from router.journal import Journal
 from router.mailbox import Mailbox
@@ -32,7 +31,7 @@ class Route(NamedTuple):
     prefill: str | None
     decode: str
     donor: str | None
-    terms: dict[str, float]
+    terms: Terms
 
 
 class Told(NamedTuple):
@@ -134,9 +133,9 @@ class Stream:
         self.prefill = prefill
         self.decode = decode
         self.donor = donor
-        terms = msgspec.structs.asdict(placement.decision.chosen.terms)
-        source, giver = (worker.info.worker_id if worker else None for worker in (prefill, donor))
-        self.route = Route(source, decode.info.worker_id, giver, terms)
+        source = prefill.info.worker_id if prefill is not None else None
+        giver = donor.info.worker_id if donor is not None else None
+        self.route = Route(source, decode.info.worker_id, giver, placement.decision.chosen.terms)
         self.stage = Stage.READING
         decode.streams.add(self)
         if prefill is not None:

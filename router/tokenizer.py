@@ -114,13 +114,10 @@ class TextCodec:
         return text
 
     async def _encode(self, tokenizer: Tokenizer, texts: list[str], add_special: bool) -> list[list[int]]:
-        def encode() -> list[list[int]]:
-            encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=add_special)  # fast: without offsets
-            return [one.ids for one in encoded]
-
         if sum(map(len, texts)) <= self._inline_chars or self._executor is None:
-            return encode()
-        return await asyncio.get_running_loop().run_in_executor(self._executor, encode)
+            return _ids_of(tokenizer, texts, add_special)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, _ids_of, tokenizer, texts, add_special)
 
     async def _encode_marked(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[int]:
         """As `encode_chat`, where some message contains the string of a special token.
@@ -156,4 +153,11 @@ class TextCodec:
         encoded = dict(zip(new, await self._encode(self._tokenizer, new, False), strict=True))
         self._segments.remember(encoded)
         ids_of |= encoded
-        return [token_id for piece in pieces for token_id in ids_of[piece]]
+        ids: list[int] = []
+        for piece in pieces:
+            ids += ids_of[piece]
+        return ids
+
+
+def _ids_of(tokenizer: Tokenizer, texts: list[str], add_special: bool) -> list[list[int]]:
+    return [encoded.ids for encoded in tokenizer.encode_batch_fast(texts, add_special_tokens=add_special)]  # no offsets

@@ -231,7 +231,7 @@ const SLOW_COLUMNS = [
   { title: "Prefill", text: true, cell: (s) => s.prefill ?? "local" },
   { title: "Decode", text: true, cell: (s) => s.decode ?? "–" },
   { title: "Donor", text: true, cell: (s) => s.donor ?? "–" },
-  { title: "Placed by", text: true, className: () => "terms", cell: (s) => terms(s.terms) },
+  { title: "Placed by", text: true, className: () => "terms", cell: (s) => terms(s.terms ?? {}) },
 ];
 
 function showEvents(state) {

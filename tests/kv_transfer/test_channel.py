@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+import msgspec
 import pytest
 import uvloop
 from hypothesis import given, settings
@@ -135,7 +136,7 @@ def test_messages_arrive_whole_and_in_order(loop_factory):
 async def test_bytes_may_arrive_one_at_a_time():
     async with open_wire() as wire:
         _, writer = await wire.raw()
-        body = channel_module._ENCODER.encode(Cancel("abc", 1))
+        body = msgspec.msgpack.encode(Cancel("abc", 1))
         for byte in b"".join(frame(body, number) for number in range(3)):
             writer.write(bytes([byte]))
             await asyncio.sleep(0)
@@ -230,14 +231,14 @@ def test_hostile_bytes_end_only_their_own_connection(hostile):
 
 def corrupted(at: int, value: int) -> bytes:
     """The check is right all the same: the decoder itself has to cope."""
-    body = bytearray(channel_module._ENCODER.encode(Cancel("a" * 32, 7)))
+    body = bytearray(msgspec.msgpack.encode(Cancel("a" * 32, 7)))
     body[at % len(body)] = value
     return frame(body, 0)
 
 
 @pytest.mark.parametrize("damage", ["flip", "lost", "twice", "swapped"])
 async def test_what_the_link_did_to_frames_ends_the_connection(damage):
-    frames = [frame(channel_module._ENCODER.encode(Cancel("a" * 32, epoch)), epoch) for epoch in range(4)]
+    frames = [frame(msgspec.msgpack.encode(Cancel("a" * 32, epoch)), epoch) for epoch in range(4)]
     sent = {
         "flip": [frames[0], frames[1][:-1] + bytes([frames[1][-1] ^ 1])],
         "lost": [frames[0], frames[2]],

@@ -11,7 +11,7 @@ import pytest
 
 from engine_core.messages import PROTOCOL_VERSION, Cancel, Hello
 from kv_transfer.auth import Side, make_proof
-from kv_transfer.channel import _ENCODER, from_worker
+from kv_transfer.channel import from_worker
 from kv_transfer.framing import HEAD, frame
 from kv_transfer.wire import KV_PROTOCOL, KvHello, Transport, encode_body, from_prefill
 from tests.kv_transfer.test_control import connected, served, until
@@ -40,7 +40,7 @@ async def test_a_gateway_that_is_refused(fault: str, code: str, caplog: pytest.L
         secret = b"other" if fault == "secret" else b"secret"
         proof = make_proof(secret, Side.CONTROL_CALLER, challenge.nonce, NONCE)
         version = PROTOCOL_VERSION + (fault == "version")
-        hello = frame(_ENCODER.encode(Hello(version, "evil", None, proof, NONCE)), 0)
+        hello = frame(msgspec.msgpack.encode(Hello(version, "evil", None, proof, NONCE)), 0)
         writer.write(
             {
                 "oversized": HEAD.pack(1 << 30, 0),

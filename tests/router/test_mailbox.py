@@ -5,8 +5,8 @@ import pytest
 
 from engine_core.errors import WorkerDied
 from engine_core.messages import TokenChunk
-from engine_core.types import FinishReason
-from router.mailbox import Mailbox
+from engine_core.types import FinishReason, TokenLogprobs
+from router.mailbox import Mailbox, joined
 
 CHUNK = TokenChunk("r", 0, 0, [1])
 
@@ -45,6 +45,19 @@ async def test_a_reader_of_whole_answers_is_woken_when_a_choice_ends() -> None:
     mailbox.fail(WorkerDied("gone"))
     with pytest.raises(WorkerDied):
         await reader
+
+
+def test_the_chunks_of_a_choice_are_joined() -> None:
+    first, second = TokenLogprobs(-1.0), TokenLogprobs(-2.0)
+    items = [
+        (1, TokenChunk("b", 0, 0, [5], None, [first], 3, [second])),
+        (0, TokenChunk("a", 0, 0, [1, 2])),
+        (1, TokenChunk("b", 1, 1, [6, 7], FinishReason.STOP, [second, first])),
+    ]
+    assert joined(items) == [
+        (1, TokenChunk("b", 0, 0, [5, 6, 7], FinishReason.STOP, [first, second, first], 3, [second])),
+        (0, TokenChunk("a", 0, 0, [1, 2])),
+    ]
 
 
 @pytest.mark.parametrize("leave", [lambda box: box.put(0, CHUNK), lambda box: box.fail(WorkerDied("gone"))])

@@ -157,6 +157,12 @@ def test_templates_that_refuse_are_the_clients_error(template: str) -> None:
     assert caught.value.param == "messages"
 
 
+def test_attributes_come_before_items_of_the_same_name() -> None:
+    template = "{{ messages[0].role }} {{ messages[0].items() | list | length }} {{ messages[0].nothing is defined }}"
+    messages = [{"role": "user", "content": "x", "items": "y"}]
+    assert ChatTemplate(template, {}).render(messages, {}) == "user 3 False"
+
+
 async def test_missing_or_broken_template(tmp_path: Path) -> None:
     assert load_chat_template(tmp_path) is None
     with pytest.raises(RequestError, match="no chat template"):

@@ -12,6 +12,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from engine_core.errors import ConfigError
 from engine_core.messages import TokenChunk
 from engine_core.types import FinishReason, Request, SamplingParams
+from router.decision import Terms
 from router.mailbox import Mailbox
 from router.stream import Route, Stage, Stream
 from router.tracing import Tracing
@@ -45,7 +46,7 @@ def chunk(position: int, stage_s: tuple[float, ...], finish: FinishReason | None
 def finished_stream(prefill: str | None) -> Stream:
     request = Request("r", [1, 2, 3], 3, SamplingParams(max_tokens=2))
     stream = Stream(request, 0, Mailbox(), 100.0, None)
-    stream.route = Route(prefill, "d", None, {})
+    stream.route = Route(prefill, "d", None, Terms(*[0.0] * 8))
     stream.sent_at = 100.1
     stream.begin_attempt()
     stream.heard_stages(chunk(0, (0.1, 0.3, 0.0)), 100.6)
