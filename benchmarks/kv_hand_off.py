@@ -94,7 +94,8 @@ class HandOff:
         rows = source[: n * layout.block_bytes].view(layout.numpy_dtype)
         self._layers = list(rows.reshape(layout.num_layers, n, *layout.shape))
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
         options = TransferOptions(
             transports=(transport,),
             num_connections=num_connections,
@@ -103,11 +104,11 @@ class HandOff:
             library=library,
         )
         self._sender = self._call(self._open(options, planes=planes))
-        port = self._call(self._sender.start("127.0.0.1", 0))
+        self.port = self._call(self._sender.start("127.0.0.1", 0))
         if link_gbit is not None and isinstance(self._sender, PlaneKvSender):
-            with listener_of(self._sender.plane_pid, port) as listener:
+            with listener_of(self._sender.plane_pid, self.port) as listener:
                 pace(listener, link_gbit, num_connections)
-        self._pipe, self._process = start_child(_decode, port, layout, options, planes)
+        self._pipe, self._process = start_child(_decode, self.port, layout, options, planes)
         self._sending_cpu_s = 0.0
         self._pids = [self._pipe.recv()]
         if isinstance(self._sender, PlaneKvSender):
@@ -153,6 +154,8 @@ class HandOff:
         self._process.join()
         self._call(self._sender.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     # SenderEvents
 
