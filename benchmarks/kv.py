@@ -5,12 +5,16 @@ blocks are on the host until decode has verified the last of them. Every way mov
 round, so that what else happens on the machine meets all alike; figures are medians, ratios are medians of each
 round's ratio, and beside them stand the rounds that were disturbed least. Other libraries take part where they are
 installed.
+
+Over loopback the cores that copy are the limit. `--link-gbit` adds what happens where the link is: raw sockets and
+Baton's send at so many Gbit/s and no faster.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable, Sequence
@@ -31,7 +35,8 @@ from kv_transfer.wire import Transport
 LAYOUT = BlockLayout(num_layers=16, page_size=16, num_kv_heads=8, head_dim=128, dtype="bfloat16")  # 1 MiB a block
 SMALL = BlockLayout(num_layers=16, page_size=16, num_kv_heads=1, head_dim=8, dtype="bfloat16")  # 8 KiB a block
 PROMPT_BLOCKS = 512 // LAYOUT.page_size
-MAX_CONNECTIONS = 4
+RAW_CONNECTIONS = (1, 2, 4)
+LINK_BYTES = 256 << 20  # moved over a link at most
 WARM_UP_MOVES = 3  # of the largest size: arenas have been written to everywhere, as memcpy's target and in long service
 OWN_MEMORY = ("memcpy", "checksum, one pass", "copy, digest, verify")  # within this process
 OTHERS: dict[str, tuple[str, Callable[[np.ndarray], Way]]] = {
@@ -57,9 +62,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         for way in ways:
             way.close()
-    _print_tables(moves, fixed)
+    size = min(max(sizes), LINK_BYTES)
+    links = {gbit: _over_link(gbit, size, args.connections, args.rounds, library) for gbit in args.link_gbit}
+    _print_tables(moves, fixed, links)
     if args.json:
-        print(json.dumps(summary(moves, fixed)))
+        print(json.dumps(summary(moves, fixed, links)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,6 +74,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", nargs="+", type=int, default=[1, 16, 256, 1024], metavar="MIB", help="of a hand-off")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--connections", type=int, default=2, help="of one pair over TCP")
+    parser.add_argument(
+        "--link-gbit",
+        nargs="*",
+        type=_positive,
+        default=[],
+        metavar="GBIT",
+        help="also over links of so many Gbit/s (Linux), one after the other",
+    )
     parser.add_argument(
         "--others",
         nargs="*",
@@ -78,6 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile-cache", default=kept, help=f"of compiled digests (default {kept}; empty: Python's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a rate")
+    return value
 
 
 @dataclass(slots=True)
@@ -95,6 +117,16 @@ class Moves:
     def best_rate(self, name: str) -> float:
         """GB/s of the round that was disturbed least."""
         return self.num_bytes / min(self.seconds[name]) / 1e9
+
+    @property
+    def raw(self) -> list[str]:
+        """Ways with raw sockets."""
+        return [name for name in self.seconds if name.startswith("raw")]
+
+    @property
+    def best_raw(self) -> str:
+        """The fastest of them."""
+        return max(self.raw, key=self.rate)
 
     def ratio(self, name: str, other: str) -> float:
         """How many times as fast as `other`: the median over rounds."""
@@ -115,7 +147,7 @@ def _open_ways(max_bytes: int, num_connections: int, others: Sequence[str], libr
         HandOff("TCP", Transport.TCP, LAYOUT, source, num_connections, planes=True, library=library),
         HandOff("shared memory, no planes", Transport.SHARED_MEMORY, LAYOUT, source, 1, planes=False, library=library),
         HandOff("TCP, no planes", Transport.TCP, LAYOUT, source, num_connections, planes=False, library=library),
-        *(RawSockets(n, source) for n in (1, 2, MAX_CONNECTIONS)),
+        *(RawSockets(n, source) for n in RAW_CONNECTIONS),
     ]
     for name in others:
         module, open_way = OTHERS[name]
@@ -143,6 +175,22 @@ def _measure(ways: Sequence[Way], num_bytes: int, rounds: int) -> Moves:
     return moves
 
 
+def _over_link(gbit: float, num_bytes: int, num_connections: int, rounds: int, library: Path | None) -> Moves:
+    """One size over a link of `gbit` Gbit/s: raw sockets and TCP with planes."""
+    source = touched(num_bytes)
+    ways: list[Way] = [RawSockets(n, source, gbit) for n in RAW_CONNECTIONS]
+    ways.append(
+        HandOff("TCP", Transport.TCP, LAYOUT, source, num_connections, planes=True, library=library, link_gbit=gbit)
+    )
+    try:
+        for _ in range(WARM_UP_MOVES):
+            ways[-1].move(num_bytes)
+        return _measure(ways, num_bytes, rounds)
+    finally:
+        for way in ways:
+            way.close()
+
+
 def _fixed_cost(rounds: int, library: Path | None) -> dict[str, float]:
     """Milliseconds of a whole hand-off, ticket and all, of a 512-token prompt whose blocks are small."""
     costs = {}
@@ -162,7 +210,7 @@ def _fixed_cost(rounds: int, library: Path | None) -> dict[str, float]:
     return costs
 
 
-def _print_tables(moves: Sequence[Moves], fixed: dict[str, float]) -> None:
+def _print_tables(moves: Sequence[Moves], fixed: dict[str, float], links: dict[float, Moves]) -> None:
     table = Table("way", *(f"{each.num_bytes >> 20} MiB: ms (GB/s; best)" for each in moves), "CPU s/GB at the largest")
     for name in moves[0].seconds:
         cells = [
@@ -175,20 +223,29 @@ def _print_tables(moves: Sequence[Moves], fixed: dict[str, float]) -> None:
     for name, milliseconds in fixed.items():
         table.add(name, f"{milliseconds:.2f}")
     table.print()
+    if links:
+        table = Table("link, Gbit/s (GB/s)", "best raw sockets, GB/s", "TCP, GB/s", "ratio", "CPU s/GB of both")
+        for gbit, at in links.items():
+            raw = at.best_raw
+            used = " and ".join(f"{at.cpu_s[name] / at.num_bytes * 1e9:.3f}" for name in (raw, "TCP"))
+            rates = (f"{at.rate(raw):.2f} ({raw.removeprefix('raw sockets ')})", f"{at.rate('TCP'):.2f}")
+            table.add(f"{gbit:g} ({gbit / 8:.2f})", *rates, f"{at.ratio('TCP', raw):.3f}", used)
+        table.print()
 
 
-def summary(moves: Sequence[Moves], fixed: dict[str, float]) -> dict[str, object]:
+def summary(moves: Sequence[Moves], fixed: dict[str, float], links: dict[float, Moves]) -> dict[str, object]:
     """The JSON object: ratios at 256 MiB where that was measured, else at the largest size."""
     at = next((each for each in moves if each.num_bytes == 256 << 20), moves[-1])
-    raw = [name for name in at.seconds if name.startswith("raw")]
-    best_raw = max(raw, key=at.rate)
+    raw = at.raw
     others = {}
     for name in at.seconds:
         if name not in (*OWN_MEMORY, *raw) and not name.startswith(("shared memory", "TCP")):
             others[name] = round(at.ratio("TCP", name), 3)
     return {
         "shm_vs_memcpy": round(at.ratio("shared memory", "memcpy"), 3),
-        "tcp_vs_raw": round(at.ratio("TCP", best_raw), 3),
+        "tcp_vs_raw": round(at.ratio("TCP", at.best_raw), 3),
+        "tcp_vs_raw_at": {f"{gbit:g}": round(each.ratio("TCP", each.best_raw), 3) for gbit, each in links.items()},
+        "tcp_gb_s_at": {f"{gbit:g}": round(each.rate("TCP"), 3) for gbit, each in links.items()},
         "shm_vs_same_work": round(at.ratio("shared memory", "copy, digest, verify"), 3),
         "fixed_ms_512": round(min(fixed.values()), 3),
         "vs": others,

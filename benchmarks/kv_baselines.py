@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.kv_link import pace
 from kv_transfer.arena import ALIGNMENT
 from kv_transfer.blocks import payload_rows
 from kv_transfer.digester import Digester
@@ -137,13 +138,16 @@ class RawSockets:
     Args:
         num_connections: among which the bytes are split.
         source: as many bytes as the largest move.
+        link_gbit: what they may send together, in Gbit/s; None: as fast as it goes.
     """
 
-    def __init__(self, num_connections: int, source: np.ndarray) -> None:
+    def __init__(self, num_connections: int, source: np.ndarray, link_gbit: float | None = None) -> None:
         self.name = f"raw sockets x{num_connections}"
         self._source = source
         self._cpu_s = 0.0
         with socket.create_server(("127.0.0.1", 0)) as listener:
+            if link_gbit is not None:
+                pace(listener, link_gbit, num_connections)
             port = listener.getsockname()[1]
             self._pipe, self._process = start_child(_receive_raw, port, num_connections)
             self._sockets = [listener.accept()[0] for _ in range(num_connections)]

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from benchmarks.kv_baselines import start_child
+from benchmarks.kv_link import listener_of, pace
 from engine_core.errors import BatonError
 from engine_core.messages import PeerAddress, TokenChunk
 from kv_transfer.base import Layers
@@ -70,6 +71,7 @@ class HandOff:
         layout: of a block.
         source: u8, as many bytes as the largest hand-off.
         num_connections: over TCP.
+        link_gbit: what they may send together, in Gbit/s, for planes over TCP; None: as fast as it goes.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class HandOff:
         *,
         planes: bool,
         library: Path | None,
+        link_gbit: float | None = None,
     ) -> None:
         self.name = name
         self._layout = layout
@@ -91,7 +94,8 @@ class HandOff:
         rows = source[: n * layout.block_bytes].view(layout.numpy_dtype)
         self._layers = list(rows.reshape(layout.num_layers, n, *layout.shape))
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
         options = TransferOptions(
             transports=(transport,),
             num_connections=num_connections,
@@ -100,8 +104,11 @@ class HandOff:
             library=library,
         )
         self._sender = self._call(self._open(options, planes=planes))
-        port = self._call(self._sender.start("127.0.0.1", 0))
-        self._pipe, self._process = start_child(_decode, port, layout, options, planes)
+        self.port = self._call(self._sender.start("127.0.0.1", 0))
+        if link_gbit is not None and isinstance(self._sender, PlaneKvSender):
+            with listener_of(self._sender.plane_pid, self.port) as listener:
+                pace(listener, link_gbit, num_connections)
+        self._pipe, self._process = start_child(_decode, self.port, layout, options, planes)
         self._sending_cpu_s = 0.0
         self._pids = [self._pipe.recv()]
         if isinstance(self._sender, PlaneKvSender):
@@ -147,6 +154,8 @@ class HandOff:
         self._process.join()
         self._call(self._sender.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     # SenderEvents
 

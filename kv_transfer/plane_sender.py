@@ -132,7 +132,7 @@ class PlaneKvSender:
         streams = not to_socket and len(indices) * layout.block_bytes > STREAM_BYTES
         start = 0
         while start < len(indices):
-            each = self._frame_blocks(0 if to_socket else min(2 * start, len(indices) - start))
+            each = self._frame_blocks(min(2 * start, len(indices) - start))
             blocks = _Unstaged((request_id, epoch), indices[start : start + each], reader, start, streams)
             with self._lock:
                 self._inflight_bytes += self._num_bytes(blocks)
@@ -191,7 +191,7 @@ class PlaneKvSender:
     # Staging
 
     def _frame_blocks(self, around: int) -> int:
-        """Blocks of the next frame: half of as many as are left, or of twice those before; sockets take small ones.
+        """Blocks of the next frame: half of as many as are left, or of twice those before.
 
         What a frame costs beside its bytes is paid less often if it is large; the first and the last are small, as
         nobody works beside who copies those or verifies these.

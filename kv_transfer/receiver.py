@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 MAX_SEGMENTS = 4  # of one prefill worker mapped at a time; it has more than one only after it lost a reader
 
+ARENA_WINDOWS = 4 / 3  # that it has room for: else frames of many sizes would find gaps, none of them large enough
+
 PULL_S = 10.0  # for a frame from device to device, those before it included
 
 Spot = tuple[str, int]
@@ -192,7 +194,7 @@ class _ToPrefill:
             assert self._owner.fabric
             self._device = self._owner.fabric.connect(welcome.fabric)
         if self.transport is Transport.TCP:
-            self._arena = Arena(self._owner.options.arena_bytes)
+            self._arena = Arena(int(self._owner.options.arena_bytes * ARENA_WINDOWS))
             for _ in range(self._owner.options.num_connections - 1):
                 self._tasks.add(self._owner.loop.create_task(self._connect()))
 

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 FRAME_BYTES = 4 << 20  # payload of one frame, unless a single block is larger, or a worker's plane hands over more
 MAX_FRAME_BYTES = 32 << 20
+WINDOW_FRAMES = 12  # in a decode worker's window at the least, so that its arena has unbroken room for each
 TURN_FRAMES = 2  # copied to shared memory per turn of the event loop at most
 SESSION_BYTES = 16
 MAX_CONNECTIONS = 64  # of one session
@@ -348,9 +349,7 @@ class _ToDecode:
 
     def _send_frame(self, item: handoff.SendBlocks) -> bool:
         """Send the first frame's worth of `item` and leave the rest in front; False while there is no room."""
-        is_cut = item.source.place is not None and self.transport is Transport.SHARED_MEMORY  # by the worker
-        limit = MAX_FRAME_BYTES if is_cut else FRAME_BYTES  # what a socket brings is verified while caches hold it
-        n = max(1, limit // self.layout.block_bytes)
+        n = max(1, self._frame_limit(item.source) // self.layout.block_bytes)
         ways = {Transport.SHARED_MEMORY: self._share, Transport.TCP: self._stream, Transport.DEVICE: self._offer}
         n = ways[self.transport](item, n)
         if not n:
@@ -362,6 +361,14 @@ class _ToDecode:
             )
             self._outbox.appendleft(rest)
         return True
+
+    def _frame_limit(self, source: HostBlocks) -> int:
+        """Bytes of a frame at most: as the worker's end has cut them, where it has."""
+        if source.place is None:
+            return FRAME_BYTES
+        if self.transport is Transport.SHARED_MEMORY:
+            return MAX_FRAME_BYTES
+        return min(MAX_FRAME_BYTES, max(FRAME_BYTES, self._window_bytes // WINDOW_FRAMES))
 
     def _stream(self, item: handoff.SendBlocks, n: int) -> int:
         """Put the next n blocks on a socket; how many, 0 while there is no room."""

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from engine_core.errors import ConfigError, RequestCancelled, TransferError
+from kv_transfer.blocks import HostBlocks
 from kv_transfer.layout import BlockLayout
 from kv_transfer.plane_sender import PlaneKvSender
-from kv_transfer.wire import HOST_TRANSPORTS, Transport
+from kv_transfer.wire import HOST_TRANSPORTS, Place, Transport
+from tests.kv_transfer import test_transport
 from tests.kv_transfer.test_transport import ALL_TRANSPORTS, Pair, PrefillEars, first_token, open_pair, until
 
 
@@ -130,5 +132,31 @@ async def test_large_hand_overs_travel_in_large_frames(monkeypatch, arena_mib, b
     cut: list[int] = []
     monkeypatch.setattr(sender, "_put", lambda item: cut.append(len(item.indices)))
     layer = np.zeros((1, *layout.shape), np.float32)
-    sender.send_blocks("r", 0, range(blocks), [np.broadcast_to(layer, (blocks, *layout.shape))] * 2)
-    assert (len(cut), sum(cut)) == (frames, blocks)
+    for transport in HOST_TRANSPORTS:
+        cut.clear()
+        sender._open["r", 0] = transport
+        sender.send_blocks("r", 0, range(blocks), [np.broadcast_to(layer, (blocks, *layout.shape))] * 2)
+        assert (len(cut), sum(cut)) == (frames, blocks)
+
+
+@pytest.mark.parametrize(("arena_mib", "is_cut", "frames"), [(256, True, 1), (64, True, 3), (256, False, 3)])
+async def test_a_socket_takes_what_the_worker_has_cut_where_decode_has_room_for_many(
+    monkeypatch, arena_mib, is_cut, frames
+):
+    layout = BlockLayout(num_layers=2, page_size=64, num_kv_heads=8, head_dim=128, dtype="float32")  # 1 MiB a block
+    monkeypatch.setattr(test_transport, "ARENA_BYTES", arena_mib << 20)
+    async with open_pair("tcp", layout) as pair:
+        sizes: list[int] = []
+        deliver = pair.receiver.deliver
+        monkeypatch.setattr(
+            pair.receiver, "deliver", lambda header, landed: (sizes.append(len(header.blocks)), deliver(header, landed))
+        )
+        pair.sender.offer("r", 0, 30)
+        pair.receiver.request(pair.address, pair.ticket("r", range(12)))
+        rows = np.stack([layer.reshape(12, -1).view(np.uint8) for layer in pair.layers(range(12))])
+        place = Place(1, 0, 12 * layout.layer_bytes) if is_cut else None
+        pair.sender.send_host_blocks("r", 0, tuple(range(12)), HostBlocks(rows, place))
+        pair.sender.finish("r", 0, first_token("r"))
+        await until(lambda: ("r", 0) in pair.decode.done)
+        pair.check_blocks("r", range(12))
+        assert (len(sizes), sum(sizes)) == (frames, 12)
