@@ -65,7 +65,8 @@ def _compare(model: Path, dtype: str, scratch: Path, args: argparse.Namespace) -
     jobs = [("decode", batch) for batch in args.batches] + [("prefill", PROMPT)]
     samples: dict[str, dict[str, list[float]]] = {name: {f"{k}_{n}": [] for k, n in jobs} for name in names}
     try:
-        for _ in range(args.rounds):
+        for turn in range(args.rounds):
+            print(f"{dtype}: round {turn + 1} of {args.rounds} ...", flush=True)
             for kind, size in jobs:
                 for name, peer in peers.items():
                     samples[name][f"{kind}_{size}"].append(peer.measure(kind, size, args.steps))
