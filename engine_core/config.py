@@ -80,7 +80,7 @@ class TransferConfig:
     connections: int = 2  # of each pair of workers on different hosts
     arena_bytes: int = (
         256 << 20
-    )  # memory for KV under way: of a prefill worker, and of a decode worker per prefill worker
+    )  # memory for KV under way: of a prefill worker, and of a decode worker per prefill worker (over TCP a third more)
     encrypt: bool = False  # AES-GCM over all that leaves the host; either end of a pair can ask for it
 
     def __post_init__(self) -> None:

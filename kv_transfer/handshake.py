@@ -64,7 +64,8 @@ class TransferOptions:
         transports: best first.
         num_connections: of one pair over TCP.
         encrypts: seal every frame that leaves the host's memory; needs a secret.
-        arena_bytes: prefill: shared memory for all decode workers together; decode: landing memory per prefill worker.
+        arena_bytes: prefill: shared memory for all decode workers together; decode: landing memory per prefill worker,
+            of which a third more is set aside over TCP (see `receiver.ARENA_WINDOWS`).
         library: that takes digests, see `kv_transfer.compiled`; None: Python does.
     """
 
