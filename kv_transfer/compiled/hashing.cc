@@ -48,8 +48,45 @@ inline uint64_t Load(const uint8_t* at) {
 constexpr uint64_t kStart[8] = {kPrime32_3, kPrime64_1, kPrime64_2, kPrime64_3,
                                 kPrime64_4, kPrime32_2, kPrime64_5, kPrime32_1};
 
-#ifdef __AVX2__
+#ifdef __AVX512F__
+// A whole line at a time: written past the caches, it leaves its buffer at once, so that several can be on the way.
 struct Sums {
+  static constexpr int kTogether = 4, kTogetherStreamed = 4, kKeptStreamed = 3;  // see Group
+
+  __m512i sum;
+
+  void Start() { sum = _mm512_loadu_si512(kStart); }
+
+  void Store(uint64_t (&values)[8]) const { _mm512_storeu_si512(values, sum); }
+
+  template <Write kWrite>
+  inline void Take(const uint8_t* from, uint8_t* to, const uint8_t* secret) {
+    const __m512i in = _mm512_loadu_si512(from);
+    if (kWrite == Write::kCached) _mm512_storeu_si512(to, in);
+    if (kWrite == Write::kStreamed) _mm512_stream_si512(reinterpret_cast<__m512i*>(to), in);
+    const __m512i keyed = _mm512_xor_si512(in, _mm512_loadu_si512(secret));
+    const __m512i product = _mm512_mul_epu32(keyed, _mm512_srli_epi64(keyed, 32));
+    const __m512i swapped = _mm512_shuffle_epi32(in, static_cast<_MM_PERM_ENUM>(_MM_SHUFFLE(1, 0, 3, 2)));
+    sum = _mm512_add_epi64(product, _mm512_add_epi64(sum, swapped));
+  }
+
+  inline void Scramble() {
+    const __m512i prime = _mm512_set1_epi64(kPrime32_1), key = _mm512_loadu_si512(kSecret + kScrambleKey);
+    const __m512i mixed = _mm512_xor_si512(_mm512_xor_si512(sum, _mm512_srli_epi64(sum, 47)), key);
+    const __m512i high = _mm512_mul_epu32(_mm512_srli_epi64(mixed, 32), prime);
+    sum = _mm512_add_epi64(_mm512_mul_epu32(mixed, prime), _mm512_slli_epi64(high, 32));
+  }
+};
+
+inline bool CanStream(const uint8_t* to, int64_t stride) {
+  return (reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(stride)) % sizeof(__m512i) == 0;
+}
+inline void EndStream() { _mm_sfence(); }
+#elif defined(__AVX2__)
+struct Sums {
+  // One is streamed at a time: there are few buffers for lines that are half written.
+  static constexpr int kTogether = 2, kTogetherStreamed = 1, kKeptStreamed = 0;
+
   __m256i half[2];
 
   void Start() {
@@ -90,6 +127,8 @@ inline bool CanStream(const uint8_t* to, int64_t stride) {
 inline void EndStream() { _mm_sfence(); }
 #else
 struct Sums {
+  static constexpr int kTogether = 2, kTogetherStreamed = 1, kKeptStreamed = 0;
+
   uint64_t sum[8];
 
   void Start() { memcpy(sum, kStart, sizeof sum); }
@@ -136,7 +175,7 @@ uint64_t Merge(const uint64_t (&values)[8], uint64_t num_bytes) {
 template <Write kWrite, int kTogether>
 struct Group {
   static constexpr int kAhead = kWrite == Write::kStreamed ? 2048 : 1024;  // bytes called before they are needed
-  static constexpr int kKept = kWrite == Write::kStreamed ? 0 : 3;  // in which caches, as the compiler counts
+  static constexpr int kKept = kWrite == Write::kStreamed ? Sums::kKeptStreamed : 3;  // in which caches: 3 is all
 
   Sums sums[kTogether];
   const uint8_t* from[kTogether];
@@ -215,9 +254,9 @@ extern "C" void BatonDigest(const uint8_t* const* sources, int64_t source_stride
                             int64_t target_stride, int64_t num_layers, int64_t layer_bytes, const int64_t* places,
                             int64_t n, bool streams, uint64_t* found) {
   const Rows rows{sources, source_stride, targets, target_stride, num_layers, layer_bytes};
-  if (!targets) return TakeAll<Write::kNot, 2>(rows, places, n, found);
+  if (!targets) return TakeAll<Write::kNot, Sums::kTogether>(rows, places, n, found);
   for (int64_t layer = 0; layer < num_layers; ++layer) streams = streams && CanStream(targets[layer], target_stride);
-  if (!streams) return TakeAll<Write::kCached, 2>(rows, places, n, found);
-  TakeAll<Write::kStreamed, 1>(rows, places, n, found);  // one at a time: there are few buffers for such writes
+  if (!streams) return TakeAll<Write::kCached, Sums::kTogether>(rows, places, n, found);
+  TakeAll<Write::kStreamed, Sums::kTogetherStreamed>(rows, places, n, found);
   EndStream();
 }
