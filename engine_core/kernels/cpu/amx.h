@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "common.h"
+#include "transpose.h"
 
 namespace amx {
 
@@ -55,43 +56,12 @@ struct Sums {
   alignas(64) float tiles[4][kSide][kSide];
 };
 
-// Which places of two lines change places in a step of a transposition: [step][low or high line][place].
-struct Exchanges {
-  alignas(64) int32_t from[4][2][kSide] = {};
-
-  constexpr Exchanges() {
-    for (int n = 0; n < 4; ++n) {
-      for (int i = 0; i < kSide; ++i) {
-        const int step = 1 << n;
-        from[n][0][i] = i & step ? i - step + kSide : i;
-        from[n][1][i] = i & step ? i + kSide : i + step;
-      }
-    }
-  }
-};
-
-// Lines become columns.
-inline void Transpose(__m512 (&lines)[kSide]) {
-  static constexpr Exchanges exchanges;
-#pragma GCC unroll 4
-  for (int n = 0; n < 4; ++n) {
-    const __m512i low = _mm512_load_si512(exchanges.from[n][0]), high = _mm512_load_si512(exchanges.from[n][1]);
-#pragma GCC unroll 16
-    for (int i = 0; i < kSide; ++i) {
-      if (i >> n & 1) continue;
-      const __m512 a = lines[i], b = lines[i + (1 << n)];
-      lines[i] = _mm512_permutex2var_ps(a, low, b);
-      lines[i + (1 << n)] = _mm512_permutex2var_ps(a, high, b);
-    }
-  }
-}
-
 // Panel `number` of x[T, K] as tiles: [pair of places][row][2], zeros where there are no more rows.
 inline void Pack(const uint16_t* x, int64_t rows, int64_t depth, int64_t number, uint32_t* panels) {
   const int64_t pairs = depth / 2, begin = number * kSide, count = std::min<int64_t>(kSide, rows - begin);
   uint32_t* to = panels + begin * pairs;
   for (int64_t pair = 0; pair < pairs; pair += kSide, to += kSide * kSide) {
-    __m512 lines[kSide] = {};
+    Floats lines[kSide] = {};
     for (int64_t row = 0; row < count; ++row) lines[row] = _mm512_loadu_ps(x + (begin + row) * depth + 2 * pair);
     Transpose(lines);
     for (int i = 0; i < kSide; ++i) _mm512_store_ps(to + i * kSide, lines[i]);
@@ -212,13 +182,13 @@ struct Product {
 
   // A sum, or two of the same outputs and rows, to where it belongs.
   void Write(const float (*sum)[kSide], const float (*other)[kSide], int64_t row, int64_t col) const {
-    __m512 lines[kSide];
-    for (int i = 0; i < kSide; ++i) lines[i] = _mm512_load_ps(sum[i]);
+    Floats lines[kSide];
+    for (int i = 0; i < kSide; ++i) lines[i] = Load(sum[i]);
     if (other)
-      for (int i = 0; i < kSide; ++i) lines[i] += _mm512_load_ps(other[i]);
+      for (int i = 0; i < kSide; ++i) lines[i] += Load(other[i]);
     Transpose(lines);
     const int64_t count = std::min<int64_t>(kSide, rows - row);
-    for (int64_t i = 0; i < count; ++i) _mm512_storeu_ps(y + (row + i) * width + col, lines[i]);
+    for (int64_t i = 0; i < count; ++i) Store(y + (row + i) * width + col, lines[i]);
   }
 };
 
