@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common.h"
+#include "transpose.h"
 
 namespace ffi = xla::ffi;
 
@@ -64,14 +65,36 @@ struct Cache {
 
   // Keys and values of tokens [begin, begin + count) of one head, widened: keys [H, kKeys], values [count, H].
   void Read(const int32_t* pages, int64_t head, int64_t begin, int64_t count, float* keys, float* vals) const {
-    int64_t dim = sizes.dim;
-    for (int64_t i = 0; i < count; ++i) {
-      int64_t place = begin + i;
-      int64_t at = int64_t{pages[place / sizes.page_size]} * sizes.page_size + place % sizes.page_size;
-      const S* from = values + (at * 2 * sizes.kv_heads + 2 * head) * dim;
-      for (int64_t h = 0; h < dim; ++h) keys[h * kKeys + i] = Get(from[h]);
-      for (int64_t h = 0; h < dim; ++h) vals[i * dim + h] = Get(from[dim + h]);
+    const int64_t dim = sizes.dim;
+    for (int64_t first = 0; first < count; first += kLanes) {
+      const int64_t some = std::min<int64_t>(kLanes, count - first);
+      const S* from[kLanes];
+      for (int64_t i = 0; i < some; ++i) from[i] = Token(pages, head, begin + first + i);
+      for (int64_t h = 0; h < dim; h += kLanes) {
+        Floats lines[kLanes] = {};
+        for (int64_t i = 0; i < some; ++i) lines[i] = Widened(from[i] + h);
+        Transpose(lines);
+        for (int j = 0; j < kLanes; ++j) {
+          float* to = keys + (h + j) * kKeys + first;
+          if (some == kLanes) Store(to, lines[j]);
+          else std::memcpy(to, &lines[j], some * sizeof(float));
+        }
+      }
+      for (int64_t i = 0; i < some; ++i)
+        for (int64_t h = 0; h < dim; h += kLanes) Store(vals + (first + i) * dim + h, Widened(from[i] + dim + h));
     }
+  }
+
+  // Its key, behind which its value lies.
+  const S* Token(const int32_t* pages, int64_t head, int64_t place) const {
+    const int64_t at = int64_t{pages[place / sizes.page_size]} * sizes.page_size + place % sizes.page_size;
+    return values + (at * 2 * sizes.kv_heads + 2 * head) * sizes.dim;
+  }
+
+  static Floats Widened(const S* from) {
+    Floats wide;
+    for (int i = 0; i < kLanes; ++i) wide[i] = Get(from[i]);
+    return wide;
   }
 };
 

@@ -49,6 +49,9 @@ def _sources() -> Sources:
         purpose="the CPU's kernels",
         otherwise="XLA does all",
         files=(_HERE / "matmul.cc", _HERE / "attention.cc"),
-        headers=(_HERE / "common.h", include / "xla" / "ffi" / "api" / "c_api.h"),
+        headers=(
+            *(_HERE / name for name in ("amx.h", "common.h", "transpose.h")),
+            include / "xla" / "ffi" / "api" / "c_api.h",
+        ),
         flags=("-ffp-contract=fast", f"-I{include}"),
     )

@@ -9,12 +9,13 @@
 //
 // With more rows it is that of the arithmetic: x is packed so that a vector holds the same place of kLanes rows, and
 // each weight is multiplied with two such vectors, kPanelDepth places at a time. bfloat16 weights of a block are widened
-// once for all panels.
+// once for all panels. Where the processor has AMX, its tiles do all products of bfloat16 (amx.h).
 //
 // A row's operations are the same whatever the other rows hold.
 
 #include <vector>
 
+#include "amx.h"
 #include "common.h"
 
 namespace ffi = xla::ffi;
@@ -180,10 +181,10 @@ struct PanelProduct {
 };
 
 template <class P>
-void Run(ffi::ThreadPool& pool, const P& product, int64_t cols) {
+void Run(ffi::ThreadPool& pool, const P& product, int64_t cols, int64_t most = kBlock) {
   int64_t threads = std::max<int64_t>(1, pool.num_threads());
   int64_t share = (product.width + 4 * threads - 1) / (4 * threads);  // a few blocks each, so that none waits long
-  int64_t block = std::clamp<int64_t>((share + cols - 1) / cols * cols, cols, kBlock);
+  int64_t block = std::clamp<int64_t>((share + cols - 1) / cols * cols, cols, most);
   ParallelFor(pool, (product.width + block - 1) / block, [product, block](int64_t i) {
     product.Block(i * block, std::min((i + 1) * block, product.width));
   });
@@ -194,6 +195,19 @@ void RunPanels(ffi::ThreadPool& pool, const float* x, const W* w, float* y, int6
   const float* panels = Pack(x, rows, depth).data();
   Run(pool, PanelProduct<W>{panels, w, y, rows, width, depth}, kPanelCols);
 }
+
+#ifdef __AMX_BF16__
+void RunTiles(ffi::ThreadPool& pool, const uint16_t* x, const uint16_t* w, float* y, int64_t rows, int64_t width,
+              int64_t depth) {
+  static thread_local std::vector<uint32_t> memory;
+  const int64_t num_panels = (rows + amx::kSide - 1) / amx::kSide;
+  memory.resize(num_panels * amx::kSide * depth / 2 + 16);
+  uint32_t* panels = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & 63) / sizeof(uint32_t);
+  ParallelFor(pool, num_panels, [=](int64_t i) { amx::Pack(x, rows, depth, i, panels); });
+  Run(pool, amx::Product{panels, w, y, rows, width, depth}, amx::kOutputs,
+      rows <= amx::kFewRows ? amx::kFewBlock : amx::kManyBlock);
+}
+#endif
 
 ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::Buffer<ffi::F32>> y) {
   int64_t rows = x.dimensions()[0], depth = x.dimensions()[1], width = w.dimensions()[0];
@@ -208,10 +222,16 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
     return ffi::Error::Success();
   }
   if (w.element_type() != ffi::BF16) return ffi::Error::InvalidArgument("matmul: dtype must be float32 or bfloat16");
-  static thread_local std::vector<float> widened;
-  widened.resize(rows * depth);
   const uint16_t* bits = reinterpret_cast<const uint16_t*>(x.untyped_data());
   const uint16_t* weights = reinterpret_cast<const uint16_t*>(w.untyped_data());
+#ifdef __AMX_BF16__
+  if (width % amx::kOutputs == 0 && amx::Allowed()) {
+    RunTiles(pool, bits, weights, to, rows, width, depth);
+    return ffi::Error::Success();
+  }
+#endif
+  static thread_local std::vector<float> widened;
+  widened.resize(rows * depth);
   if (!few) {
     for (int64_t i = 0; i < rows * depth; ++i) widened[i] = Widen(bits[i]);
     RunPanels(pool, widened.data(), weights, to, rows, width, depth);
