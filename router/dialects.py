@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -140,7 +139,7 @@ def _requests(
             own = sampling
             if index:
                 own = msgspec.structs.replace(sampling, seed=choice_seed(sampling.seed, index))
-            requests.append(Request(secrets.token_hex(16), prompt, len(prompt), own, service.salt))
+            requests.append(Request(service.new_request_id(), prompt, len(prompt), own, service.salt))
             choices.append(Choice(service.codec.detokenizer(prompt, is_chat), stops))
     return requests, choices, n
 
