@@ -92,9 +92,11 @@ class TextCodec:
         search = self._special_pattern.search
         if options and search(json.dumps(options, ensure_ascii=False)):
             raise RequestError("special tokens are not allowed here", "chat_template_kwargs")
-        if not any(search(value) for message in messages for value in message.values() if type(value) is str):
-            return await self._encode_segments(self._template.render(messages, options))
-        return await self._encode_marked(messages, options)
+        for message in messages:
+            for value in message.values():
+                if type(value) is str and search(value):
+                    return await self._encode_marked(messages, options)
+        return await self._encode_segments(self._template.render(messages, options))
 
     def detokenizer(self, prompt: Sequence[int], is_chat: bool) -> Detokenizer:
         """For the answer to `prompt`."""
