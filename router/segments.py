@@ -43,14 +43,16 @@ class Segments:
         pieces = [token + after for token, after in zip(parts[::2], parts[1::2], strict=True)]
         return [before, *pieces] if before or not pieces else pieces
 
-    def find(self, pieces: Iterable[str]) -> dict[str, list[int]]:
-        """Ids of those pieces that are known."""
-        found: dict[str, list[int]] = {}
+    def find(self, pieces: Iterable[str]) -> list[list[int] | None]:
+        """Ids of each piece; None where they are not known."""
+        found: list[list[int] | None] = []
         for piece in pieces:
             ids = self._ids.get(piece)
-            if ids is not None and piece not in found:
+            if ids is None:
+                found.append(None)
+            else:
                 self._ids.move_to_end(piece)
-                found[piece] = ids.tolist()  # half as long as to iterate over them
+                found.append(ids.tolist())  # half as long as to iterate over them
         return found
 
     def remember(self, encoded: Mapping[str, Sequence[int]]) -> None:

@@ -153,16 +153,14 @@ class TextCodec:
     async def _encode_segments(self, text: str) -> list[int]:
         """Ids of text in which special tokens count, without any around it."""
         pieces = self._segments.cut(text)
-        ids_of = self._segments.find(pieces)
-        new = [piece for piece in pieces if piece not in ids_of]
-        if new:
-            encoded = await self._encode_new(list(dict.fromkeys(new)))
-            self._segments.remember(encoded)
-            ids_of |= encoded
-        return list(chain.from_iterable(map(ids_of.__getitem__, pieces)))
+        found = self._segments.find(pieces)
+        new = dict.fromkeys([piece for piece, ids in zip(pieces, found, strict=True) if ids is None])
+        encoded = await self._encode_new(list(new)) if new else {}
+        all_ids = [encoded[piece] if ids is None else ids for piece, ids in zip(pieces, found, strict=True)]
+        return list(chain.from_iterable(all_ids))
 
     async def _encode_new(self, pieces: list[str]) -> dict[str, list[int]]:
-        """Ids of pieces that are not known: word by word where that will do."""
+        """Ids of pieces that are not known, which are remembered: word by word where that will do."""
         encoded: dict[str, list[int]] = {}
         others = pieces
         if self._words is not None and sum(map(len, pieces)) <= self._inline_chars:
@@ -175,6 +173,7 @@ class TextCodec:
                     others.append(piece)
         if others:
             encoded |= zip(others, await self._encode(self._tokenizer, others, False), strict=True)
+        self._segments.remember(encoded)
         return encoded
 
 

@@ -88,7 +88,7 @@ def test_the_least_recently_used_is_forgotten() -> None:
         segments.remember({piece: [1] * 20})
     segments.find(["a"])
     segments.remember({"d": [1] * 20})
-    assert set(segments.find("abcd")) == {"a", "c", "d"}
+    assert [ids is not None for ids in segments.find("abcd")] == [True, False, True, True]
     segments.remember({"e": [1] * 1000})  # larger than all the room
     assert len(segments) == 0
 
