@@ -206,11 +206,13 @@ class TransferModel:
         """Call a few times a second."""
         samples, self._samples = self._samples, []
         if samples:
-            pairs = np.array([(self._row(source), self._row(target)) for source, target, _, _ in samples])
-            features = np.array([(1.0, num_bytes) for _, _, num_bytes, _ in samples])
-            seconds = np.array([took for _, _, _, took in samples])
-            self._fleet.learn(features, seconds)
-            self._links.learn(pairs, features, seconds, self._fleet.coefficients, now)
+            sources, targets, num_bytes, seconds = zip(*samples, strict=True)  # there may be thousands
+            row_of = {worker: self._row(worker) for worker in dict.fromkeys((*sources, *targets))}
+            pairs = np.array([[row_of[key] for key in sources], [row_of[key] for key in targets]]).T
+            features = np.stack((np.ones(len(samples)), np.array(num_bytes, np.float64)), axis=1)
+            times = np.array(seconds)
+            self._fleet.learn(features, times)
+            self._links.learn(pairs, features, times, self._fleet.coefficients, now)
         self._links.fade(np.array(self._fleet.coefficients), now)
         self.version += 1
 

@@ -138,12 +138,12 @@ def _alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(hidden)}
 
 
-_ALPHABET = _alphabet()
+BYTE_LEVEL_ALPHABET = _alphabet()
 
 
 def _byte_level(token: str) -> bytes:
     try:
-        return bytes([_ALPHABET[character] for character in token])
+        return bytes([BYTE_LEVEL_ALPHABET[character] for character in token])
     except KeyError:
         return token.encode()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -16,19 +15,21 @@ from router.answers import Answer, ChatStream, ChatWhole, CompletionStream, Comp
 from router.choice import Choice
 from router.config import GatewayConfig
 from router.http import HttpError
-from router.openai_types import ChatBody, Common, CompletionBody, decode_body, find_unserved
+from router.openai_types import ChatBody, Common, CompletionBody, Unserved, decode_body
 from router.prompts import chat_prompt, completion_prompts, num_prompts
 from router.sampling import chat_sampling, choice_seed, completion_sampling, stop_strings
 from router.service import Service
 
-HARMLESS = {  # fields of a chat that are not served, and what they may hold nevertheless
-    "tools": (b"[]",),
-    "tool_choice": (b'"none"', b'"auto"'),
-    "functions": (b"[]",),
-    "function_call": (b'"none"', b'"auto"'),
-    "audio": (),
-    "modalities": (b'["text"]',),
-}
+UNSERVED = Unserved(  # fields of a chat, and what they may hold nevertheless
+    {
+        "tools": (b"[]",),
+        "tool_choice": (b'"none"', b'"auto"'),
+        "functions": (b"[]",),
+        "function_call": (b'"none"', b'"auto"'),
+        "audio": (),
+        "modalities": (b'["text"]',),
+    }
+)
 
 
 @dataclass(slots=True)
@@ -140,7 +141,7 @@ def _requests(
             own = sampling
             if index:
                 own = msgspec.structs.replace(sampling, seed=choice_seed(sampling.seed, index))
-            requests.append(Request(secrets.token_hex(16), prompt, len(prompt), own, service.salt))
+            requests.append(Request(service.new_request_id(), prompt, len(prompt), own, service.salt))
             choices.append(Choice(service.codec.detokenizer(prompt, is_chat), stops))
     return requests, choices, n
 
@@ -177,7 +178,7 @@ def _check_completion(asked: CompletionBody) -> None:
 
 
 def _check_chat(asked: ChatBody) -> None:
-    name = find_unserved(asked, HARMLESS)
+    name = UNSERVED.find(asked)
     if name is not None:
         raise RequestError(f"this value of {name} is not supported", name, "unsupported_value")
     if asked.response_format is not None and asked.response_format.type != "text":

@@ -80,17 +80,18 @@ class DisconnectWatch:
         gone: whether that happened.
     """
 
-    __slots__ = ("_owner", "_receive", "_task", "gone")
+    __slots__ = ("_loop", "_owner", "_receive", "_task", "gone")
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, receive: Receive, loop: asyncio.AbstractEventLoop) -> None:
         self.gone = False
         self._receive = receive
-        self._owner = asyncio.current_task()
+        self._loop = loop
+        self._owner = asyncio.current_task(loop)
         self._task: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
         """Look from now on."""
-        self._task = asyncio.get_running_loop().create_task(_until_disconnect(self._receive))
+        self._task = self._loop.create_task(_until_disconnect(self._receive))
         self._task.add_done_callback(self._on_done)
 
     def close(self) -> None:
@@ -111,14 +112,15 @@ class DisconnectWatches:
     def __init__(self) -> None:
         self._waiting: set[DisconnectWatch] = set()
         self._is_due = False
+        self._loop = asyncio.get_running_loop()
 
     def open(self, receive: Receive) -> DisconnectWatch:
         """Of a request that was read; it begins within `WATCH_AFTER_S`."""
-        watch = DisconnectWatch(receive)
+        watch = DisconnectWatch(receive, self._loop)
         self._waiting.add(watch)
         if not self._is_due:
             self._is_due = True
-            asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._begin)
+            self._loop.call_later(WATCH_AFTER_S, self._begin)
         return watch
 
     def close(self, watch: DisconnectWatch) -> None:

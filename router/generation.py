@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import TYPE_CHECKING
 
 from router.decision import Option
@@ -21,13 +21,13 @@ class Generation:
         self._streams = streams
         self._mailbox = mailbox
 
-    async def take(self, until_end: bool = False) -> list[Item]:
+    def take(self, until_end: bool = False) -> Awaitable[list[Item]]:
         """Wait for chunks of any choice, or for one that ends a choice; take all that are here.
 
         Raises:
             BatonError: a choice ended without an answer; the others are of no use then.
         """
-        return await self._mailbox.take(until_end)
+        return self._mailbox.take(until_end)
 
     def stop(self, index: int) -> None:
         """Enough of choice `index`: a stop string was found."""

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from urllib.parse import unquote
 
 import httptools
@@ -55,13 +56,9 @@ class HttpProtocol(HttpToolsProtocol):
         self._in_head = False
         parser, scope = self.parser, self.scope
         version = parser.get_http_version()
-        target = httptools.parse_url(self.url)
-        path = target.path.decode("ascii")
         scope["method"] = parser.get_method().decode("ascii")
         scope["http_version"] = version
-        scope["path"] = unquote(path) if "%" in path else path
-        scope["raw_path"] = target.path
-        scope["query_string"] = target.query or b""
+        scope["path"], scope["raw_path"], scope["query_string"] = _parts_of(self.url)
         earlier = self.cycle
         self.cycle = cycle = Cycle(self, version != "1.0" and parser.should_keep_alive())
         if earlier is None or earlier.response_complete:
@@ -95,6 +92,14 @@ class HttpProtocol(HttpToolsProtocol):
         head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[status] + head + body)
         self.transport.close()
+
+
+@lru_cache(maxsize=256)
+def _parts_of(target: bytes) -> tuple[str, bytes, bytes]:
+    """Path, the same as it was sent, and query string of a request's target."""
+    url = httptools.parse_url(target)
+    path = url.path.decode("ascii")
+    return unquote(path) if "%" in path else path, url.path, url.query or b""
 
 
 class Cycle(RequestResponseCycle):

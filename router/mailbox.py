@@ -33,11 +33,16 @@ def _join(chunks: list[TokenChunk]) -> TokenChunk:
 
 
 class Mailbox:
-    """A queue with one reader, who takes all there is at once: many chunks cost one task switch."""
+    """A queue with one reader, who takes all there is at once: many chunks cost one task switch.
 
-    __slots__ = ("_error", "_has_end", "_items", "_until_end", "_waiter")
+    Args:
+        loop: that the reader runs on.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_error", "_has_end", "_items", "_loop", "_until_end", "_waiter")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
         self._items: list[Item] = []
         self._has_end = False  # among the items
         self._until_end = False  # what the reader waits for
@@ -72,7 +77,7 @@ class Mailbox:
         while not self._items or (until_end and not self._has_end):
             if self._error is not None:
                 raise self._error
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._waiter = self._loop.create_future()
             try:
                 await self._waiter
             finally:

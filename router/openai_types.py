@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from operator import attrgetter
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -121,17 +122,27 @@ class ChatBody(Common, forbid_unknown_fields=True, kw_only=True):
     safety_identifier: str | None = None
 
 
-def find_unserved(sent: Struct, harmless: Mapping[str, Collection[bytes]]) -> str | None:
-    """The first of some unparsed fields that was sent, is not null, and is none of the JSON texts that change nothing.
+class Unserved:
+    """Fields that are not served, and are not parsed.
 
     Args:
-        harmless: field -> these texts.
+        harmless: field -> JSON texts that change nothing, besides null.
     """
-    for name, texts in harmless.items():
-        value: Unparsed = getattr(sent, name)
-        if value is not UNSET and bytes(value) not in (b"null", *texts):
-            return name
-    return None
+
+    def __init__(self, harmless: Mapping[str, Collection[bytes]]) -> None:
+        self._harmless = harmless
+        self._values = attrgetter(*harmless)
+        self._absent = (UNSET,) * len(harmless)
+
+    def find(self, sent: Struct) -> str | None:
+        """The first that was sent, and not as one of the harmless texts."""
+        values = self._values(sent)
+        if values == self._absent:
+            return None
+        for (name, texts), value in zip(self._harmless.items(), values, strict=True):
+            if value is not UNSET and bytes(value) not in (b"null", *texts):
+                return name
+        return None
 
 
 Body = TypeVar("Body", CompletionBody, ChatBody)

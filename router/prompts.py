@@ -9,12 +9,12 @@ import msgspec
 
 from engine_core.errors import RequestError
 from router.chat_template import SPECIAL_NAMES
-from router.openai_types import ChatBody, ChatMessage, CompletionBody, Unparsed, find_unserved
+from router.openai_types import ChatBody, ChatMessage, CompletionBody, Unparsed, Unserved
 from router.sampling import too_long
 from router.tokenizer import TextCodec
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-HARMLESS = dict.fromkeys(("tool_calls", "function_call", "audio"), (b"[]",))  # not served, beyond such values
+UNSERVED = Unserved(dict.fromkeys(("tool_calls", "function_call", "audio"), (b"[]",)))
 MAX_KWARGS_BYTES = 16 << 10
 RESERVED_KWARGS = frozenset({"self", "messages", "tools", "documents", "add_generation_prompt", *SPECIAL_NAMES})
 
@@ -82,7 +82,7 @@ def _message(message: ChatMessage, index: int) -> dict[str, str]:
         raise RequestError(
             f"unknown role {message.role!r}; this server takes {', '.join(ROLES)}", f"{where}.role", "invalid_value"
         )
-    name = find_unserved(message, HARMLESS)
+    name = UNSERVED.find(message)
     if name is not None:
         raise RequestError(f"{name} is not supported", f"{where}.{name}", "unsupported_value")
     content = message.content
@@ -99,7 +99,10 @@ def _message(message: ChatMessage, index: int) -> dict[str, str]:
                 )
             texts.append(part.text)
         content = "\n".join(texts)
-    return {"role": role, "content": content, **({"name": message.name} if message.name else {})}
+    seen = {"role": role, "content": content}
+    if message.name:
+        seen["name"] = message.name
+    return seen
 
 
 async def _encode(text: str, name: str, codec: TextCodec, max_len: int, parse_special: bool) -> list[int]:

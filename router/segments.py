@@ -11,7 +11,6 @@ import re
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 
 from tokenizers import AddedToken
 
@@ -40,20 +39,20 @@ class Segments:
         """Pieces that can be encoded by themselves: their ids, one after the other, are those of the text."""
         if self._pattern is None:
             return [text]
-        bounds = [match.start() for match in self._pattern.finditer(text)]
-        if not bounds or bounds[0]:
-            bounds.insert(0, 0)
-        bounds.append(len(text))
-        return [text[start:end] for start, end in pairwise(bounds)]
+        before, *parts = self._pattern.split(text)
+        pieces = [token + after for token, after in zip(parts[::2], parts[1::2], strict=True)]
+        return [before, *pieces] if before or not pieces else pieces
 
-    def find(self, pieces: Iterable[str]) -> dict[str, list[int]]:
-        """Ids of those pieces that are known."""
-        found: dict[str, list[int]] = {}
+    def find(self, pieces: Iterable[str]) -> list[list[int] | None]:
+        """Ids of each piece; None where they are not known."""
+        found: list[list[int] | None] = []
         for piece in pieces:
             ids = self._ids.get(piece)
-            if ids is not None and piece not in found:
+            if ids is None:
+                found.append(None)
+            else:
                 self._ids.move_to_end(piece)
-                found[piece] = ids.tolist()  # half as long as to iterate over them
+                found.append(ids.tolist())  # half as long as to iterate over them
         return found
 
     def remember(self, encoded: Mapping[str, Sequence[int]]) -> None:
@@ -79,4 +78,4 @@ def _pattern(added_tokens: Mapping[int, AddedToken]) -> re.Pattern[str] | None:
     if not first or any(token.lstrip or token.rstrip or token.single_word for token in first):
         return None
     contents = sorted((token.content for token in first), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, contents)))
+    return re.compile(f"({'|'.join(map(re.escape, contents))})")

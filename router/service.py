@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -56,6 +57,8 @@ if TYPE_CHECKING:  # the library is optional
 logger = logging.getLogger(__name__)
 
 DEADLINE_INTERVAL_S = 0.5
+ID_BYTES = 16
+IDS_AT_ONCE = 256
 INDEX_BLOCKS = 100_000  # room to begin with; it grows
 VERDICT_S = 1.0  # a lost worker that is back within this time did not die
 RETRY_DELAY_S = 0.05  # before a request goes to a worker that failed it, times the number of attempts
@@ -111,6 +114,7 @@ class Service:
         self._retries: set[asyncio.Task[None]] = set()
         self._watch_tasks: list[asyncio.Task[None]] = []
         self._loop = asyncio.get_running_loop()  # asking for it costs a system call before Python 3.12
+        self.new_request_id = _draw_ids().__next__
 
     def now(self) -> float:
         """The event loop's clock."""
@@ -166,7 +170,7 @@ class Service:
         self.meter.arrived(len(requests))
         if len(self._streams) + len(requests) > self.config.max_concurrent_choices:
             raise Overloaded("too many requests in progress", "too_many_requests", 1.0)
-        mailbox = Mailbox()
+        mailbox = Mailbox(self._loop)
         streams = [Stream(request, i, mailbox, arrived_at, wishes.session) for i, request in enumerate(requests)]
         for stream in streams:
             stream.traceparent = wishes.traceparent
@@ -493,3 +497,11 @@ class Service:
                     await self.registry.wait_for_change()
         except TimeoutError:
             raise NoWorkerAvailable("no decode worker is available; try again later") from None
+
+
+def _draw_ids() -> Iterator[str]:
+    """128 random bits each, in hex. Many are drawn at once: each draw is a system call."""
+    while True:
+        drawn = secrets.token_hex(ID_BYTES * IDS_AT_ONCE)
+        for at in range(0, len(drawn), 2 * ID_BYTES):
+            yield drawn[at : at + 2 * ID_BYTES]

@@ -8,6 +8,7 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from engine_core.errors import CheckpointError, RequestError
 from router.chat_template import ChatTemplate, load_chat_template
 from router.detokenizer import ByteTable, Detokenizer, TableDetokenizer, WindowDetokenizer, byte_table
 from router.segments import Segments
+from router.words import Words
 
 CONTEXT_TOKENS = 8  # of the prompt, for decoders that look back
 MARK = "\ue000"
@@ -58,6 +60,7 @@ class TextCodec:
         ordered = sorted(self._special.values(), key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
         self._segments = Segments(added)
+        self._words = Words.of(self._tokenizer)
         self._inline_chars = inline_chars
         self._executor = executor
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -89,9 +92,11 @@ class TextCodec:
         search = self._special_pattern.search
         if options and search(json.dumps(options, ensure_ascii=False)):
             raise RequestError("special tokens are not allowed here", "chat_template_kwargs")
-        if not any(search(value) for message in messages for value in message.values() if type(value) is str):
-            return await self._encode_segments(self._template.render(messages, options))
-        return await self._encode_marked(messages, options)
+        for message in messages:
+            for value in message.values():
+                if type(value) is str and search(value):
+                    return await self._encode_marked(messages, options)
+        return await self._encode_segments(self._template.render(messages, options))
 
     def detokenizer(self, prompt: Sequence[int], is_chat: bool) -> Detokenizer:
         """For the answer to `prompt`."""
@@ -148,15 +153,28 @@ class TextCodec:
     async def _encode_segments(self, text: str) -> list[int]:
         """Ids of text in which special tokens count, without any around it."""
         pieces = self._segments.cut(text)
-        ids_of = self._segments.find(pieces)
-        new = [piece for piece in dict.fromkeys(pieces) if piece not in ids_of]
-        encoded = dict(zip(new, await self._encode(self._tokenizer, new, False), strict=True))
+        found = self._segments.find(pieces)
+        new = dict.fromkeys([piece for piece, ids in zip(pieces, found, strict=True) if ids is None])
+        encoded = await self._encode_new(list(new)) if new else {}
+        all_ids = [encoded[piece] if ids is None else ids for piece, ids in zip(pieces, found, strict=True)]
+        return list(chain.from_iterable(all_ids))
+
+    async def _encode_new(self, pieces: list[str]) -> dict[str, list[int]]:
+        """Ids of pieces that are not known, which are remembered: word by word where that will do."""
+        encoded: dict[str, list[int]] = {}
+        others = pieces
+        if self._words is not None and sum(map(len, pieces)) <= self._inline_chars:
+            others = []
+            for piece in pieces:
+                ids = self._words.encode(piece)
+                if ids is not None:
+                    encoded[piece] = ids
+                else:
+                    others.append(piece)
+        if others:
+            encoded |= zip(others, await self._encode(self._tokenizer, others, False), strict=True)
         self._segments.remember(encoded)
-        ids_of |= encoded
-        ids: list[int] = []
-        for piece in pieces:
-            ids += ids_of[piece]
-        return ids
+        return encoded
 
 
 def _ids_of(tokenizer: Tokenizer, texts: list[str], add_special: bool) -> list[list[int]]:

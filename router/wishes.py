@@ -15,6 +15,7 @@ DEADLINE_HEADERS = (b"x-ttft-deadline-ms", b"x-llm-d-slo-ttft-ms")
 PRIORITY_HEADER = b"x-priority"
 TRACE_HEADER = b"traceparent"
 DEBUG_HEADER = b"x-baton-debug"
+WISHING = (b"x-", b"session", TRACE_HEADER)  # how the names of all these begin
 MAX_NAME_BYTES = 256
 MAX_PRIORITY = 100
 
@@ -52,7 +53,10 @@ def read_wishes(scope: Scope, key_index: int | None) -> Wishes:
     Raises:
         HttpError: a value that cannot be.
     """
-    if not any(name.startswith((b"x-", b"session", TRACE_HEADER)) for name, _ in scope["headers"]):
+    for name, _ in scope["headers"]:
+        if name.startswith(WISHING):
+            break
+    else:
         return NO_WISHES if key_index is None else Wishes(tenant=f"key-{key_index}")
     tenant = _name(scope, TENANT_HEADERS) or "" if key_index is None else f"key-{key_index}"
     deadline_ms = _number(scope, DEADLINE_HEADERS, 1, 86_400_000)

@@ -12,14 +12,14 @@ CHUNK = TokenChunk("r", 0, 0, [1])
 
 
 async def test_takes_all_there_is_in_order() -> None:
-    mailbox = Mailbox()
+    mailbox = Mailbox(asyncio.get_running_loop())
     mailbox.put(0, CHUNK)
     mailbox.put(1, CHUNK)
     assert [index for index, _ in await mailbox.take()] == [0, 1]
 
 
 async def test_a_reader_that_waits_is_woken_and_hears_of_an_error_last() -> None:
-    mailbox = Mailbox()
+    mailbox = Mailbox(asyncio.get_running_loop())
     reader = asyncio.create_task(mailbox.take())
     await asyncio.sleep(0)
     mailbox.put(0, CHUNK)
@@ -30,7 +30,7 @@ async def test_a_reader_that_waits_is_woken_and_hears_of_an_error_last() -> None
 
 
 async def test_a_reader_of_whole_answers_is_woken_when_a_choice_ends() -> None:
-    mailbox = Mailbox()
+    mailbox = Mailbox(asyncio.get_running_loop())
     reader = asyncio.create_task(mailbox.take(until_end=True))
     for _ in range(3):
         await asyncio.sleep(0)
@@ -62,7 +62,7 @@ def test_the_chunks_of_a_choice_are_joined() -> None:
 
 @pytest.mark.parametrize("leave", [lambda box: box.put(0, CHUNK), lambda box: box.fail(WorkerDied("gone"))])
 async def test_a_reader_that_was_cancelled_a_moment_ago_harms_nobody(leave) -> None:
-    mailbox = Mailbox()
+    mailbox = Mailbox(asyncio.get_running_loop())
     reader = asyncio.create_task(mailbox.take())
     await asyncio.sleep(0)
     reader.cancel()

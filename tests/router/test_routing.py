@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from engine_core.messages import Load, Prefill
 from router.block_feed import FeedState
 from router.config import GatewayConfig
 from router.server import block_salt
+from router.service import IDS_AT_ONCE, _draw_ids
 from tests.router.conftest import Cluster, run_cluster
 
 BODY = {"model": "demo", "prompt": list(range(3, 100)), "temperature": 0, "max_tokens": 8}
@@ -23,6 +26,12 @@ async def post(cluster: Cluster, **headers: str):
     return await cluster.http.post(
         "/v1/completions", json=BODY, headers={k.replace("_", "-"): v for k, v in headers.items()}
     )
+
+
+def test_request_ids_are_128_bits_in_hex_each_another() -> None:
+    ids = list(islice(_draw_ids(), 3 * IDS_AT_ONCE))
+    assert len(set(ids)) == len(ids)
+    assert all(re.fullmatch("[0-9a-f]{32}", request_id) for request_id in ids)
 
 
 async def test_debug_header_names_the_workers_for_those_who_ask(cluster: Cluster) -> None:

@@ -45,7 +45,7 @@ def chunk(position: int, stage_s: tuple[float, ...], finish: FinishReason | None
 
 def finished_stream(prefill: str | None) -> Stream:
     request = Request("r", [1, 2, 3], 3, SamplingParams(max_tokens=2))
-    stream = Stream(request, 0, Mailbox(), 100.0, None)
+    stream = Stream(request, 0, Mailbox(None), 100.0, None)  # type: ignore[arg-type]  # nobody reads it
     stream.route = Route(prefill, "d", None, Terms(*[0.0] * 8))
     stream.sent_at = 100.1
     stream.begin_attempt()
