@@ -132,7 +132,7 @@ class PlaneKvSender:
         streams = not to_socket and len(indices) * layout.block_bytes > STREAM_BYTES
         start = 0
         while start < len(indices):
-            each = self._frame_blocks(min(2 * start, len(indices) - start))
+            each = self._frame_blocks(start, len(indices) - start)
             blocks = _Unstaged((request_id, epoch), indices[start : start + each], reader, start, streams)
             with self._lock:
                 self._inflight_bytes += self._num_bytes(blocks)
@@ -190,15 +190,16 @@ class PlaneKvSender:
 
     # Staging
 
-    def _frame_blocks(self, around: int) -> int:
+    def _frame_blocks(self, done: int, left: int) -> int:
         """Blocks of the next frame: half of as many as are left, or of twice those before.
 
         What a frame costs beside its bytes is paid less often if it is large; the first and the last are small, as
-        nobody works beside who copies those or verifies these.
+        nobody works beside who copies those or verifies these. No two are smaller than one that would do for both.
         """
         block_bytes = self._identity.layout.block_bytes
+        least = FRAME_BYTES if not done or left * block_bytes > 2 * FRAME_BYTES else 2 * FRAME_BYTES
         most = min(MAX_FRAME_BYTES, max(FRAME_BYTES, self._arena_bytes // PIPELINE_FRAMES))
-        return max(1, min(max(FRAME_BYTES, around * block_bytes // 2), most) // block_bytes)
+        return max(1, min(max(least, min(2 * done, left) * block_bytes // 2), most) // block_bytes)
 
     def _num_bytes(self, blocks: _Unstaged) -> int:
         return len(blocks.indices) * self._identity.layout.block_bytes

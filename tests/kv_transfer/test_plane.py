@@ -122,7 +122,7 @@ async def test_what_waits_behind_blocks_that_were_dropped_goes_on():
 
 
 @pytest.mark.parametrize(
-    ("arena_mib", "blocks", "frames"), [(256, 3, 1), (256, 16, 4), (256, 64, 8), (256, 300, 16), (16, 64, 16)]
+    ("arena_mib", "blocks", "frames"), [(256, 3, 1), (256, 16, 3), (256, 64, 7), (256, 300, 15), (16, 64, 16)]
 )
 async def test_large_hand_overs_travel_in_large_frames(monkeypatch, arena_mib, blocks, frames):
     layout = BlockLayout(num_layers=2, page_size=64, num_kv_heads=8, head_dim=128, dtype="float32")  # 1 MiB a block
