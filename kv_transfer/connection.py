@@ -26,6 +26,7 @@ READ_BYTES = 64 << 10
 TURN_BYTES = 4 << 20  # moved per turn of the event loop at most, so that other connections get theirs
 ROOM_BYTES = 8 << 20  # `on_room` while less than this is queued
 MAX_IOV = 512
+LOW_WATER_BYTES = 512 << 10  # of a payload wake us, while more than twice as many are to come
 
 
 class ConnectionEvents(Protocol):
@@ -81,6 +82,7 @@ class KvConnection:
         self._target: np.ndarray | None = None
         self._payload = memoryview(b"")
         self._rest = 0  # bytes of the current payload still to come
+        self._low_water = 1  # bytes that wake us
         connected.setblocking(False)
         set_socket_options(connected)
         self._loop.add_reader(connected, self._on_readable)
@@ -126,7 +128,8 @@ class KvConnection:
             while self._out and budget > 0:
                 sent = self._socket.sendmsg(list(islice(self._out, MAX_IOV)))
                 budget -= sent
-                self._forget(sent)
+                if not self._forget(sent):  # it is full: to ask again would move little, or be refused
+                    break
         except BlockingIOError:
             pass
         except OSError as error:
@@ -145,25 +148,32 @@ class KvConnection:
         if not self.closed and self.queued_bytes < ROOM_BYTES:
             self.events.on_room(self)
 
-    def _forget(self, sent: int) -> None:
+    def _forget(self, sent: int) -> bool:
+        """Whether whole pieces have left; of one that was cut, the rest stays."""
         self.queued_bytes -= sent
         while sent:
             first = self._out.popleft()
             if len(first) > sent:
                 self._out.appendleft(first[sent:])
-                return
+                return False
             sent -= len(first)
+        return True
 
     # Reading
 
+    def read(self) -> None:
+        """Take what has arrived, though it may be too little to wake us."""
+        if not self.closed:
+            self._on_readable()
+
     def _on_readable(self) -> None:
-        self.heard_at = self._loop.time()
         budget = TURN_BYTES
         try:
             while budget > 0 and not self.closed:
                 asked, received = self._receive()
                 if not received:
                     raise TransferError("the peer closed the connection")
+                self.heard_at = self._loop.time()
                 budget -= received
                 if received < asked:  # no more is there: to ask again would only be refused
                     break
@@ -181,12 +191,20 @@ class KvConnection:
         """Bytes asked for, and received."""
         if asked := self._rest if self._payload else 0:
             received = self._socket.recv_into(self._payload[-asked:])
+            self._set_low_water(asked - received)
             self._advance(received)
             return asked, received
         fresh = self._socket.recv(READ_BYTES)
         self._in += fresh
         self._parse()
         return READ_BYTES, len(fresh)
+
+    def _set_low_water(self, rest: int) -> None:
+        """Of much that is to come, little wakes nobody: a wake-up costs as much as a hundred KiB."""
+        low_water = LOW_WATER_BYTES if rest > 2 * LOW_WATER_BYTES else 1
+        if low_water != self._low_water:
+            self._low_water = low_water
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low_water)
 
     def _parse(self) -> None:
         """Consume all that is whole in `_in`."""

@@ -40,7 +40,13 @@ class Reader(Protocol):
 
 
 class Digester(Protocol):
-    """Who makes readers."""
+    """Who makes readers.
+
+    Attributes:
+        prefers_streams: whether copies past the caches are better even for a reader that comes at once.
+    """
+
+    prefers_streams: bool
 
     def reader(self, rows: Rows) -> Reader:
         """One of these rows."""
@@ -49,6 +55,8 @@ class Digester(Protocol):
 
 class PlainDigester:
     """With xxhash's library: the definition, and what works everywhere."""
+
+    prefers_streams = False
 
     def reader(self, rows: Rows) -> PlainReader:
         """See Digester."""

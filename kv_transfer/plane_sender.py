@@ -128,8 +128,9 @@ class PlaneKvSender:
         indices = tuple(int(index) for index in block_indices)
         layout = self._identity.layout
         reader = self._digester.reader(as_rows(layers, len(indices), layout))
-        to_socket = self._open.get((request_id, epoch)) is Transport.TCP
-        streams = not to_socket and len(indices) * layout.block_bytes > STREAM_BYTES
+        to_socket = self._open.get((request_id, epoch)) is Transport.TCP  # which reads what was just written
+        can_stream = not to_socket or self._digester.prefers_streams
+        streams = can_stream and len(indices) * layout.block_bytes > STREAM_BYTES
         start = 0
         while start < len(indices):
             each = self._frame_blocks(start, len(indices) - start)

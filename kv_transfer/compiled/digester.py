@@ -53,13 +53,16 @@ def open_digester(library: Path | None) -> Digester:
     digest = functions.BatonDigest
     digest.argtypes = (pointer, count, pointer, count, count, count, pointer, count, ctypes.c_bool, pointer)
     digest.restype = None
-    return CompiledDigester(digest)
+    prefers_streams = functions.BatonPrefersStreams
+    prefers_streams.argtypes, prefers_streams.restype = (), ctypes.c_bool
+    return CompiledDigester(digest, prefers_streams())
 
 
 class CompiledDigester:
     """Its readers read the bytes once, copying or not; rows that the library is not made for it leaves to others."""
 
-    def __init__(self, digest: Digest) -> None:
+    def __init__(self, digest: Digest, prefers_streams: bool) -> None:
+        self.prefers_streams = prefers_streams
         self._digest = digest
 
     def reader(self, rows: Rows) -> Reader:

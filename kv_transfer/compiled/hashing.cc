@@ -52,6 +52,7 @@ constexpr uint64_t kStart[8] = {kPrime32_3, kPrime64_1, kPrime64_2, kPrime64_3,
 // A whole line at a time: written past the caches, it leaves its buffer at once, so that several can be on the way.
 struct Sums {
   static constexpr int kTogether = 4, kTogetherStreamed = 4, kKeptStreamed = 3;  // see Group
+  static constexpr bool kPrefersStreams = true;
 
   __m512i sum;
 
@@ -86,6 +87,7 @@ inline void EndStream() { _mm_sfence(); }
 struct Sums {
   // One is streamed at a time: there are few buffers for lines that are half written.
   static constexpr int kTogether = 2, kTogetherStreamed = 1, kKeptStreamed = 0;
+  static constexpr bool kPrefersStreams = false;
 
   __m256i half[2];
 
@@ -128,6 +130,7 @@ inline void EndStream() { _mm_sfence(); }
 #else
 struct Sums {
   static constexpr int kTogether = 2, kTogetherStreamed = 1, kKeptStreamed = 0;
+  static constexpr bool kPrefersStreams = false;
 
   uint64_t sum[8];
 
@@ -260,3 +263,6 @@ extern "C" void BatonDigest(const uint8_t* const* sources, int64_t source_stride
   TakeAll<Write::kStreamed, Sums::kTogetherStreamed>(rows, places, n, found);
   EndStream();
 }
+
+// Whether copies past the caches cost so much less that they are better for a reader that comes at once, too.
+extern "C" bool BatonPrefersStreams() { return Sums::kPrefersStreams; }

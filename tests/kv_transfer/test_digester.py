@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,3 +148,11 @@ def test_without_a_place_to_keep_it_or_a_compiler_python_does_it(tmp_path, monke
     assert isinstance(open_digester(None), PlainDigester)
     (tmp_path / "broken.so").write_bytes(b"no library")
     assert isinstance(open_digester(tmp_path / "broken.so"), PlainDigester)
+
+
+def test_lines_that_are_written_whole_are_better_past_the_caches():
+    processor = Path("/proc/cpuinfo")
+    if not processor.exists():
+        pytest.skip("no /proc/cpuinfo")
+    assert compiled().prefers_streams == ("avx512f" in processor.read_text().split())
+    assert not PlainDigester().prefers_streams

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from engine_core.errors import ConfigError, RequestCancelled, TransferError
+from kv_transfer import plane_sender
 from kv_transfer.blocks import HostBlocks
+from kv_transfer.digester import PlainDigester, Rows
 from kv_transfer.layout import BlockLayout
 from kv_transfer.plane_sender import PlaneKvSender
 from kv_transfer.wire import HOST_TRANSPORTS, Place, Transport
@@ -160,3 +162,46 @@ async def test_a_socket_takes_what_the_worker_has_cut_where_decode_has_room_for_
         await until(lambda: ("r", 0) in pair.decode.done)
         pair.check_blocks("r", range(12))
         assert (len(sizes), sum(sizes)) == (frames, 12)
+
+
+class SpiedDigester:
+    """One that notes which copies shall go past the caches."""
+
+    def __init__(self, *, prefers_streams: bool) -> None:
+        self.prefers_streams = prefers_streams
+        self.noted: list[bool] = []
+
+    def reader(self, rows: Rows) -> SpiedReader:
+        return SpiedReader(rows, self.noted)
+
+
+class SpiedReader:
+    """Its reader."""
+
+    def __init__(self, rows: Rows, noted: list[bool]) -> None:
+        self._plain = PlainDigester().reader(rows)
+        self._noted = noted
+
+    def copy(self, first: int, targets: Rows, *, streams: bool) -> tuple[int, ...]:
+        self._noted.append(streams)
+        return self._plain.copy(first, targets, streams=streams)
+
+
+@pytest.mark.parametrize(
+    ("transport", "prefers_streams", "streams"),
+    [(Transport.SHARED_MEMORY, False, True), (Transport.TCP, False, False), (Transport.TCP, True, True)],
+)
+async def test_copies_for_a_socket_go_past_the_caches_only_where_that_is_better(
+    monkeypatch, transport, prefers_streams, streams
+):
+    monkeypatch.setattr(plane_sender, "STREAM_BYTES", 0)
+    async with open_pair(f"plane {transport}") as pair:
+        pair.sender._digester = spied = SpiedDigester(prefers_streams=prefers_streams)
+        pair.sender.offer("r", 0, 30)
+        pair.receiver.request(pair.address, pair.ticket("r", [0, 1]))
+        await until(lambda: pair.prefill.tickets)  # the way is known
+        pair.sender.send_blocks("r", 0, [0, 1], pair.layers([0, 1]))
+        pair.sender.finish("r", 0, first_token("r"))
+        await until(lambda: pair.decode.done)
+        assert set(spied.noted) == {streams}
+        pair.check_blocks("r", [0, 1])
