@@ -50,8 +50,17 @@ def kernels(library):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("rows", "depth", "width"),
-    [(1, 32, 7), (2, 1024, 1), (5, 1056, 100), (7, 3072, 49), (12, 544, 50), (33, 64, 48), (130, 2080, 97)]
-    + [(1, 32, 32), (17, 1056, 64), (40, 544, 96), (64, 96, 1056), (65, 64, 160), (97, 2080, 608)],  # AMX takes these
+    [
+        *((1, 32, 7), (2, 1024, 1), (5, 1056, 100), (7, 3072, 49), (12, 544, 50), (33, 64, 48), (130, 2080, 97)),
+        *(
+            (1, 32, 32),
+            (17, 1056, 64),
+            (40, 544, 96),
+            (64, 96, 1056),
+            (65, 64, 160),
+            (97, 2080, 608),
+        ),  # AMX takes these
+    ],
 )
 def test_products_are_numpys(library, dtype, rows, depth, width):
     rng = np.random.default_rng(rows)
