@@ -119,9 +119,11 @@ class Head:
         """End every process of the head's node at once, actors included; the other node stays."""
         raylets = {pid for pid in self.processes("raylet") if pid in self._head_processes}
         actors = [int(e.name) for e in Path("/proc").glob("[0-9]*") if _parent(int(e.name)) in raylets]
-        for pid in [*self.processes("gcs_server"), *self._head_processes, *actors]:
+        killed = [*self.processes("gcs_server"), *self._head_processes, *actors]
+        for pid in killed:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        until(lambda: not set(killed) & set(self.processes("")), 10)  # the system may take a moment
 
     def kill_control_store(self) -> None:
         """End the GCS; the rest of the head stays."""
