@@ -54,7 +54,8 @@ struct Sums {
   static constexpr int kTogether = 4, kTogetherStreamed = 4, kKeptStreamed = 3;  // see Group
   static constexpr bool kPrefersStreams = true;
 
-  __m512i sum;
+  using Vector = __m512i;
+  Vector sum;
 
   void Start() { sum = _mm512_loadu_si512(kStart); }
 
@@ -78,18 +79,14 @@ struct Sums {
     sum = _mm512_add_epi64(_mm512_mul_epu32(mixed, prime), _mm512_slli_epi64(high, 32));
   }
 };
-
-inline bool CanStream(const uint8_t* to, int64_t stride) {
-  return (reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(stride)) % sizeof(__m512i) == 0;
-}
-inline void EndStream() { _mm_sfence(); }
 #elif defined(__AVX2__)
 struct Sums {
   // One is streamed at a time: there are few buffers for lines that are half written.
   static constexpr int kTogether = 2, kTogetherStreamed = 1, kKeptStreamed = 0;
   static constexpr bool kPrefersStreams = false;
 
-  __m256i half[2];
+  using Vector = __m256i;
+  Vector half[2];
 
   void Start() {
     for (int i = 0; i < 2; ++i) half[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kStart + 4 * i));
@@ -122,11 +119,6 @@ struct Sums {
     }
   }
 };
-
-inline bool CanStream(const uint8_t* to, int64_t stride) {
-  return (reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(stride)) % sizeof(__m256i) == 0;
-}
-inline void EndStream() { _mm_sfence(); }
 #else
 struct Sums {
   static constexpr int kTogether = 2, kTogetherStreamed = 1, kKeptStreamed = 0;
@@ -155,7 +147,14 @@ struct Sums {
     }
   }
 };
+#endif
 
+#ifdef __AVX2__
+inline bool CanStream(const uint8_t* to, int64_t stride) {
+  return (reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(stride)) % sizeof(Sums::Vector) == 0;
+}
+inline void EndStream() { _mm_sfence(); }
+#else
 inline bool CanStream(const uint8_t*, int64_t) { return false; }
 inline void EndStream() {}
 #endif

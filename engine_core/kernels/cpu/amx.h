@@ -56,6 +56,13 @@ struct Sums {
   alignas(64) float tiles[4][kSide][kSide];
 };
 
+// Room for `count` values where a line begins, in memory that the caller keeps.
+template <class T>
+T* Room(std::vector<T>& memory, int64_t count) {
+  memory.resize(count + 64 / sizeof(T));
+  return memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & 63) / sizeof(T);
+}
+
 // Panel `number` of x[T, K] as tiles: [pair of places][row][2], zeros where there are no more rows.
 inline void Pack(const uint16_t* x, int64_t rows, int64_t depth, int64_t number, uint32_t* panels) {
   const int64_t pairs = depth / 2, begin = number * kSide, count = std::min<int64_t>(kSide, rows - begin);
@@ -123,8 +130,7 @@ struct Product {
   void ManyRows(int64_t begin, int64_t end) const {
     static thread_local std::vector<uint8_t> memory;
     const int64_t num_groups = (end - begin) / kOutputs, group_bytes = depth / kPlaces * kStepBytes;
-    memory.resize(num_groups * group_bytes + 64);
-    uint8_t* slots = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & 63);
+    uint8_t* slots = Room(memory, num_groups * group_bytes);
     for (int64_t k = 0; k < depth; k += kPlaces) Copy(begin, k, slots + k / kPlaces * kStepBytes);
     for (int64_t row = 0; row < rows; row += 2 * kSide) {
       for (int64_t group = 0; group < num_groups; ++group) {

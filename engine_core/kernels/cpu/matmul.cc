@@ -201,8 +201,7 @@ void RunTiles(ffi::ThreadPool& pool, const uint16_t* x, const uint16_t* w, float
               int64_t depth) {
   static thread_local std::vector<uint32_t> memory;
   const int64_t num_panels = (rows + amx::kSide - 1) / amx::kSide;
-  memory.resize(num_panels * amx::kSide * depth / 2 + 16);
-  uint32_t* panels = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & 63) / sizeof(uint32_t);
+  uint32_t* panels = amx::Room(memory, num_panels * amx::kSide * depth / 2);
   ParallelFor(pool, num_panels, [=](int64_t i) { amx::Pack(x, rows, depth, i, panels); });
   Run(pool, amx::Product{panels, w, y, rows, width, depth}, amx::kOutputs,
       rows <= amx::kFewRows ? amx::kFewBlock : amx::kManyBlock);
