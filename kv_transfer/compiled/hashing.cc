@@ -49,7 +49,7 @@ constexpr uint64_t kStart[8] = {kPrime32_3, kPrime64_1, kPrime64_2, kPrime64_3,
                                 kPrime64_4, kPrime32_2, kPrime64_5, kPrime32_1};
 
 #ifdef __AVX512F__
-// A whole line at a time: written past the caches, it leaves its buffer at once, so that several can be on the way.
+// A whole line at a time. The constants are those of a Sapphire Rapids (docs/adr/0017).
 struct Sums {
   static constexpr int kTogether = 4, kTogetherStreamed = 4, kKeptStreamed = 3;  // see Group
   static constexpr bool kPrefersStreams = true;
