@@ -1,7 +1,8 @@
-"""uvicorn's HTTP protocol, except for three things.
+"""uvicorn's HTTP protocol, except for four things.
 
-A response's head leaves with its first bytes, as one segment. Request heads are bounded. Idle connections are found by
-a look at all of them now and then: a timer for every response costs more.
+A response's head leaves with its first bytes, as one segment; what all connections write in one round of the loop
+leaves together. Request heads are bounded. Idle connections are found by a look at all of them now and then: a timer
+for every response costs more.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import math
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import Any
 from urllib.parse import unquote
 
 import httptools
@@ -18,6 +20,7 @@ from starlette.types import Message
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from router.http import Headers, HttpError, error_json
+from router.outbox import LateTransport, Outbox
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +31,10 @@ BODILESS = frozenset({204, 304})  # statuses
 class HttpProtocol(HttpToolsProtocol):
     """One HTTP connection.
 
+    Args:
+        outbox: of the loop.
+        others: see uvicorn.
+
     Attributes:
         idle_since: when its last response ended, on the loop's clock; infinite while it is in use.
     """
@@ -35,6 +42,14 @@ class HttpProtocol(HttpToolsProtocol):
     idle_since = math.inf
     _in_head = False
     _head_bytes = 0
+
+    def __init__(self, outbox: Outbox, **others: Any) -> None:
+        super().__init__(**others)
+        self._outbox = outbox
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See asyncio."""
+        super().connection_made(LateTransport(transport, self._outbox))
 
     def data_received(self, data: bytes) -> None:
         """See asyncio."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import hashlib
 import importlib
@@ -26,6 +27,7 @@ from router.config import GatewayConfig
 from router.fleet_view import FleetView
 from router.http_protocol import HttpProtocol, close_idle
 from router.load_meter import LoadTotals
+from router.outbox import Outbox
 from router.service import Service
 from router.tokenizer import TextCodec
 
@@ -89,10 +91,11 @@ class Gateway:
         await self.service.registry.until_connected(CONNECT_S)
         self._socket = _listen(self._config.host, self._config.port)
         self.port = self._socket.getsockname()[1]
+        loop = asyncio.get_running_loop()
         self._server = _Server(
             uvicorn.Config(
                 build_app(self.service),
-                http=HttpProtocol,
+                http=functools.partial(HttpProtocol, Outbox(loop)),  # type: ignore[arg-type]  # called, no more
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -103,7 +106,7 @@ class Gateway:
                 timeout_keep_alive=self._config.keep_alive_s,  # see _Server.on_tick
             )
         )
-        self._serving = asyncio.get_running_loop().create_task(self._server.serve([self._socket]))
+        self._serving = loop.create_task(self._server.serve([self._socket]))
         while not self._server.started and not self._serving.done():  # noqa: ASYNC110  # uvicorn has no event for it
             await asyncio.sleep(START_POLL_S)
         gc.collect()
