@@ -10,13 +10,13 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from msgspec import Struct
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine_core.errors import BatonError
 from router.dashboard import add_dashboard_routes
 from router.dialects import ChatDialect, CompletionDialect, model_not_found
 from router.endpoint import GenerateEndpoint
 from router.http import HttpError, KeyCheck, encode_json, error_json
+from router.http_exchange import Endpoint
 from router.metrics import CONTENT_TYPE
 from router.openai_types import ChatBody, CompletionBody
 from router.service import Service
@@ -30,9 +30,7 @@ STATUS_CODES = {404: "unknown_url", 405: "method_not_allowed"}
 
 
 class GatewayApp(FastAPI):
-    """FastAPI, with the generating endpoints served before its middleware and router."""
-
-    hot_paths: dict[str, ASGIApp]
+    """FastAPI; what it says of the API holds for the generating endpoints, too."""
 
     def openapi(self) -> dict[str, Any]:
         """Adds what FastAPI does not route."""
@@ -50,29 +48,32 @@ class GatewayApp(FastAPI):
                 }
         return super().openapi()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        endpoint = self.hot_paths.get(scope.get("path", ""))
-        if endpoint is not None and scope["type"] == "http":
-            await endpoint(scope, receive, send)
-        else:
-            await super().__call__(scope, receive, send)
 
-
-def build_app(service: Service) -> FastAPI:
-    """All routes of the gateway."""
-    app = GatewayApp(title="Baton", version=version(), openapi_url="/openapi.json", redoc_url=None)
+def build_endpoints(service: Service) -> dict[str, Endpoint]:
+    """The generating endpoints, which are served below ASGI, by path."""
     check_key = KeyCheck(service.config.api_keys)
-    app.hot_paths = {
+    return {
         "/v1/chat/completions": GenerateEndpoint(service, ChatDialect(service), check_key),
         "/v1/completions": GenerateEndpoint(service, CompletionDialect(service), check_key),
     }
+
+
+def build_app(service: Service) -> FastAPI:
+    """All routes of the gateway but POST to the generating endpoints."""
+    app = GatewayApp(title="Baton", version=version(), openapi_url="/openapi.json", redoc_url=None)
+    check_key = KeyCheck(service.config.api_keys)
+    for path in BODIES:
+        app.add_route(path, _use_post, ["GET", "PUT", "PATCH", "DELETE", "OPTIONS"], include_in_schema=False)
     _add_model_routes(app, service, check_key)
     _add_operator_routes(app, service, check_key)
     _add_explanation_route(app, service, check_key)
     add_dashboard_routes(app, service, check_key)
     _add_error_handlers(app)
     return app
+
+
+async def _use_post(request: Request) -> Response:
+    raise HttpError(405, "use POST", STATUS_CODES[405])
 
 
 def _add_model_routes(app: FastAPI, service: Service, check_key: KeyCheck) -> None:
@@ -91,13 +92,13 @@ def _add_model_routes(app: FastAPI, service: Service, check_key: KeyCheck) -> No
     @app.get("/v1/models")
     async def list_models(request: Request) -> Response:
         """The model served."""
-        check_key(request.scope)
+        check_key(request.headers.raw)
         return _json({"object": "list", "data": [model()]})
 
     @app.get("/v1/models/{model_id:path}")
     async def get_model(model_id: str, request: Request) -> Response:
         """One model."""
-        check_key(request.scope)
+        check_key(request.headers.raw)
         if model_id != service.config.model_name:
             raise model_not_found(model_id)
         return _json(model())
@@ -139,7 +140,7 @@ def _add_operator_routes(app: FastAPI, service: Service, check_key: KeyCheck) ->
     @app.get("/config")
     async def config(request: Request) -> Response:
         """The configuration, without secrets."""
-        check_key(request.scope)
+        check_key(request.headers.raw)
         return _json(service.config.public())
 
 
@@ -147,7 +148,7 @@ def _add_explanation_route(app: FastAPI, service: Service, check_key: KeyCheck) 
     @app.get("/explain/{request_id}")
     async def explain(request_id: str, request: Request) -> Response:
         """Why a recent request went where it did: the decisions of all its attempts, in seconds."""
-        check_key(request.scope)
+        check_key(request.headers.raw)
         decisions = service.decisions.of(request_id.rpartition("-")[2])
         if not decisions:
             message = f"This gateway does not know the request '{request_id[:200]}' (any more)."

@@ -51,7 +51,7 @@ def add_dashboard_routes(app: FastAPI, service: Service, check_key: KeyCheck) ->
     @app.get("/dashboard/state")
     async def state(request: Request) -> Response:
         """Everything that the dashboard shows."""
-        check_key(request.scope)
+        check_key(request.headers.raw)
         body = encode_json({"started_at": started_at, **describe(service)})
         return Response(body, headers={"cache-control": "no-store"}, media_type="application/json")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from http import HTTPStatus
 
 import msgspec
-from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from engine_core.errors import BatonError, CapacityError, RequestError
 
@@ -20,7 +20,7 @@ SSE_HEADERS: Headers = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-MAX_DISCARD_BYTES = 256 << 20  # of a refused body; what is larger is cut off
+CLIENT_GONE = 499  # a status for the metrics only
 
 encode_json = msgspec.json.Encoder().encode
 
@@ -36,13 +36,6 @@ class HttpError(RequestError):
         super().__init__(message, param, code)
         self.close = close
         self.http_status = int(status)
-
-
-class ClientGone(BatonError):
-    """Nobody is there to answer."""
-
-    http_status = 499
-    code = "client_disconnected"
 
 
 class ErrorBody(msgspec.Struct):
@@ -62,50 +55,17 @@ def error_json(error: BatonError) -> bytes:
     return encode_json({"error": ErrorBody(str(error), kind, param, error.code)})
 
 
-def header(scope: Scope, name: bytes) -> bytes | None:
+def header(headers: Headers, name: bytes) -> bytes | None:
     """First value of a header; `name` in lower case."""
-    for key, value in scope["headers"]:
+    for key, value in headers:
         if key == name:
-            return bytes(value)
+            return value
     return None
 
 
-async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
-    """The whole body.
-
-    Raises:
-        HttpError: it is longer than `max_bytes`; at most that much was ever kept.
-        ClientGone: the client left before its end.
-    """
-    length = header(scope, b"content-length")
-    if length is not None and int(length) > max_bytes:
-        raise _too_large(max_bytes, int(length) > MAX_DISCARD_BYTES)
-    message = await receive()
-    if message["type"] == "http.request" and not message.get("more_body", False):
-        body: bytes = message.get("body", b"")
-        if len(body) > max_bytes:
-            raise _too_large(max_bytes, False)
-        return body
-    pieces: list[bytes] = []
-    size = 0
-    while message["type"] == "http.request":
-        piece = message.get("body", b"")
-        size += len(piece)
-        if size > max_bytes:
-            pieces.clear()
-        else:
-            pieces.append(piece)
-        if size > MAX_DISCARD_BYTES or (size > max_bytes and not message.get("more_body", False)):
-            raise _too_large(max_bytes, size > MAX_DISCARD_BYTES)
-        if not message.get("more_body", False):
-            return b"".join(pieces)
-        message = await receive()
-    raise ClientGone("the client left before the end of its request")
-
-
-def check_json_type(scope: Scope) -> None:
+def check_json_type(headers: Headers) -> None:
     """A body must be declared as JSON if it is declared at all: browsers can send anything else across sites."""
-    kind = header(scope, b"content-type")
+    kind = header(headers, b"content-type")
     if kind is not None and kind != b"application/json":
         media = kind.partition(b";")[0].strip().lower()
         if media != b"application/json" and not media.endswith(b"+json"):
@@ -122,7 +82,7 @@ class KeyCheck:
     def __init__(self, keys: Sequence[str]) -> None:
         self._keys = [key.encode() for key in keys]
 
-    def __call__(self, scope: Scope) -> int | None:
+    def __call__(self, headers: Headers) -> int | None:
         """Which key the client has; None where none is needed. Every key is compared, in constant time.
 
         Raises:
@@ -130,7 +90,7 @@ class KeyCheck:
         """
         if not self._keys:
             return None
-        scheme, _, given = (header(scope, b"authorization") or b"").partition(b" ")
+        scheme, _, given = (header(headers, b"authorization") or b"").partition(b" ")
         matches = [hmac.compare_digest(given.strip(), key) for key in self._keys]
         if scheme.lower() != b"bearer" or not any(matches):
             message = (
@@ -140,28 +100,27 @@ class KeyCheck:
         return matches.index(True)
 
 
-async def send_json(send: Send, status: int, body: bytes, extra: Headers | None = None) -> None:
-    """A whole response."""
-    headers = [JSON_TYPE, (b"content-length", b"%d" % len(body)), *(extra or ())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-async def send_error(send: Send, error: BatonError) -> None:
-    """The OpenAI error object with its status."""
-    extra: Headers = []
-    status = error.http_status
+def error_headers(error: BatonError) -> Headers:
+    """Of the response that tells an error."""
     if isinstance(error, CapacityError):
-        extra.append((b"retry-after", b"%d" % math.ceil(error.retry_after_s)))
-        extra.append((b"x-baton-refused", error.reason.encode()))
-    elif status == 401:
-        extra.append((b"www-authenticate", b"Bearer"))
-    elif isinstance(error, HttpError) and error.close:
-        extra.append((b"connection", b"close"))
-    await send_json(send, status, error_json(error), extra)
+        return [
+            JSON_TYPE,
+            (b"retry-after", b"%d" % math.ceil(error.retry_after_s)),
+            (b"x-baton-refused", error.reason.encode()),
+        ]
+    return [JSON_TYPE, (b"www-authenticate", b"Bearer")] if error.http_status == 401 else [JSON_TYPE]
 
 
-def _too_large(max_bytes: int, close: bool) -> HttpError:
-    """A client that still sends would not read an answer on a connection that is closed: only the largest are."""
-    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-    return HttpError(status, f"the request body exceeds {max_bytes} bytes", "request_too_large", close=close)
+def response_head(status: int, headers: Headers, *, close: bool) -> bytes:
+    """Status line and headers.
+
+    Args:
+        close: say that the connection takes no other request.
+    """
+    lines = [b"%s: %s\r\n" % pair for pair in headers]
+    if close:
+        lines.append(b"connection: close\r\n")
+    fields = b"".join(lines)
+    if fields.count(b"\n") != len(lines) or fields.count(b"\r") != len(lines):
+        raise RuntimeError("a header holds a line break")
+    return b"%s%s\r\n" % (STATUS_LINE[status], fields)

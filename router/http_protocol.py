@@ -1,8 +1,8 @@
-"""uvicorn's HTTP protocol, except for four things.
+"""uvicorn's HTTP protocol, except for five things.
 
-A response's head leaves with its first bytes, as one segment; what all connections write in one round of the loop
-leaves together. Request heads are bounded. Idle connections are found by a look at all of them now and then: a timer
-for every response costs more.
+Requests to the generating endpoints are served below ASGI (`http_exchange`). A response's head leaves with its first
+bytes, as one segment; what all connections write in one round of the loop leaves together (`outbox`). Request heads are
+bounded. Idle connections are found by a look at all of them now and then: a timer for every response costs more.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote
@@ -19,12 +19,14 @@ import httptools
 from starlette.types import Message
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from router.http import Headers, HttpError, error_json
+from router.http import Headers, HttpError, error_json, response_head
+from router.http_exchange import CHUNKED, Endpoint, HttpExchange
 from router.outbox import LateTransport, Outbox
 
 logger = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 << 10  # of a request: its target and headers
+MAX_EARLY = 4  # requests of a connection that may wait for the answer to an earlier one
 BODILESS = frozenset({204, 304})  # statuses
 
 
@@ -32,6 +34,7 @@ class HttpProtocol(HttpToolsProtocol):
     """One HTTP connection.
 
     Args:
+        endpoints: those that are served below ASGI, by path.
         outbox: of the loop.
         others: see uvicorn.
 
@@ -43,13 +46,23 @@ class HttpProtocol(HttpToolsProtocol):
     _in_head = False
     _head_bytes = 0
 
-    def __init__(self, outbox: Outbox, **others: Any) -> None:
+    def __init__(self, endpoints: Mapping[str, Endpoint], outbox: Outbox, **others: Any) -> None:
         super().__init__(**others)
+        self._endpoints = endpoints
         self._outbox = outbox
+        self._serving: HttpExchange | None = None  # the latest, if its request was served below ASGI
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio."""
         super().connection_made(LateTransport(transport, self._outbox))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio."""
+        if self._serving is not None:
+            self._serving.lose()
+        if isinstance(self.cycle, HttpExchange):
+            self.cycle = None  # type: ignore[assignment]
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """See asyncio."""
@@ -74,13 +87,30 @@ class HttpProtocol(HttpToolsProtocol):
         scope["method"] = parser.get_method().decode("ascii")
         scope["http_version"] = version
         scope["path"], scope["raw_path"], scope["query_string"] = _parts_of(self.url)
-        earlier = self.cycle
-        self.cycle = cycle = Cycle(self, version != "1.0" and parser.should_keep_alive())
+        keep_alive = version != "1.0" and parser.should_keep_alive()
+        endpoint = self._endpoints.get(scope["path"]) if scope["method"] == "POST" else None
+        cycle = Cycle(self, keep_alive) if endpoint is None else HttpExchange(self, endpoint, keep_alive)
+        earlier, self.cycle = self.cycle, cycle  # type: ignore[assignment]  # either will do
         if earlier is None or earlier.response_complete:
             self._begin(cycle)
         else:  # the client has not waited for its answer
-            self.flow.pause_reading()
-            self.pipeline.appendleft((cycle, self.app))
+            self.pipeline.appendleft((cycle, self.app))  # type: ignore[arg-type]
+            if len(self.pipeline) >= MAX_EARLY:  # while nothing is read, nobody sees that the client has left
+                self.flow.pause_reading()
+
+    def on_body(self, body: bytes) -> None:
+        """See httptools."""
+        if not isinstance(self.cycle, HttpExchange):
+            super().on_body(body)
+        elif not self.cycle.response_complete:
+            self.cycle.feed(body)
+
+    def on_message_complete(self) -> None:
+        """See httptools."""
+        if isinstance(self.cycle, HttpExchange):
+            self.cycle.feed_end()
+        else:
+            super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """A request is over: the next one, if it is here."""
@@ -89,7 +119,7 @@ class HttpProtocol(HttpToolsProtocol):
             return
         self.flow.resume_reading()
         if self.pipeline:
-            self._begin(self.pipeline.pop()[0])
+            self._begin(self.pipeline.pop()[0])  # type: ignore[arg-type]
         else:
             self.idle_since = self.loop.time()
 
@@ -97,8 +127,13 @@ class HttpProtocol(HttpToolsProtocol):
         """What cannot be parsed as HTTP."""
         self._refuse(400, msg, "invalid_http")
 
-    def _begin(self, cycle: RequestResponseCycle) -> None:
-        task = self.loop.create_task(cycle.run_asgi(self.app))
+    def _begin(self, cycle: Cycle | HttpExchange) -> None:
+        if isinstance(cycle, HttpExchange):
+            self._serving = cycle
+            task = cycle.start(self.loop)
+        else:
+            self._serving = None
+            task = self.loop.create_task(cycle.run_asgi(self.app))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
@@ -118,7 +153,7 @@ def _parts_of(target: bytes) -> tuple[str, bytes, bytes]:
 
 
 class Cycle(RequestResponseCycle):
-    """One request and its response.
+    """One request to the ASGI application, and its response.
 
     Args:
         keep_alive: whether the connection may take another request.
@@ -166,15 +201,8 @@ class Cycle(RequestResponseCycle):
                 self.expected_content_length = int(value)
             elif name == b"connection" and b"close" in value.lower():
                 self.keep_alive, says_close = False, True
-        lines = [b"%s: %s\r\n" % header for header in headers]
-        if not self.keep_alive and not says_close:
-            lines.append(b"connection: close\r\n")
-        if self.chunked_encoding:
-            lines.append(b"transfer-encoding: chunked\r\n")
-        fields = b"".join(lines)
-        if fields.count(b"\n") != len(lines) or fields.count(b"\r") != len(lines):
-            raise RuntimeError("a header holds a line break")
-        return b"%s%s\r\n" % (STATUS_LINE[status], fields)
+        framing = [CHUNKED] if self.chunked_encoding else []
+        return response_head(status, [*headers, *framing], close=not self.keep_alive and not says_close)
 
     def _write(self, body: bytes, more_body: bool) -> None:
         """Part of the body, behind the head if that is still here."""

@@ -20,7 +20,7 @@ import uvicorn
 from engine_core.compiled_library import COMPILERS
 from engine_core.errors import ConfigError
 from engine_core.messages import WorkerInfo
-from router.app import build_app
+from router.app import build_app, build_endpoints
 from router.clients import MakeClient, connect_with
 from router.compiled.library import Compiled, open_compiled
 from router.config import GatewayConfig
@@ -95,7 +95,7 @@ class Gateway:
         self._server = _Server(
             uvicorn.Config(
                 build_app(self.service),
-                http=functools.partial(HttpProtocol, Outbox(loop)),  # type: ignore[arg-type]  # called, no more
+                http=functools.partial(HttpProtocol, build_endpoints(self.service), Outbox(loop)),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from starlette.types import Scope
-
-from router.http import HttpError, header
+from router.http import Headers, HttpError, header
 
 SESSION_HEADERS = (b"x-session-id", b"x-dynamo-session-id", b"session-id")
 TENANT_HEADERS = (b"x-tenant-id", b"x-llm-d-inference-fairness-id")
@@ -44,7 +42,7 @@ class Wishes:
 NO_WISHES = Wishes()
 
 
-def read_wishes(scope: Scope, key_index: int | None) -> Wishes:
+def read_wishes(headers: Headers, key_index: int | None) -> Wishes:
     """From the headers of a request.
 
     Args:
@@ -53,33 +51,33 @@ def read_wishes(scope: Scope, key_index: int | None) -> Wishes:
     Raises:
         HttpError: a value that cannot be.
     """
-    for name, _ in scope["headers"]:
+    for name, _ in headers:
         if name.startswith(WISHING):
             break
     else:
         return NO_WISHES if key_index is None else Wishes(tenant=f"key-{key_index}")
-    tenant = _name(scope, TENANT_HEADERS) or "" if key_index is None else f"key-{key_index}"
-    deadline_ms = _number(scope, DEADLINE_HEADERS, 1, 86_400_000)
+    tenant = _name(headers, TENANT_HEADERS) or "" if key_index is None else f"key-{key_index}"
+    deadline_ms = _number(headers, DEADLINE_HEADERS, 1, 86_400_000)
     return Wishes(
-        session=_name(scope, SESSION_HEADERS),
+        session=_name(headers, SESSION_HEADERS),
         tenant=tenant,
-        priority=_number(scope, (PRIORITY_HEADER,), -MAX_PRIORITY, MAX_PRIORITY) or 0,
+        priority=_number(headers, (PRIORITY_HEADER,), -MAX_PRIORITY, MAX_PRIORITY) or 0,
         ttft_s=deadline_ms / 1000 if deadline_ms is not None else None,
-        debug=header(scope, DEBUG_HEADER) is not None,
-        traceparent=(header(scope, TRACE_HEADER) or b"")[:MAX_NAME_BYTES].decode("latin-1"),
+        debug=header(headers, DEBUG_HEADER) is not None,
+        traceparent=(header(headers, TRACE_HEADER) or b"")[:MAX_NAME_BYTES].decode("latin-1"),
     )
 
 
-def _first(scope: Scope, names: tuple[bytes, ...]) -> tuple[bytes, bytes] | None:
+def _first(headers: Headers, names: tuple[bytes, ...]) -> tuple[bytes, bytes] | None:
     for name in names:
-        value = header(scope, name)
+        value = header(headers, name)
         if value is not None:
             return name, value
     return None
 
 
-def _name(scope: Scope, names: tuple[bytes, ...]) -> str | None:
-    found = _first(scope, names)
+def _name(headers: Headers, names: tuple[bytes, ...]) -> str | None:
+    found = _first(headers, names)
     if found is None:
         return None
     if len(found[1]) > MAX_NAME_BYTES:
@@ -87,8 +85,8 @@ def _name(scope: Scope, names: tuple[bytes, ...]) -> str | None:
     return found[1].decode("latin-1")
 
 
-def _number(scope: Scope, names: tuple[bytes, ...], least: int, most: int) -> int | None:
-    found = _first(scope, names)
+def _number(headers: Headers, names: tuple[bytes, ...], least: int, most: int) -> int | None:
+    found = _first(headers, names)
     if found is None:
         return None
     try:

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from router.http_protocol import HttpProtocol, close_idle
+from router.outbox import LateTransport, Outbox
 from tests.router.conftest import Cluster, run_cluster
 
 GET = b"GET /a%20b?c=d HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -33,7 +34,7 @@ class Recorder:
     def is_closing(self) -> bool:
         return self.closed
 
-    def get_extra_info(self, name: str) -> None:
+    def get_extra_info(self, name: str, default: object = None) -> None:
         return None
 
     pause_reading = resume_reading = is_closing
@@ -42,7 +43,9 @@ class Recorder:
 def connect(app: ASGIApp) -> tuple[HttpProtocol, Recorder]:
     """A connection to an application."""
     recorder = Recorder()
-    protocol = HttpProtocol(uvicorn.Config(app, lifespan="off", log_config=None), ServerState(), {})  # type: ignore[arg-type]
+    config = uvicorn.Config(app, lifespan="off", log_config=None)  # type: ignore[arg-type]
+    outbox = Outbox(asyncio.get_running_loop())
+    protocol = HttpProtocol({}, outbox, config=config, server_state=ServerState(), app_state={})
     protocol.connection_made(recorder)  # type: ignore[arg-type]
     return protocol, recorder
 
@@ -199,10 +202,58 @@ async def test_head_and_pipelining_and_continue(address: Cluster) -> None:
     assert (await exchange(address, both)).count(b"HTTP/1.1 200") == 2
     received = await exchange(address, b"HEAD /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
     assert received.startswith(b"HTTP/1.1 405")
-    expecting = post + b"connection: close\r\nexpect: 100-continue\r\n\r\n" + body
-    received = await exchange(address, expecting)
-    assert received.startswith(b"HTTP/1.1 100")
-    assert b"HTTP/1.1 200" in received
+    reader, writer = await asyncio.open_connection("127.0.0.1", address.gateway.port)
+    writer.write(post + b"connection: close\r\nexpect: 100-continue\r\n\r\n")
+    async with asyncio.timeout(5):
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(body)
+        assert (await reader.read()).startswith(b"HTTP/1.1 200")
+    writer.close()
+
+
+async def test_a_body_in_pieces(address: Cluster) -> None:
+    content = b'{"model":"demo","prompt":"x","max_tokens":1}'
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", address.gateway.port)
+    writer.write(head + b"transfer-encoding: chunked\r\n\r\n")
+    for byte in content:
+        writer.write(b"1\r\n%c\r\n" % byte)
+        await asyncio.sleep(0.001)
+    writer.write(b"0\r\n\r\n")
+    async with asyncio.timeout(5):
+        assert (await reader.read()).startswith(b"HTTP/1.1 200")
+    writer.close()
+
+
+async def test_the_first_of_two_requests_is_dropped_with_its_client(address: Cluster) -> None:
+    """The second one waits for the first: it is the first that runs."""
+    address.decode[0].step_s = 0.01
+    body = b'{"model":"demo","prompt":"x","max_tokens":400}'
+    post = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    _, writer = await asyncio.open_connection("127.0.0.1", address.gateway.port)
+    writer.write(post + post)
+    metrics = address.service.metrics
+    async with asyncio.timeout(3):  # of a machine that has the time
+        await address.until(lambda: bool(address.decode[0].active))
+        writer.transport.abort()
+        await address.until(lambda: not metrics.running_streams)
+    assert metrics.choices["cancelled"] == 1
+    assert metrics.requests["completions", 499] == 1
+
+
+async def test_what_connections_write_leaves_at_the_end_of_the_round() -> None:
+    outbox = Outbox(asyncio.get_running_loop())
+    recorders = [Recorder() for _ in range(3)]
+    first, second, third = (LateTransport(recorder, outbox) for recorder in recorders)  # type: ignore[arg-type]
+    for transport in (first, second, first):
+        transport.write(b"ab")
+    third.write(b"the last word")
+    third.close()
+    assert [recorder.writes for recorder in recorders] == [[], [], [b"the last word"]]
+    assert third.is_closing()
+    recorders[1].closed = True  # by the other side
+    await asyncio.sleep(0)
+    assert [recorder.writes for recorder in recorders] == [[b"abab"], [], [b"the last word"]]
 
 
 async def test_a_gateway_hangs_up_on_idle_clients(model_dir: Path, answer_ids: list[int]) -> None:
