@@ -145,7 +145,8 @@ class Candidate:
             self._kv_tokens += work.kv_tokens
             self._recent_rows.add(1.0, now)
         self._unheard[number] = work
-        self._count_unheard(work, 1)
+        self._unheard_us += work.prefill_us
+        self._unheard_rows += work.rows
 
     def took_turn(self, number: int) -> None:
         """It donates to the request with that number: of its equals another one is next."""
@@ -155,9 +156,9 @@ class Candidate:
     def release_prefill(self, number: int, now: float) -> None:
         """The prompt has been read, or never will be. Again is fine."""
         self.latest = None
-        is_head = number == next(iter(self._work), None)
-        work = self._work.pop(number, None)
-        if work is not None:
+        if number in self._work:
+            is_head = number == next(iter(self._work))
+            work = self._work.pop(number)
             self.reserved_tokens -= work.prefill_tokens
             self._prefill_us -= work.prefill_us
             if is_head:
@@ -175,7 +176,8 @@ class Candidate:
             self._kv_tokens -= work.kv_tokens
         unheard = self._unheard.pop(number, None)
         if unheard is not None:
-            self._count_unheard(unheard, -1)
+            self._unheard_us -= unheard.prefill_us
+            self._unheard_rows -= unheard.rows
         elif work is not None:
             self._gone_rows += 1
 
@@ -196,10 +198,6 @@ class Candidate:
         self._unheard_us = self._unheard_rows = 0
         self._gone_rows = 0
 
-    def _count_unheard(self, work: Work, sign: int) -> None:
-        self._unheard_us += sign * work.prefill_us
-        self._unheard_rows += sign * work.rows
-
     def standing(self) -> Standing:
         """What placement weighs of this worker; the same object until something changes."""
         standing = self.latest
@@ -209,14 +207,16 @@ class Candidate:
 
     def _stand(self) -> Standing:
         load, rows = self.load, self.num_rows()
-        told_s = -math.inf
+        told_s, head_us = -math.inf, 0
         if load is not None and load.queued_tokens:
             told_s = self.steps.prefill_s(load.queued_tokens, 0, self.info.chunk_tokens) + self._unheard_us / 1e6
-        head = next(iter(self._work.values()), None)
+        for head in self._work.values():
+            head_us = head.prefill_us
+            break
         recent_s, recent_rows = self._recent_s, self._recent_rows
         return Standing(  # by position: half as long
             self._prefill_us / 1e6,
-            head.prefill_us / 1e6 if head else 0.0,
+            head_us / 1e6,
             self._head_since,
             told_s,
             self.load_at,
@@ -224,7 +224,7 @@ class Candidate:
             recent_s.at,
             self.mean_prefill_s.value,
             rows,
-            self.kv_tokens(rows),
+            self.kv_tokens(rows) if self._rows else 0.0,
             recent_rows.total,
             recent_rows.at,
             self.turn,
@@ -250,8 +250,9 @@ class Candidate:
         """Sequences that decode here or soon will."""
         if self.load is None:
             return len(self._rows)
-        told = self.load.running + self.load.waiting + self._unheard_rows - self._gone_rows
-        return max(len(self._rows), told)
+        load, rows = self.load, len(self._rows)
+        told = load.running + load.waiting + self._unheard_rows - self._gone_rows
+        return told if told > rows else rows
 
     def kv_tokens(self, num_rows: int) -> float:
         """KV tokens of so many rows; those of other gateways are taken for average ones of ours."""

@@ -8,10 +8,10 @@ from collections.abc import Callable
 INTERVAL_S = 0.1
 
 
-async def watch_loop(observe: Callable[[float], None]) -> None:
+async def watch_loop(tell: Callable[[float], None]) -> None:
     """Report how late each of our wake-ups was, in seconds, for ever."""
     loop = asyncio.get_running_loop()
     while True:
         due = loop.time() + INTERVAL_S
         await asyncio.sleep(INTERVAL_S)
-        observe(max(0.0, loop.time() - due))
+        tell(max(0.0, loop.time() - due))

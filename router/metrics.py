@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 
 import msgspec
@@ -30,29 +29,38 @@ from router.stream import Stream
 from router.worker_metrics import aggregate_families, latest_lives, simple_family, worker_families
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-TERMS_AT_ONCE = 256
 LOCAL = "local"  # in place of a prefill worker's name
 
 
 class Histogram:
     """Counts per bucket of a metric of the catalogue.
 
+    Values are noted one by one, and sorted into buckets many at a time: when somebody reads the counts, and ten times a
+    second (`Metrics.beat`).
+
     Args:
         name: of the metric.
+
+    Attributes:
+        observe: notes one value.
     """
 
-    __slots__ = ("_bounds", "_counts", "_spec", "_sum")
+    __slots__ = ("_bounds", "_counts", "_noted", "_spec", "_sum", "observe")
 
     def __init__(self, name: str) -> None:
         self._spec = BY_NAME[name]
         self._bounds = self._spec.bounds
         self._counts = [0] * (len(self._bounds) + 1)
         self._sum = 0.0
+        self._noted: list[float] = []
+        self.observe: Callable[[float], None] = self._noted.append
 
-    def observe(self, value: float) -> None:
-        """Count one value."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+    def fold(self) -> None:
+        """Count what was noted."""
+        if self._noted:
+            values = np.array(self._noted)
+            self._noted.clear()
+            self.observe_all(values)
 
     def observe_all(self, values: npt.NDArray[np.float64]) -> None:
         """Count many values."""
@@ -69,18 +77,20 @@ class Histogram:
     @property
     def counts(self) -> list[int]:
         """Values per bucket so far; the last bucket has no bound."""
+        self.fold()
         return list(self._counts)
 
     @property
     def sum(self) -> float:
         """Of all values."""
+        self.fold()
         return self._sum
 
     @property
     def buckets(self) -> list[tuple[str, float]]:
         """Upper ends, and how many values are not above each."""
         labels = (*map(str, self._bounds), "+Inf")
-        return list(zip(labels, map(float, accumulate(self._counts)), strict=True))
+        return list(zip(labels, map(float, accumulate(self.counts)), strict=True))
 
     def families(self, extra: dict[str, str]) -> Iterator[HistogramMetricFamily]:
         """For exposition: under its name and, with the labels `extra`, under its alias where `extra` is not empty."""
@@ -93,29 +103,31 @@ class Histogram:
 
 
 class TermHistograms:
-    """One histogram for each term of a placement's cost."""
+    """One histogram for each term of a placement's cost.
+
+    Attributes:
+        observe: notes the terms of a chosen pair. A sum that fell would look like a restart: affinity has its sign off.
+    """
+
+    __slots__ = ("_noted", "_of_term", "_spec", "observe")
 
     def __init__(self) -> None:
         self._spec = BY_NAME["baton_placement_term_seconds"]
         self._of_term = {name: Histogram(self._spec.name) for name in Terms.__struct_fields__}
-        self._uncounted: list[Terms] = []
+        self._noted: list[Terms] = []
+        self.observe: Callable[[Terms], None] = self._noted.append
 
-    def observe(self, terms: Terms) -> None:
-        """Count the terms of a chosen pair; a sum that fell would look like a restart, so affinity has its sign off."""
-        self._uncounted.append(terms)
-        if len(self._uncounted) == TERMS_AT_ONCE:
-            self._count()
-
-    def _count(self) -> None:
-        if self._uncounted:
-            values = np.abs([msgspec.structs.astuple(terms) for terms in self._uncounted])
+    def fold(self) -> None:
+        """Count what was noted."""
+        if self._noted:
+            values = np.abs([msgspec.structs.astuple(terms) for terms in self._noted])
+            self._noted.clear()
             for histogram, of_term in zip(self._of_term.values(), values.T, strict=True):
                 histogram.observe_all(of_term)
-            self._uncounted.clear()
 
     def family(self) -> HistogramMetricFamily:
         """For exposition."""
-        self._count()
+        self.fold()
         family = HistogramMetricFamily(self._spec.name, self._spec.help, labels=self._spec.labels)
         for name, histogram in self._of_term.items():
             family.add_metric([name.removesuffix("_s")], histogram.buckets, histogram.sum)
@@ -191,6 +203,12 @@ class Metrics(Collector):
         self._answer_lengths.observe(len(stream.journal.token_ids))
         self.within_slo += reason in ("stop", "length") and self._is_within_slo(stream)
 
+    def beat(self, lag_s: float) -> None:
+        """The event loop woke up so late. To be called often: it counts what was noted, while that is little."""
+        self.loop_lag.observe(lag_s)
+        for histogram in (*self._histograms(), self.terms):
+            histogram.fold()
+
     def expose(self) -> bytes:
         """Text for the scraper."""
         return generate_latest(self._registry)
@@ -198,9 +216,7 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Called by the library."""
         model = {"model_name": self._config.model_name} if self._config.metric_aliases else {}
-        lengths = (self._prompt_lengths, self._answer_lengths)
-        routing = (self.queue_wait, self.decision, self.ttft_error)
-        for histogram in (self.ttft, self.itl, self.e2e, *lengths, *routing, self.loop_lag):
+        for histogram in self._histograms():
             yield from histogram.families(model)
         yield self.terms.family()
         yield from self._counters(model)
@@ -211,6 +227,11 @@ class Metrics(Collector):
             yield from fleet_families(self.fleet)
         if model:
             yield from aggregate_families(self.workers, self._config.model_name)
+
+    def _histograms(self) -> tuple[Histogram, ...]:
+        lengths = (self._prompt_lengths, self._answer_lengths)
+        routing = (self.queue_wait, self.decision, self.ttft_error)
+        return (self.ttft, self.itl, self.e2e, *lengths, *routing, self.loop_lag)
 
     def _is_within_slo(self, stream: Stream) -> bool:
         if not stream.first_at:

@@ -128,7 +128,7 @@ class Service:
     def start(self) -> None:
         """Begin to watch the workers and the time."""
         self.registry.start()
-        watches = (self._watch_deadlines(), watch_loop(self.metrics.loop_lag.observe), self.history.watch())
+        watches = (self._watch_deadlines(), watch_loop(self.metrics.beat), self.history.watch())
         self._watch_tasks = [self._loop.create_task(watch) for watch in watches]
 
     def follow(self, workers: Sequence[WorkerInfo]) -> None:
@@ -180,7 +180,10 @@ class Service:
         self.metrics.running_streams = len(self._streams)
         try:
             for stream in streams:
-                await self._admit(stream, wishes)
+                self._retry_budget.requested()
+                may_be_placed = not stream.ended and self.registry.decode
+                if not may_be_placed or not self._waiting.admit_at_once(stream, wishes, self.now()):
+                    await self._admit(stream, wishes)
         except BaseException as error:
             if isinstance(error, BatonError):
                 self._withdraw(streams)
@@ -195,7 +198,6 @@ class Service:
         if not self.registry.decode:
             await self._wait_for_worker()
         if not stream.ended:
-            self._retry_budget.requested()
             await self._waiting.admit(stream, wishes, self.now())
 
     def measure(self) -> LoadTotals:
@@ -310,7 +312,7 @@ class Service:
                 self._placement.finished(len(journal.token_ids))
                 self._end(stream, chunk.finish_reason)
                 return
-            following = journal.next_early()
+            following = journal.next_early() if journal.has_early else None
             if following is not None and not journal.accept(following):
                 return
 

@@ -42,6 +42,15 @@ class WaitingRoom:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def admit_at_once(self, stream: Stream, wishes: Wishes, now: float) -> bool:
+        """Place the stream if nobody waits and there is room; returns whether it was. Raises as `admit` does."""
+        stream.due = None if wishes.ttft_s is None else stream.arrived_at + wishes.ttft_s
+        if self._waiting or not self._has_room(now):
+            return False
+        self._queue.passed(now)
+        self._place(stream, now)
+        return True
+
     async def admit(self, stream: Stream, wishes: Wishes, now: float) -> None:
         """Return once the stream has been placed.
 
@@ -49,10 +58,7 @@ class WaitingRoom:
             Overloaded: too many wait, or it would take too long.
             CapacityError: no worker, or the gateway is closing.
         """
-        stream.due = None if wishes.ttft_s is None else stream.arrived_at + wishes.ttft_s
-        if not self._waiting and self._has_room(now):
-            self._queue.passed(now)
-            self._place(stream, now)
+        if self.admit_at_once(stream, wishes, now):
             return
         candidates = self._registry.candidates
         least_s = self._placement.least_queue_s(candidates[Role.PREFILL], candidates[Role.DECODE], now)

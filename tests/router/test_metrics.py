@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -156,13 +156,29 @@ async def test_how_choices_end(cluster: Cluster, answer_ids: list[int]) -> None:
     assert ends == {"stop": 1, "length": 1, "cancelled": 1, "error": 1}
 
 
-def test_many_values_count_as_one_by_one() -> None:
-    one_by_one, at_once = Histogram("baton_placement_term_seconds"), Histogram("baton_placement_term_seconds")
-    values = [0.0, *one_by_one.bounds, 1e-5, 0.3, 1e9]
-    for value in values:
-        one_by_one.observe(value)
-    at_once.observe_all(np.array(values))
-    assert (at_once.counts, at_once.sum) == (one_by_one.counts, pytest.approx(one_by_one.sum))
+def test_values_are_counted_in_their_buckets_whenever_somebody_looks() -> None:
+    histogram = Histogram("baton_placement_term_seconds")
+    values = [0.0, *histogram.bounds, 1e-5, 0.3, 1e9]
+    for value in values[:5]:
+        histogram.observe(value)
+    histogram.fold()
+    for value in values[5:]:
+        histogram.observe(value)
+    bounds = [*histogram.bounds, math.inf]
+    assert histogram.buckets == [
+        (label, sum(value <= bound for value in values))
+        for (label, _), bound in zip(histogram.buckets, bounds, strict=True)
+    ]
+    assert histogram.sum == pytest.approx(sum(values))
+    assert sum(histogram.counts) == len(values)
+
+
+async def test_what_was_noted_is_counted_at_every_beat(cluster: Cluster) -> None:
+    metrics = cluster.service.metrics
+    await cluster.client.completions.create(model="demo", prompt="Once upon a time", temperature=0)
+    noted = [metrics.itl._noted, metrics.terms._noted, metrics.decision._noted]
+    await cluster.until(lambda: not any(noted))
+    assert sum(metrics.decision.counts) == 1
 
 
 async def test_the_terms_of_chosen_pairs_are_counted(cluster: Cluster) -> None:

@@ -248,15 +248,16 @@ async def test_a_choice_whose_time_is_up_before_its_turn_is_not_placed(
 ) -> None:
     """Choices are placed one after another; nobody would ever take this one back from its workers."""
     room = cluster.service._waiting
-    admit = room.admit
+    admit = room.admit_at_once
 
-    async def admit_late(stream: Stream, *rest: object) -> None:
-        await admit(stream, *rest)
+    def admit_late(stream: Stream, *rest: object) -> bool:
+        placed = admit(stream, *rest)
         for other in list(cluster.service._streams.values()):
             cluster.service._abandon_attempt(other)
             cluster.service._fail(other, DeadlineExceeded("the request took too long"))
+        return placed
 
-    monkeypatch.setattr(room, "admit", admit_late)
+    monkeypatch.setattr(room, "admit_at_once", admit_late)
     reply = await cluster.http.post("/v1/completions", json={**BODY, "n": 2})
     assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")
     assert_idle(cluster)
