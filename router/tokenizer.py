@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from itertools import chain
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ class TextCodec:
         self._special = {token_id: token.content for token_id, token in added.items() if token.special}
         ordered = sorted(self._special.values(), key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+        self._special_start = commonprefix(ordered)  # noqa: RUF071  # they are no paths
         self._segments = Segments(added)
         self._words = Words.of(self._tokenizer)
         self._inline_chars = inline_chars
@@ -89,13 +91,11 @@ class TextCodec:
         """Ids of a chat up to where the answer begins."""
         if self._template is None:
             raise RequestError("this model has no chat template: use /v1/completions", "messages", "no_chat_template")
-        search = self._special_pattern.search
-        if options and search(json.dumps(options, ensure_ascii=False)):
+        if options and self._special_pattern.search(json.dumps(options, ensure_ascii=False)):
             raise RequestError("special tokens are not allowed here", "chat_template_kwargs")
-        for message in messages:
-            for value in message.values():
-                if type(value) is str and search(value):
-                    return await self._encode_marked(messages, options)
+        texts = "\n".join([value for message in messages for value in message.values() if type(value) is str])
+        if self._special_start in texts and self._special_pattern.search(texts):
+            return await self._encode_marked(messages, options)
         return await self._encode_segments(self._template.render(messages, options))
 
     def detokenizer(self, prompt: Sequence[int], is_chat: bool) -> Detokenizer:
