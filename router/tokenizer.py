@@ -17,6 +17,8 @@ from tokenizers import Tokenizer
 
 from engine_core.errors import CheckpointError, RequestError
 from router.chat_template import ChatTemplate, load_chat_template
+from router.compiled.library import WordFunctions
+from router.compiled.words import CompiledWords
 from router.detokenizer import ByteTable, Detokenizer, TableDetokenizer, WindowDetokenizer, byte_table
 from router.segments import Segments
 from router.words import Words
@@ -62,7 +64,8 @@ class TextCodec:
         self._special_pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
         self._special_start = commonprefix(ordered)  # noqa: RUF071  # they are no paths
         self._segments = Segments(added)
-        self._words = Words.of(self._tokenizer)
+        self._words: Words | CompiledWords | None = Words.of(self._tokenizer)
+        self._compiled: CompiledWords | None = None
         self._inline_chars = inline_chars
         self._executor = executor
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -81,6 +84,12 @@ class TextCodec:
             vocab_size = int(json.loads(config_file.read_text(encoding="utf-8")).get("vocab_size") or 0)
         text = tokenizer_file.read_text(encoding="utf-8")
         return cls(text, load_chat_template(model_dir), vocab_size, inline_chars, executor)
+
+    def compile(self, functions: WordFunctions) -> None:
+        """Take from now on what is compiled, where it fits this tokenizer."""
+        if self._words is not None:
+            self._compiled = CompiledWords.of(functions, self._tokenizer)
+            self._words = self._compiled or self._words
 
     async def encode_prompt(self, text: str, parse_special: bool) -> list[int]:
         """Ids of a whole prompt, with the tokens the checkpoint puts around one (such as a leading BOS)."""
@@ -152,6 +161,10 @@ class TextCodec:
 
     async def _encode_segments(self, text: str) -> list[int]:
         """Ids of text in which special tokens count, without any around it."""
+        if self._compiled is not None and len(text) <= self._inline_chars:
+            ids = self._compiled.encode(text)
+            if ids is not None:
+                return ids
         pieces = self._segments.cut(text)
         found = self._segments.find(pieces)
         new = dict.fromkeys([piece for piece, ids in zip(pieces, found, strict=True) if ids is None])
