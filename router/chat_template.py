@@ -20,6 +20,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from engine_core.errors import CheckpointError, RequestError
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_ALWAYS = {"tools": None, "documents": None, "add_generation_prompt": True}
+_DICT_ATTRIBUTES = frozenset(dir(dict))
 
 
 class ChatTemplate:
@@ -41,8 +43,8 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise CheckpointError(f"the chat template does not compile: {error}") from error
-        self._template.globals = dict(self._template.globals)  # a ChainMap, which every rendering would flatten anew
-        self._special_tokens = dict(special_tokens)
+        self._fixed = {**self._template.globals, **special_tokens}
+        self._template.globals = {}  # so that no context need be told of them apart
 
     def render(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
         """Prompt text up to where the assistant's answer begins.
@@ -50,15 +52,9 @@ class ChatTemplate:
         Raises:
             RequestError: the template refuses these messages.
         """
-        try:
-            return self._template.render(
-                **self._special_tokens,
-                **options,
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-            )
+        seen = {**self._fixed, **options, "messages": messages, **_ALWAYS}
+        try:  # what Template.render does, in half the time
+            return "".join(self._template.root_render_func(self._template.new_context(seen, shared=True)))
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise RequestError(f"the model's chat template refuses these messages: {error}", "messages") from error
 
@@ -115,7 +111,7 @@ def _tojson(
 class _Environment(ImmutableSandboxedEnvironment):
     def getattr(self, obj: Any, attribute: str) -> Any:
         """As Jinja has it: attributes before items. Of messages it is items that templates want, found sooner here."""
-        if type(obj) is dict and attribute in obj and not hasattr(obj, attribute):
+        if type(obj) is dict and attribute in obj and attribute not in _DICT_ATTRIBUTES:
             return obj[attribute]
         return super().getattr(obj, attribute)
 

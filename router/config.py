@@ -38,7 +38,7 @@ class GatewayConfig:
     metric_aliases: bool = True  # expose vllm:* names, too: what the Gateway API inference extension looks for
     trace_endpoint: str = ""  # OTLP/HTTP address for traces, such as http://127.0.0.1:4318/v1/traces; empty: none
     keep_alive_s: int = 75  # idle HTTP connections are closed after this
-    compile_cache: str = ""  # where compiled placement is kept; empty: `baton serve` takes engine.compile_cache
+    compile_cache: str = ""  # where what is compiled of it is kept; empty: `baton serve` takes engine.compile_cache
 
     def __post_init__(self) -> None:
         """Refuse what can never work."""

@@ -206,8 +206,9 @@ class Metrics(Collector):
     def beat(self, lag_s: float) -> None:
         """The event loop woke up so late. To be called often: it counts what was noted, while that is little."""
         self.loop_lag.observe(lag_s)
-        for histogram in (*self._histograms(), self.terms):
+        for histogram in self._histograms():
             histogram.fold()
+        self.terms.fold()
 
     def expose(self) -> bytes:
         """Text for the scraper."""

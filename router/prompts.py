@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
+from msgspec import UNSET, Raw
 
 from engine_core.errors import RequestError
 from router.chat_template import SPECIAL_NAMES
-from router.openai_types import ChatBody, ChatMessage, CompletionBody, Unparsed, Unserved
+from router.openai_types import ChatBody, ChatMessage, CompletionBody, Unserved
 from router.sampling import too_long
 from router.tokenizer import TextCodec
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 UNSERVED = Unserved(dict.fromkeys(("tool_calls", "function_call", "audio"), (b"[]",)))
+_NO_OPTIONS: Mapping[str, Any] = {}
 MAX_KWARGS_BYTES = 16 << 10
 RESERVED_KWARGS = frozenset({"self", "messages", "tools", "documents", "add_generation_prompt", *SPECIAL_NAMES})
 
@@ -54,29 +56,37 @@ async def chat_prompt(body: ChatBody, codec: TextCodec, max_len: int) -> list[in
         raise RequestError("messages must not be empty", "messages", "empty_prompt")
     if len(body.messages) >= max_len:
         raise too_long(len(body.messages), max_len, "messages", "at least ")
-    options = _options(body.chat_template_kwargs)
-    if not RESERVED_KWARGS.isdisjoint(options):
-        raise RequestError(f"{sorted(RESERVED_KWARGS & set(options))} cannot be set", "chat_template_kwargs")
-    messages = [_message(message, index) for index, message in enumerate(body.messages)]
-    _check_chars(sum(len(message["content"]) for message in messages), "messages", codec, max_len)
+    options = _NO_OPTIONS if body.chat_template_kwargs is UNSET else _options(body.chat_template_kwargs)
+    messages: list[dict[str, str]] = []
+    chars = 0
+    for message in body.messages:
+        role, content = ROLES.get(message.role), message.content
+        if role is None or type(content) is not str or UNSERVED.find(message) is not None:
+            role, content = _unusual(message, f"messages[{len(messages)}]")
+        seen = {"role": role, "content": content}  # what the template sees
+        if message.name:
+            seen["name"] = message.name
+        messages.append(seen)
+        chars += len(content)
+    _check_chars(chars, "messages", codec, max_len)
     return await codec.encode_chat(messages, options)
 
 
-def _options(raw: Unparsed) -> Mapping[str, Any]:
+def _options(raw: Raw) -> Mapping[str, Any]:
     """Variables for the chat template; small, because they are parsed into any kind of object."""
-    if isinstance(raw, msgspec.UnsetType):
-        return {}
     if len(bytes(raw)) > MAX_KWARGS_BYTES:
         raise RequestError(f"must not exceed {MAX_KWARGS_BYTES} bytes", "chat_template_kwargs")
     try:
-        return msgspec.json.decode(raw, type=dict[str, Any] | None) or {}
+        options: dict[str, Any] = msgspec.json.decode(raw, type=dict[str, Any] | None) or {}
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise RequestError(f"must be a JSON object: {error}", "chat_template_kwargs", "invalid_type") from None
+    if not RESERVED_KWARGS.isdisjoint(options):
+        raise RequestError(f"{sorted(RESERVED_KWARGS & set(options))} cannot be set", "chat_template_kwargs")
+    return options
 
 
-def _message(message: ChatMessage, index: int) -> dict[str, str]:
-    """What the template sees."""
-    where = f"messages[{index}]"
+def _unusual(message: ChatMessage, where: str) -> tuple[str, str]:
+    """Role and content of a message of several parts, or of one that is not served."""
     role = ROLES.get(message.role)
     if role is None:
         raise RequestError(
@@ -88,21 +98,18 @@ def _message(message: ChatMessage, index: int) -> dict[str, str]:
     content = message.content
     if content is None:
         raise RequestError("content is missing", f"{where}.content", "missing_required_parameter")
-    if not isinstance(content, str):
-        texts = []
-        for part_index, part in enumerate(content):
-            if part.type != "text" or part.text is None:
-                raise RequestError(
-                    "only content parts of type text, with a text, are supported",
-                    f"{where}.content[{part_index}]",
-                    "unsupported_value",
-                )
-            texts.append(part.text)
-        content = "\n".join(texts)
-    seen = {"role": role, "content": content}
-    if message.name:
-        seen["name"] = message.name
-    return seen
+    if isinstance(content, str):
+        return role, content
+    texts = []
+    for index, part in enumerate(content):
+        if part.type != "text" or part.text is None:
+            raise RequestError(
+                "only content parts of type text, with a text, are supported",
+                f"{where}.content[{index}]",
+                "unsupported_value",
+            )
+        texts.append(part.text)
+    return role, "\n".join(texts)
 
 
 async def _encode(text: str, name: str, codec: TextCodec, max_len: int, parse_special: bool) -> list[int]:

@@ -82,6 +82,8 @@ class Gateway:
             ConfigError: the address cannot be had.
         """
         compiled = await asyncio.to_thread(_compiled, self._config)
+        if compiled is not None:
+            await asyncio.to_thread(self._codec.compile, compiled.words)
         self.service = Service(self._config, self._codec, self._make_client, self._salt, compiled)
         if self._config.trace_endpoint:
             tracing = importlib.import_module("router.tracing").Tracing
@@ -164,7 +166,7 @@ def block_salt(config: GatewayConfig, secret: bytes | None) -> bytes:
 
 
 def _compiled(config: GatewayConfig) -> Compiled | None:
-    """What is compiled of placement; it takes a second or two once per machine, before anything is served."""
+    """What is compiled of the router; it takes a second or two once per machine, before anything is served."""
     if not config.compile_cache:
         return None
     return open_compiled(Path(config.compile_cache).expanduser() / "router", COMPILERS)

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from itertools import chain
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from tokenizers import Tokenizer
 
 from engine_core.errors import CheckpointError, RequestError
 from router.chat_template import ChatTemplate, load_chat_template
+from router.compiled.library import WordFunctions
+from router.compiled.words import CompiledWords
 from router.detokenizer import ByteTable, Detokenizer, TableDetokenizer, WindowDetokenizer, byte_table
 from router.segments import Segments
 from router.words import Words
@@ -59,8 +62,10 @@ class TextCodec:
         self._special = {token_id: token.content for token_id, token in added.items() if token.special}
         ordered = sorted(self._special.values(), key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+        self._special_start = commonprefix(ordered)  # noqa: RUF071  # they are no paths
         self._segments = Segments(added)
-        self._words = Words.of(self._tokenizer)
+        self._words: Words | CompiledWords | None = Words.of(self._tokenizer)
+        self._compiled: CompiledWords | None = None
         self._inline_chars = inline_chars
         self._executor = executor
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -80,6 +85,12 @@ class TextCodec:
         text = tokenizer_file.read_text(encoding="utf-8")
         return cls(text, load_chat_template(model_dir), vocab_size, inline_chars, executor)
 
+    def compile(self, functions: WordFunctions) -> None:
+        """Take from now on what is compiled, where it fits this tokenizer."""
+        if self._words is not None:
+            self._compiled = CompiledWords.of(functions, self._tokenizer)
+            self._words = self._compiled or self._words
+
     async def encode_prompt(self, text: str, parse_special: bool) -> list[int]:
         """Ids of a whole prompt, with the tokens the checkpoint puts around one (such as a leading BOS)."""
         tokenizer = self._tokenizer if parse_special else self._plain
@@ -89,13 +100,11 @@ class TextCodec:
         """Ids of a chat up to where the answer begins."""
         if self._template is None:
             raise RequestError("this model has no chat template: use /v1/completions", "messages", "no_chat_template")
-        search = self._special_pattern.search
-        if options and search(json.dumps(options, ensure_ascii=False)):
+        if options and self._special_pattern.search(json.dumps(options, ensure_ascii=False)):
             raise RequestError("special tokens are not allowed here", "chat_template_kwargs")
-        for message in messages:
-            for value in message.values():
-                if type(value) is str and search(value):
-                    return await self._encode_marked(messages, options)
+        texts = "\n".join([value for message in messages for value in message.values() if type(value) is str])
+        if self._special_start in texts and self._special_pattern.search(texts):
+            return await self._encode_marked(messages, options)
         return await self._encode_segments(self._template.render(messages, options))
 
     def detokenizer(self, prompt: Sequence[int], is_chat: bool) -> Detokenizer:
@@ -152,6 +161,10 @@ class TextCodec:
 
     async def _encode_segments(self, text: str) -> list[int]:
         """Ids of text in which special tokens count, without any around it."""
+        if self._compiled is not None and len(text) <= self._inline_chars:
+            ids = self._compiled.encode(text)
+            if ids is not None:
+                return ids
         pieces = self._segments.cut(text)
         found = self._segments.find(pieces)
         new = dict.fromkeys([piece for piece, ids in zip(pieces, found, strict=True) if ids is None])

@@ -12,7 +12,7 @@ import logging
 import random
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 
 from tokenizers import AddedToken, Tokenizer
@@ -26,12 +26,12 @@ logger = logging.getLogger(__name__)
 MAX_WORDS = 1 << 16  # that are remembered
 MAX_WORD_CHARS = 64  # of one that is
 _PROBES = 200
-_BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # where use_regex is set
+BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # where use_regex is set
 _NONE = "\u0100"  # of ASCII
 _ASCII_OF = {"L": "a-zA-Z", "Lu": "A-Z", "Ll": "a-z", "N": "0-9", **dict.fromkeys(("Lt", "Lm", "Lo", "M"), _NONE)}
 _PROPERTY = re.compile(r"\\p\{(\w+)\}")
 _CLASS = re.compile(r"\[(?:\\.|[^\\\]])*\]")
-_TO_PRINTABLE = {byte: printable for printable, byte in BYTE_LEVEL_ALPHABET.items()}
+BYTE_TO_PRINTABLE = {byte: printable for printable, byte in BYTE_LEVEL_ALPHABET.items()}
 
 
 class Words:
@@ -51,16 +51,17 @@ class Words:
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Words | None:
         """None where the tokenizer is of another kind."""
-        pattern = _pattern_of(tokenizer)
+        pattern = pattern_of(tokenizer)
         added = tokenizer.get_added_tokens_decoder()
         if pattern is None or not all(map(_is_plain, added.values())):
             return None
+        ids = {token.content: token_id for token_id, token in added.items()}
         try:
             with warnings.catch_warnings(action="error"):  # about what a later Python will read differently
-                words = cls(pattern, tokenizer.model, {token.content: token_id for token_id, token in added.items()})
+                words = cls(_of_ascii(pattern), tokenizer.model, ids)
         except (re.error, FutureWarning):
             return None
-        if not all(words.encode(text) == tokenizer.encode(text, add_special_tokens=False).ids for text in _probes()):
+        if not all(words.encode(text) == tokenizer.encode(text, add_special_tokens=False).ids for text in probes([])):
             logger.warning("this tokenizer cuts words in an unknown way: no word of a new message will be remembered")
             return None
         return words
@@ -84,7 +85,7 @@ class _Ids(dict[str, tuple[int, ...]]):
         super().__init__(self._added)
 
     def __missing__(self, word: str) -> tuple[int, ...]:
-        ids = tuple([token.id for token in self._tokenize(word.translate(_TO_PRINTABLE))])
+        ids = tuple([token.id for token in self._tokenize(word.translate(BYTE_TO_PRINTABLE))])
         if len(word) <= MAX_WORD_CHARS:
             if len(self) >= MAX_WORDS:
                 self.clear()
@@ -93,8 +94,8 @@ class _Ids(dict[str, tuple[int, ...]]):
         return ids
 
 
-def _pattern_of(tokenizer: Tokenizer) -> str | None:
-    """What a word is to this tokenizer, as an expression for ASCII text."""
+def pattern_of(tokenizer: Tokenizer) -> str | None:
+    """What a word is to this tokenizer; None where it is of another kind."""
     model, normalizer = tokenizer.model, tokenizer.normalizer
     if not isinstance(model, BPE) or model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix:
         return None
@@ -103,12 +104,12 @@ def _pattern_of(tokenizer: Tokenizer) -> str | None:
     spec = json.loads(tokenizer.pre_tokenizer.__getstate__())
     match spec.get("pretokenizers", [spec]):
         case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
-            return _of_ascii(_BYTE_LEVEL)
+            return BYTE_LEVEL
         case [
             {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
         ]:
-            return _of_ascii(pattern)
+            return str(pattern)
     return None
 
 
@@ -127,10 +128,11 @@ def _is_plain(token: AddedToken) -> bool:
     return not (token.normalized or token.lstrip or token.rstrip or token.single_word)
 
 
-def _probes() -> list[str]:
-    """Texts of all ASCII characters in many orders."""
+def probes(added: Sequence[str]) -> list[str]:
+    """Texts of all ASCII characters, and of added tokens, in many orders."""
     rng = random.Random(0)
     ascii_characters = [chr(code) for code in range(128)]
-    common = ["the", "Fox", "I'M", "don't", " ", "  ", "\n", "\r\n", "\t", "42", "1234567", "...", "(", ")", "'", "_"]
-    pieces = ascii_characters + 8 * common
+    common = ["the", "Fox", "I'M", "don't", "we've", "they're", "'ll", "42", "1234567", "...", "(", ")", "'", "_"]
+    common += [" ", "  ", "\n", "\r\n", "\t"]
+    pieces = [*ascii_characters, *8 * common, *added]
     return ["".join(rng.choices(pieces, k=40)) for _ in range(_PROBES)]

@@ -1,4 +1,4 @@
-"""Compiles what placement computes, keeps the library, and says how its functions are called."""
+"""Compiles what placement computes and how texts are tokenized, keeps the library, and says how it is called."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ logger = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
 _SOURCES = Sources(
     name="baton_router",
-    purpose="placement",
-    otherwise="NumPy does it, in twice the time",
-    files=(_HERE / "hashing.cc", _HERE / "matching.cc", _HERE / "ranking.cc"),
+    purpose="placement and tokenizing",
+    otherwise="NumPy and Python do it, in twice the time",
+    files=(_HERE / "hashing.cc", _HERE / "matching.cc", _HERE / "ranking.cc", _HERE / "words.cc"),
     headers=(),
     flags=(
         "-ffp-contract=off",  # so that both find the same numbers
@@ -27,6 +27,24 @@ _SOURCES = Sources(
 )
 
 Hash = Callable[[list[int], int, int, bytes, int], int]
+
+
+@dataclass(frozen=True, slots=True)
+class WordFunctions:
+    """Of an encoder of texts. See words.cc.
+
+    Attributes:
+        make: most digits in a word, ids of letters, merges, how many -> an encoder.
+        free: it.
+        add_token, add_whole: encoder, text, id.
+        encode: encoder, ASCII text -> ids; None where a word is too long.
+    """
+
+    make: Callable[[int, int, int, int], int]
+    free: Callable[[int], None]
+    add_token: Callable[[int, bytes, int], None]
+    add_whole: Callable[[int, bytes, int], None]
+    encode: Callable[[int, str], list[int] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +61,11 @@ class Compiled:
     match: Callable[[int, int, int, int], int]
     rank: Callable[[int, int], int]
     hash: Hash | None
+    words: WordFunctions
 
 
 def open_compiled(directory: Path, compilers: Sequence[str]) -> Compiled | None:
-    """What is compiled of placement, compiling it (a second or two) where `directory` lacks it.
+    """What is compiled of the router, compiling it (a second or two) where `directory` lacks it.
 
     Args:
         directory, compilers: see `build_library`.
@@ -58,7 +77,7 @@ def open_compiled(directory: Path, compilers: Sequence[str]) -> Compiled | None:
     functions = load_library(_SOURCES, path, keeps_lock=True) if path is not None else None
     if functions is None:
         return None
-    logger.info("placement is compiled: %s", path)
+    logger.info("placement and tokenizing are compiled: %s", path)
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     match, rank = functions.BatonMatch, functions.BatonRank
     match.argtypes, match.restype = (pointer, count, pointer, pointer), count
@@ -66,4 +85,15 @@ def open_compiled(directory: Path, compilers: Sequence[str]) -> Compiled | None:
     hash_tokens = getattr(functions, "BatonHash", None)
     if hash_tokens is not None:
         hash_tokens.argtypes, hash_tokens.restype = (ctypes.py_object, count, count, ctypes.c_char_p, pointer), count
-    return Compiled(match, rank, hash_tokens)
+    return Compiled(match, rank, hash_tokens, _word_functions(functions))
+
+
+def _word_functions(functions: ctypes.CDLL) -> WordFunctions:
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    make, free, encode = functions.BatonWords, functions.BatonWordsFree, functions.BatonWordsEncode
+    make.argtypes, make.restype = (count, pointer, pointer, count), pointer
+    free.argtypes, free.restype = (pointer,), None
+    encode.argtypes, encode.restype = (pointer, ctypes.py_object), ctypes.py_object
+    for add in (functions.BatonWordsToken, functions.BatonWordsWhole):
+        add.argtypes, add.restype = (pointer, ctypes.c_char_p, count), None
+    return WordFunctions(make, free, functions.BatonWordsToken, functions.BatonWordsWhole, encode)

@@ -201,7 +201,7 @@ def test_a_life_of_decisions_is_the_same(compiled: Compiled, prefill: int, decod
 def test_without_a_compiler_nothing_is_compiled(tmp_path: Path, compilers: list[str], caplog) -> None:
     with caplog.at_level("INFO"):
         assert open_compiled(tmp_path, compilers) is None
-    assert "NumPy does it" in caplog.text
+    assert "NumPy and Python do it" in caplog.text
     assert not list(tmp_path.iterdir())
 
 
@@ -229,7 +229,7 @@ async def test_a_gateway_compiles_before_it_serves(
             assert list((tmp_path / "router").glob("baton_router_*.so"))
             reply = await cluster.client.completions.create(model="demo", prompt="hello", max_tokens=200)
             assert reply.choices[0].text
-    assert caplog.text.count("placement is compiled") == 1
+    assert caplog.text.count("placement and tokenizing are compiled") == 1
 
 
 async def test_a_gateway_serves_without(tmp_path: Path, model_dir, answer_ids, monkeypatch, caplog) -> None:
