@@ -15,13 +15,17 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace, missing
 
 from engine_core.errors import CheckpointError, RequestError
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _ALWAYS = {"tools": None, "documents": None, "add_generation_prompt": True}
 _DICT_ATTRIBUTES = frozenset(dir(dict))
+_STR_METHODS = frozenset(name for name in dir(str) if name[0] != "_") - {"format", "format_map"}  # Jinja wraps those
+_PUBLIC = frozenset({LoopContext, Namespace})  # nothing of theirs is unsafe but names that begin so
 
 
 class ChatTemplate:
@@ -110,9 +114,14 @@ def _tojson(
 
 class _Environment(ImmutableSandboxedEnvironment):
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """As Jinja has it: attributes before items. Of messages it is items that templates want, found sooner here."""
-        if type(obj) is dict and attribute in obj and attribute not in _DICT_ATTRIBUTES:
-            return obj[attribute]
+        """As Jinja has it: attributes before items. What templates mostly want, and may have, is found sooner here."""
+        kind = type(obj)
+        if kind is dict and attribute not in _DICT_ATTRIBUTES:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        if (kind is str and attribute in _STR_METHODS) or (kind in _PUBLIC and attribute[:1] != "_"):
+            value = getattr(obj, attribute, missing)
+            if value is not missing:
+                return value
         return super().getattr(obj, attribute)
 
 

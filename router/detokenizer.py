@@ -7,15 +7,14 @@ tokenizer itself over a short window.
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
+from codecs import utf_8_decode
 from collections.abc import Sequence
 from typing import Protocol
 
 from tokenizers import Tokenizer
 
-_UTF8 = codecs.getincrementaldecoder("utf-8")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -55,16 +54,18 @@ class ByteTable:
 class TableDetokenizer:
     """Detokenizer over a `ByteTable`."""
 
-    __slots__ = ("_decode", "_first", "_table")
+    __slots__ = ("_first", "_rest", "_table")
 
     def __init__(self, table: ByteTable, at_start: bool) -> None:
         self._table = table
-        self._decode = _UTF8(errors="replace").decode
+        self._rest = b""  # of an unfinished character
         self._first = at_start and table.strip_first
 
     def feed(self, token_ids: Sequence[int]) -> str:
         """See Detokenizer."""
-        text = self._decode(self._table.of(token_ids))
+        read = self._rest + self._table.of(token_ids)
+        text, used = utf_8_decode(read, "replace", False)
+        self._rest = read[used:]
         if self._first and text:
             self._first = False
             return text.removeprefix(" ")
@@ -72,7 +73,8 @@ class TableDetokenizer:
 
     def flush(self) -> str:
         """See Detokenizer."""
-        return self._decode(b"", True)
+        rest, self._rest = self._rest, b""
+        return rest.decode(errors="replace")
 
 
 class WindowDetokenizer:

@@ -105,7 +105,12 @@ class TextCodec:
         texts = "\n".join([value for message in messages for value in message.values() if type(value) is str])
         if self._special_start in texts and self._special_pattern.search(texts):
             return await self._encode_marked(messages, options)
-        return await self._encode_segments(self._template.render(messages, options))
+        text = self._template.render(messages, options)
+        if self._compiled is not None and len(text) <= self._inline_chars:
+            ids = self._compiled.encode(text)
+            if ids is not None:
+                return ids
+        return await self._encode_segments(text)
 
     def detokenizer(self, prompt: Sequence[int], is_chat: bool) -> Detokenizer:
         """For the answer to `prompt`."""
@@ -161,10 +166,6 @@ class TextCodec:
 
     async def _encode_segments(self, text: str) -> list[int]:
         """Ids of text in which special tokens count, without any around it."""
-        if self._compiled is not None and len(text) <= self._inline_chars:
-            ids = self._compiled.encode(text)
-            if ids is not None:
-                return ids
         pieces = self._segments.cut(text)
         found = self._segments.find(pieces)
         new = dict.fromkeys([piece for piece, ids in zip(pieces, found, strict=True) if ids is None])

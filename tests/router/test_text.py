@@ -6,6 +6,8 @@ import random
 from pathlib import Path
 
 import pytest
+from jinja2 import Undefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 from engine_core.errors import CheckpointError, RequestError
@@ -161,6 +163,27 @@ def test_attributes_come_before_items_of_the_same_name() -> None:
     template = "{{ messages[0].role }} {{ messages[0].items() | list | length }} {{ messages[0].nothing is defined }}"
     messages = [{"role": "user", "content": "x", "items": "y"}]
     assert ChatTemplate(template, {}).render(messages, {}) == "user 3 False"
+
+
+def met_in(environment: SandboxedEnvironment) -> list[object]:
+    """What templates ask for attributes."""
+    met: list[object] = []
+    source = "{% for m in l %}{{ meet(loop) }}{% endfor %}{{ meet(namespace(role=1, _x=2, items=3)) }}"
+    environment.from_string(source).render(l=[1, 2], meet=met.append)
+    return ["text", {"role": "user", "items": 5, "_x": 1, "format": 2}, [1], *met, met.append, met_in, 5, None, int]
+
+
+def test_shortcuts_allow_what_the_sandbox_does() -> None:
+    ours = ChatTemplate("", {})._template.environment
+    jinjas = ImmutableSandboxedEnvironment()
+    for obj in met_in(ours):
+        for name in {*dir(obj), *dir(str), *dir(dict), "role", "_x", "nothing", "index0", "_iterable", "", "__class__"}:
+            found, expected = ours.getattr(obj, name), jinjas.getattr(obj, name)
+            assert type(found) is type(expected), (obj, name)
+            if isinstance(expected, Undefined):
+                assert found._undefined_exception is expected._undefined_exception, (obj, name)
+            elif not callable(expected):
+                assert found == expected, (obj, name)
 
 
 async def test_missing_or_broken_template(tmp_path: Path) -> None:
