@@ -63,6 +63,7 @@ class TextCodec:
         ordered = sorted(self._special.values(), key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
         self._special_start = commonprefix(ordered)  # noqa: RUF071  # they are no paths
+        self._surrounds = self._tokenizer.num_special_tokens_to_add(is_pair=False) > 0
         self._segments = Segments(added)
         self._words: Words | CompiledWords | None = Words.of(self._tokenizer)
         self._compiled: CompiledWords | None = None
@@ -93,6 +94,10 @@ class TextCodec:
 
     async def encode_prompt(self, text: str, parse_special: bool) -> list[int]:
         """Ids of a whole prompt, with the tokens the checkpoint puts around one (such as a leading BOS)."""
+        if not self._surrounds and (parse_special or self._special_start not in text):
+            ids = self._encode_compiled(text)
+            if ids is not None:
+                return ids
         tokenizer = self._tokenizer if parse_special else self._plain
         return (await self._encode(tokenizer, [text], True))[0]
 
@@ -106,11 +111,8 @@ class TextCodec:
         if self._special_start in texts and self._special_pattern.search(texts):
             return await self._encode_marked(messages, options)
         text = self._template.render(messages, options)
-        if self._compiled is not None and len(text) <= self._inline_chars:
-            ids = self._compiled.encode(text)
-            if ids is not None:
-                return ids
-        return await self._encode_segments(text)
+        ids = self._encode_compiled(text)
+        return await self._encode_segments(text) if ids is None else ids
 
     def detokenizer(self, prompt: Sequence[int], is_chat: bool) -> Detokenizer:
         """For the answer to `prompt`."""
@@ -131,6 +133,12 @@ class TextCodec:
         """Text of a whole prompt, for `echo`."""
         text: str = self._tokenizer.decode(token_ids)
         return text
+
+    def _encode_compiled(self, text: str) -> list[int] | None:
+        """Ids of text in which special tokens count, without any around it; None where that is not compiled."""
+        if self._compiled is None or len(text) > self._inline_chars:
+            return None
+        return self._compiled.encode(text)
 
     async def _encode(self, tokenizer: Tokenizer, texts: list[str], add_special: bool) -> list[list[int]]:
         if sum(map(len, texts)) <= self._inline_chars or self._executor is None:

@@ -8,6 +8,7 @@ import string
 
 import pytest
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from router.chat_template import ChatTemplate
 from router.compiled.library import Compiled
@@ -101,8 +102,17 @@ def test_the_tokenizer_is_asked_about_what_is_no_ascii_or_too_long(compiled: Com
     assert words.encode(257 * "x") is None
 
 
-@pytest.mark.parametrize("make", [make_tokenizer, lambda: cut_by(QWEN), lambda: cut_by(MARKS_AND_CASE)])
-async def test_chats_have_the_same_ids(compiled: Compiled, make) -> None:
+def with_a_first_token() -> Tokenizer:
+    tokenizer = make_tokenizer()
+    first = [(SPECIAL[0], tokenizer.token_to_id(SPECIAL[0]))]
+    tokenizer.post_processor = TemplateProcessing(single=f"{SPECIAL[0]} $A", special_tokens=first)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "make", [make_tokenizer, with_a_first_token, lambda: cut_by(QWEN), lambda: cut_by(MARKS_AND_CASE)]
+)
+async def test_chats_and_prompts_have_the_same_ids(compiled: Compiled, make) -> None:
     template = ChatTemplate(CHAT_TEMPLATE, {})
     plain, fast = (TextCodec(make().to_str(), template, 0, 1000, None) for _ in range(2))
     fast.compile(compiled.words)
@@ -111,6 +121,9 @@ async def test_chats_have_the_same_ids(compiled: Compiled, make) -> None:
         contents = ["".join(rng.choices([*letters, *SPECIAL, 300 * "x"], k=rng.randrange(60))) for _ in range(3)]
         messages = [{"role": "user", "content": content} for content in contents]
         assert await fast.encode_chat(messages, {}) == await plain.encode_chat(messages, {})
+        for parse_special in (True, False):
+            ids = await fast.encode_prompt(contents[0], parse_special)
+            assert ids == await plain.encode_prompt(contents[0], parse_special)
 
 
 async def test_a_gateway_tokenizes_compiled(tmp_path, compiled: Compiled, model_dir, answer_ids) -> None:
