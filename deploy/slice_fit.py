@@ -56,7 +56,7 @@ def model_misfit(kind: str, shape: WorkerShape, model_config: ModelConfig) -> st
         if directory is None:
             return ""
         spec = registry.load_spec(directory)
-        need = resolve.weight_bytes(spec, "bfloat16", degrees) / 2**30
+        need = resolve.weight_bytes(spec, "bfloat16", "bfloat16", degrees) / 2**30
         have = limit * degrees.num_devices * shape.engine.cache.memory_fraction
         if need > have:
             return (
@@ -65,7 +65,8 @@ def model_misfit(kind: str, shape: WorkerShape, model_config: ModelConfig) -> st
             )
         importlib.import_module("engine_core.mesh").check_divisible(spec, degrees)
         device = PlannedDevice(DEVICE_KINDS[kind], int(limit * 2**30))
-        resolve.resolve(shape.engine, spec, "", [device] * degrees.num_devices)
+        dtype = resolve.compute_dtype(shape.engine.model.dtype, spec, "tpu")
+        resolve.resolve(shape.engine, spec, "", [device] * degrees.num_devices, dtype)
     except BatonError as error:
         return f"{path}: {error}"
     return ""

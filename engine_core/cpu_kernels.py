@@ -1,18 +1,29 @@
-"""Whether a replica on a CPU has compiled kernels."""
+"""Whether a replica on a CPU has compiled kernels, and in which dtype it then holds weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from engine_core.compiled_library import COMPILERS
 from engine_core.config import EngineConfig
 from engine_core.kernels.cpu.choice import CpuKernels, choose_kernels
 from engine_core.kernels.cpu.library import open_library
-from engine_core.layers.linear import choose_numbers, matmul
+from engine_core.layers.linear import Numbers, choose_numbers, matmul
 from engine_core.types import Numerics
+from engine_core.weights import stored_dtype
 
 _WORTH_BYTES = 256 << 20  # of weights; below, a step is short, and compiling and probing would only delay the start
+
+
+def open_numbers(
+    config: EngineConfig, dtype: str, platform: str, model_dir: Path, progress: Callable[[str], None]
+) -> Numbers:
+    """How to compute in `dtype` on a platform, on a CPU with the kernels of `open_cpu_kernels`."""
+    numbers = choose_numbers(dtype, platform)
+    kernels = open_cpu_kernels(config, dtype, model_dir, progress) if platform == "cpu" else None
+    return numbers if kernels is None else replace(numbers, kernels=kernels, weight=kernels.weight)
 
 
 def open_cpu_kernels(
@@ -41,4 +52,4 @@ def open_cpu_kernels(
     if library is None:
         return None
     plain = choose_numbers(dtype, "cpu")
-    return choose_kernels(library, dtype, lambda x, weight: matmul(x, weight, plain))
+    return choose_kernels(library, dtype, stored_dtype(model_dir), lambda x, weight: matmul(x, weight, plain))

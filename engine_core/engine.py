@@ -11,7 +11,7 @@ makes it; arrays given to a call are the same on all hosts, those that come back
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,10 @@ from jax.sharding import Mesh
 
 from engine_core.compile_counter import CompileCounter
 from engine_core.config import EngineConfig
-from engine_core.cpu_kernels import open_cpu_kernels
 from engine_core.host_commands import PIECE_BYTES, Export, Followers, Gather, InitSlot, KvPiece, RunStep, Scatter
 from engine_core.kv_cache import create_cache, gather_pages, scatter_pages
 from engine_core.kv_shards import KvShards, local_parts
-from engine_core.layers.linear import choose_numbers
+from engine_core.layers.linear import Numbers
 from engine_core.layers.moe import choose_experts
 from engine_core.mesh import by_rows, make_mesh, replica_devices
 from engine_core.models.decoder import Decoder
@@ -72,6 +71,7 @@ class Engine:
     Args:
         config: what the user asked for.
         resolved: what that means for this checkpoint and these devices.
+        numbers: how to compute.
         model_dir: the checkpoint.
         progress: told a short sentence while weights load and buckets compile.
         followers: the other hosts, where this is the first of several; begun, not yet waited for.
@@ -87,6 +87,7 @@ class Engine:
         self,
         config: EngineConfig,
         resolved: ResolvedEngine,
+        numbers: Numbers,
         model_dir: Path,
         progress: Callable[[str], None],
         followers: Followers | None,
@@ -96,10 +97,7 @@ class Engine:
         self._compiles = CompileCounter()
         devices = replica_devices(config.degrees)
         mesh = make_mesh(config.degrees, devices)
-        numbers = choose_numbers(resolved.dtype, devices[0].platform)
-        if devices[0].platform == "cpu":
-            numbers = replace(numbers, kernels=open_cpu_kernels(config, resolved.dtype, model_dir, progress))
-        experts = choose_experts(config.model.experts, numbers.weight, devices[0].platform)
+        experts = choose_experts(config.model.experts, numbers.compute, devices[0].platform)
         model = Decoder(resolved.spec, numbers, degrees=config.degrees, experts=experts, scan=resolved.stacked)
         self._params = load_params(model_dir, model, mesh, _share_reporter(progress))
         self._step = build_step(model, mesh)

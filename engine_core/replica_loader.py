@@ -10,6 +10,7 @@ import jax
 
 from engine_core.batch import BatchBuilder
 from engine_core.config import EngineConfig
+from engine_core.cpu_kernels import open_numbers
 from engine_core.device_memory import device_memory
 from engine_core.engine import Engine
 from engine_core.errors import CheckpointError, ConfigError
@@ -19,7 +20,7 @@ from engine_core.mesh import replica_devices
 from engine_core.models.registry import load_spec
 from engine_core.platform_choice import choose_platforms
 from engine_core.replica import Replica
-from engine_core.resolve import checkpoint_identity, resolve
+from engine_core.resolve import checkpoint_identity, compute_dtype, resolve
 from engine_core.sequence_memory import BlockUnion, SequenceMemory, split_memory
 from engine_core.step_io import StepInputs
 from engine_core.strict import prove
@@ -91,10 +92,13 @@ def _load(
         raise ConfigError("numerics is strict: its proof compares all KV, which no host of a worker over several has")
     progress("reading the checkpoint")
     devices = replica_devices(config.degrees) if jax.process_count() > 1 else jax.local_devices()
-    resolved = resolve(config, load_spec(model_dir), checkpoint_identity(model_dir), devices)
+    spec, identity = load_spec(model_dir), checkpoint_identity(model_dir)
+    dtype = compute_dtype(config.model.dtype, spec, devices[0].platform)
+    numbers = open_numbers(config, dtype, devices[0].platform, model_dir, progress)
+    resolved = resolve(config, spec, identity, devices, numbers.weight)
     if followers is not None:
         followers.begin(Begin(resolved.layout.num_pages, resolved.fingerprint))
-    engine = Engine(config, resolved, model_dir, progress, followers)
+    engine = Engine(config, resolved, numbers, model_dir, progress, followers)
     if followers is not None:
         progress("waiting for the other hosts")
         followers.wait_ready()

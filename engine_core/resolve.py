@@ -21,7 +21,6 @@ from engine_core.types import Numerics
 
 _DECODE_BUCKETS = (1, 8, 32, 64, 128, 256, 512)
 _SAMPLE_BYTES = 1 << 16
-WHOLE = Degrees()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +65,9 @@ class ResolvedEngine:
         return next(b for b in self.prefill_buckets if b >= num_tokens)
 
 
-def resolve(config: EngineConfig, spec: ModelSpec, identity: str, devices: list[jax.Device]) -> ResolvedEngine:
+def resolve(
+    config: EngineConfig, spec: ModelSpec, identity: str, devices: list[jax.Device], held: str
+) -> ResolvedEngine:
     """Derive sizes from the checkpoint and the devices.
 
     Args:
@@ -74,6 +75,7 @@ def resolve(config: EngineConfig, spec: ModelSpec, identity: str, devices: list[
         spec: of the checkpoint.
         identity: names the checkpoint's weights.
         devices: visible to this process, or to all processes of a worker over several hosts.
+        held: dtype of matrices, but for experts.
 
     Raises:
         ConfigError: the configuration contradicts the checkpoint.
@@ -105,7 +107,7 @@ def resolve(config: EngineConfig, spec: ModelSpec, identity: str, devices: list[
             )
         rows = max(config.batch.num_slots // degrees.row_shards, config.batch.prefill_seqs)
         check_attention(spec, layout, dtype, devices[0].device_kind, rows * pages_per_seq)
-    num_pages = _num_pages(config, spec, layout, dtype, devices, pages_per_seq)
+    num_pages = _num_pages(config, layout, weight_bytes(spec, held, dtype, config.degrees), devices, pages_per_seq)
     layout = replace(layout, num_pages=num_pages)
     return ResolvedEngine(
         spec=spec,
@@ -205,14 +207,12 @@ def _prefill_buckets(num_tokens: int, num_rows: int) -> tuple[int, ...]:
 
 def _num_pages(
     config: EngineConfig,
-    spec: ModelSpec,
     layout: CacheLayout,
-    dtype: str,
+    weights: int,
     devices: list[jax.Device],
     pages_per_seq: int,
 ) -> int:
     shards = config.degrees.row_shards
-    weights = weight_bytes(spec, dtype, config.degrees)
     budget = _memory_budget(config, devices, weights)
     asked = config.cache.num_pages
     if asked % shards:
@@ -253,19 +253,27 @@ def _total_memory(devices: list[jax.Device]) -> int:
     return sum(int((d.memory_stats() or {}).get("bytes_limit", 0)) for d in own) * len(devices) // max(1, len(own))
 
 
-def weight_bytes(spec: ModelSpec, dtype: str, degrees: Degrees = WHOLE) -> int:
-    """Bytes of all weights over all devices of a replica, copies counted, to within norms and biases."""
+def weight_bytes(spec: ModelSpec, matrices: str, experts: str, degrees: Degrees) -> int:
+    """Bytes of all weights over all devices of a replica, copies counted, to within norms and biases.
+
+    Args:
+        spec: of the checkpoint.
+        matrices: dtype of all but experts.
+        experts: theirs.
+        degrees: of the replica.
+    """
     kv_heads = spec.num_kv_heads * kv_copies(spec.num_kv_heads, degrees.tp)
     attention = spec.hidden_size * spec.head_dim * (2 * spec.num_heads + 2 * kv_heads)
     embedding = spec.vocab_size * spec.hidden_size * (1 if spec.tie_embeddings else 2)
     sparse = 0 if spec.moe is None else sum(spec.moe.layers)
     dense = 3 * (spec.num_layers - sparse) * spec.intermediate_size * spec.hidden_size
-    routers = experts = 0
+    routers = expert_size = 0
     if spec.moe is not None:
         routers = sparse * spec.moe.num_experts * spec.hidden_size
-        experts = 3 * sparse * spec.moe.num_experts * spec.moe.intermediate_size * spec.hidden_size
+        expert_size = 3 * sparse * spec.moe.num_experts * spec.moe.intermediate_size * spec.hidden_size
     shared = spec.num_layers * attention + dense + routers + embedding  # each row shard has them all
-    return (shared * degrees.row_shards + experts * degrees.dp) * (4 if dtype == "float32" else 2)
+    sizes = {"float32": 4, "bfloat16": 2}
+    return shared * degrees.row_shards * sizes[matrices] + expert_size * degrees.dp * sizes[experts]
 
 
 def _fingerprint(spec: ModelSpec, identity: str, layout: CacheLayout, numerics: Numerics) -> str:

@@ -64,6 +64,17 @@ def load_params(model_dir: Path, model: Decoder, mesh: Mesh, progress: Progress 
         return params
 
 
+def stored_dtype(model_dir: Path) -> str:
+    """Dtype in which a checkpoint's matrices can be held without loss: "bfloat16" where it stores all of them so.
+
+    Raises:
+        CheckpointError: a file is missing or truncated.
+    """
+    with ExitStack() as stack:
+        matrices = [tensor for tensor in _open(model_dir, stack).values() if len(tensor.get_shape()) > 1]
+        return "bfloat16" if all(tensor.get_dtype() == "BF16" for tensor in matrices) else "float32"
+
+
 def _open(model_dir: Path, stack: ExitStack) -> dict[str, Any]:
     """Slices of every tensor in the checkpoint, by name."""
     index_path = model_dir / "model.safetensors.index.json"

@@ -141,7 +141,7 @@ def _fit(spec: ModelSpec, topology: Topology, request: PlanRequest, progress: Pr
 
 def _build(spec: ModelSpec, degrees: Degrees) -> Decoder:
     numbers = choose_numbers(compute_dtype("auto", spec, "tpu"), "tpu")
-    return Decoder(spec, numbers, degrees=degrees, experts=choose_experts("auto", numbers.weight, "tpu"), scan=True)
+    return Decoder(spec, numbers, degrees=degrees, experts=choose_experts("auto", numbers.compute, "tpu"), scan=True)
 
 
 def _fit_model(model: Decoder, topology: Topology, request: PlanRequest, progress: Progress) -> _Fit:

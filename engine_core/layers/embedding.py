@@ -20,7 +20,7 @@ class VocabTable(nnx.Module):
     def __init__(self, name: str, vocab: int, hidden: int, numbers: Numbers, tp: int) -> None:
         padded = -(-vocab // tp) * tp
         self.weight = declare(
-            ParamSpec((padded, hidden), numbers.weight, (mesh.TENSOR, None), (Source(name, vocab),)),
+            ParamSpec((padded, hidden), numbers.held(hidden), (mesh.TENSOR, None), (Source(name, vocab),)),
         )
         self.vocab = vocab
         self.numbers = numbers

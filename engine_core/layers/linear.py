@@ -27,7 +27,7 @@ class Numbers:
 
     Attributes:
         compute: dtype of matmul inputs and of queries, keys and values.
-        weight: dtype in which matrices are stored.
+        weight: dtype in which matrices are held, but for experts; where it is the narrower, compiled products widen it.
         residual: dtype of activations between matmuls.
         min_rows: a product in XLA with fewer rows is padded to this many.
         kernels: compiled ones, to use where they are the faster; None: XLA does all.
@@ -38,6 +38,10 @@ class Numbers:
     residual: str
     min_rows: int
     kernels: CpuKernels | None
+
+    def held(self, depth: int) -> str:
+        """Dtype of a matrix whose products on a device are `depth` long: a narrow one must be for compiled products."""
+        return self.weight if depth % products.DEPTH_ALIGN == 0 else self.compute
 
 
 def choose_numbers(compute: str, platform: str) -> Numbers:
@@ -51,19 +55,20 @@ def matmul(x: jax.Array, weight: jax.Array, numbers: Numbers) -> jax.Array:
     """`x @ weight.T`, accumulated in f32.
 
     Args:
-        x: [T, in] any float dtype; rounded to the weight's.
-        weight: [out, in].
+        x: [T, in] any float dtype; rounded to that of computation.
+        weight: [out, in], no wider than that.
         numbers: how to compute.
 
     Returns:
         [T, out] f32.
     """
     rows = x.shape[0]
-    x = x.astype(weight.dtype)
+    x = x.astype(numbers.compute)
     if numbers.kernels is not None and numbers.kernels.multiplies(x):
         return products.matmul(x, weight, numbers.kernels.library.matmul)
     if rows < numbers.min_rows:
         x = jnp.pad(x, ((0, numbers.min_rows - rows), (0, 0)))
+    weight = weight.astype(numbers.compute)
     exact = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     contract = (((1,), (1,)), ((), ()))
     y = jax.lax.dot_general(x, weight, contract, precision=exact, preferred_element_type=jnp.float32)
@@ -81,7 +86,7 @@ class ColumnLinear(nnx.Module):
     ) -> None:
         out_size = sum(source.rows * source.copies for source in sources)
         self.weight = declare(
-            ParamSpec((out_size, in_size), numbers.weight, (mesh.TENSOR, None), tuple(sources)),
+            ParamSpec((out_size, in_size), numbers.held(in_size), (mesh.TENSOR, None), tuple(sources)),
         )
         self.bias = declare(ParamSpec((out_size,), "float32", (mesh.TENSOR,), tuple(biases))) if biases else None
         self.numbers = numbers
@@ -100,7 +105,8 @@ class RowLinear(nnx.Module):
     """A product whose input columns are sharded over the tensor axis: ends in one all-reduce."""
 
     def __init__(self, source: Source, in_size: int, numbers: Numbers, tp: int) -> None:
-        self.weight = declare(ParamSpec((source.rows, in_size), numbers.weight, (None, mesh.TENSOR), (source,)))
+        held = numbers.held(in_size // tp)
+        self.weight = declare(ParamSpec((source.rows, in_size), held, (None, mesh.TENSOR), (source,)))
         self.numbers = numbers
         self.tp = tp
 

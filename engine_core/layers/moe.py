@@ -88,7 +88,7 @@ class MoeMlp(nnx.Module):
     def __init__(self, spec: MoeSpec, hidden: int, numbers: Numbers, degrees: Degrees, choice: ExpertChoice) -> None:
         count, size, names = spec.num_experts, spec.intermediate_size, spec.names
         router = Source(f"{names.block}.gate.weight", count, FusedSource("mlp.gate.weight", (count,), (), 0))
-        self.router = declare(ParamSpec((count, hidden), numbers.weight, (None, None), (router,)))
+        self.router = declare(ParamSpec((count, hidden), numbers.held(hidden), (None, None), (router,)))
         gate_up, down = _sources(spec, hidden)
         self.by_columns = choice.splits_columns(spec, degrees)
         expert_axis = mesh.EXPERT if self.by_columns else (mesh.EXPERT, mesh.TENSOR)
@@ -96,7 +96,7 @@ class MoeMlp(nnx.Module):
         self.gate_up = declare(
             ParamSpec(
                 (count, 2, hidden, size),
-                numbers.weight,
+                numbers.compute,
                 (expert_axis, None, None, column_axis),
                 gate_up,
                 (count, 2),
@@ -106,7 +106,7 @@ class MoeMlp(nnx.Module):
         self.down = declare(
             ParamSpec(
                 (count, 1, size, hidden),  # as the grouped matmul takes it: a CPU copies what is reshaped into a loop
-                numbers.weight,
+                numbers.compute,
                 (expert_axis, None, column_axis, None),
                 down,
                 (count, 1),
@@ -116,7 +116,7 @@ class MoeMlp(nnx.Module):
         if choice.experts == "grouped" and choice.product == "tpu":
             columns = size // degrees.tp if self.by_columns else size
             for depth, width in ((hidden, columns), (columns, hidden)):
-                grouped_matmul.check_supported(numbers.compute, numbers.weight, depth, width)
+                grouped_matmul.check_supported(numbers.compute, numbers.compute, depth, width)
         self.held = count // (degrees.ep if self.by_columns else degrees.ep * degrees.tp)  # experts, by a device
         self.spec = spec
         self.numbers = numbers

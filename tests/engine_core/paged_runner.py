@@ -118,7 +118,9 @@ class PagedRunner:
         self.shards = degrees.row_shards
         self.mesh = make_mesh(degrees, jax.devices())
         choice = choose_experts(experts, dtype, "cpu")
-        numbers = replace(choose_numbers(dtype, "cpu"), kernels=kernels)
+        numbers = choose_numbers(dtype, "cpu")
+        if kernels is not None:
+            numbers = replace(numbers, kernels=kernels, weight=kernels.weight)
         self.model = Decoder(self.spec, numbers, degrees=degrees, experts=choice, scan=scan)
         self.params = load_params(directory, self.model, self.mesh, None)
         self._layout = CacheLayout(

@@ -13,16 +13,17 @@ import pytest
 from benchmarks.checkpoints import SHAPES, write_random_checkpoint
 from engine_core.compiled_library import COMPILERS, find_compiler
 from engine_core.config import Degrees, EngineConfig, ModelConfig
-from engine_core.cpu_kernels import open_cpu_kernels
+from engine_core.cpu_kernels import open_cpu_kernels, open_numbers
 from engine_core.errors import ConfigError
 from engine_core.kernels.cpu import attention, products
-from engine_core.kernels.cpu.choice import CpuKernels
+from engine_core.kernels.cpu.choice import CpuKernels, choose_kernels
 from engine_core.kernels.cpu.library import open_library
 from engine_core.layers.linear import choose_numbers, matmul
 from engine_core.types import Numerics
 from tests.engine_core.paged_runner import Chunk, PagedRunner
 from tests.engine_core.parity import GOLDEN, check_parity, load_expected
 from tests.engine_core.test_paged_attention import TOLERANCE, make_case
+from tests.engine_core.virtual_devices import results_of
 
 HEADS = (6, 2, 32)
 
@@ -44,16 +45,24 @@ def library(kept):
 
 @pytest.fixture(scope="module")
 def kernels(library):
-    return CpuKernels(library=library, rows=(1, 4, 16, 64, 256))
+    return CpuKernels(library=library, rows=(1, 4, 16, 64, 256), weight="float32")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.fixture(scope="module")
+def narrow(kernels):
+    """Kernels of a float32 model that holds its weights in bfloat16."""
+    return replace(kernels, weight="bfloat16")
+
+
+@pytest.mark.parametrize(("dtype", "held"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")])
 @pytest.mark.parametrize(
     ("rows", "depth", "width"),
     [
         *((1, 32, 7), (2, 1024, 1), (5, 1056, 100), (7, 3072, 49), (12, 544, 50), (33, 64, 48), (130, 2080, 97)),
         *(
             (1, 32, 32),
+            (9, 160, 64),
+            (13, 96, 32),
             (17, 1056, 64),
             (40, 544, 96),
             (64, 96, 1056),
@@ -62,25 +71,43 @@ def kernels(library):
         ),  # AMX takes these
     ],
 )
-def test_products_are_numpys(library, dtype, rows, depth, width):
+def test_products_are_numpys(library, dtype, held, rows, depth, width):
     rng = np.random.default_rng(rows)
     x = jnp.asarray(rng.standard_normal((rows, depth)), dtype)
-    weight = jnp.asarray(rng.standard_normal((width, depth)), dtype)
+    weight = jnp.asarray(rng.standard_normal((width, depth)), held)
     exact = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
     ours = jax.jit(lambda x, weight: products.matmul(x, weight, library.matmul))(x, weight)
     assert ours.shape == (rows, width) and ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, exact, rtol=0, atol=1e-6 * depth**0.5 * 4)
 
 
-@pytest.mark.parametrize("rows", [7, 9])
-def test_a_row_of_a_product_does_not_see_its_neighbours(library, rows):
+@pytest.mark.parametrize(
+    ("rows", "width", "held"), [(7, 50, "float32"), (9, 50, "float32"), (5, 64, "bfloat16"), (90, 64, "bfloat16")]
+)
+def test_a_row_of_a_product_does_not_see_its_neighbours(library, rows, width, held):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((rows, 2048)).astype(np.float32)
-    weight = jnp.asarray(rng.standard_normal((50, 2048)), jnp.float32)
+    weight = jnp.asarray(rng.standard_normal((width, 2048)), held)
     product = jax.jit(lambda x: products.matmul(x, weight, library.matmul))
-    other = rng.standard_normal(x.shape).astype(np.float32)
+    other = np.full_like(x, np.inf)
     other[4] = x[4]
     np.testing.assert_array_equal(product(x)[4], product(other)[4])
+    assert not np.isfinite(product(other)[3]).any()
+
+
+@pytest.mark.parametrize(("rows", "width"), [(3, 33), (3, 32), (20, 32), (70, 32)])
+def test_bits_of_float32_rows_are_kept_beside_bfloat16_weights(library, rows, width):
+    """The lowest bits of one place are all that is left of the sum."""
+    x = np.zeros((rows, 64), np.float32)
+    x[:, 0], x[:, 37] = 1 + 2.0**-9 + np.arange(1, rows + 1) * 2.0**-23, -1 - 2.0**-9
+    weight = jnp.ones((width, 64), jnp.bfloat16)
+    ours = products.matmul(jnp.asarray(x), weight, library.matmul)
+    np.testing.assert_array_equal(ours, np.tile(x[:, :1] + x[:, 37:38], (1, width)))
+
+
+def test_products_of_rows_narrower_than_weights_are_refused(library):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="as wide as the weights"):
+        products.matmul(jnp.zeros((1, 32), jnp.bfloat16), jnp.zeros((4, 32)), library.matmul).block_until_ready()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -122,12 +149,35 @@ def test_a_model_with_compiled_products_matches_transformers(kernels):
     )
 
 
+@pytest.mark.parametrize("case", ["qwen2", "qwen3", "llama", "qwen3_moe"])
+def test_a_float32_model_with_bfloat16_weights_matches_transformers(narrow, case):
+    runner = check_parity(
+        GOLDEN / case, load_expected(case), scan=False, degrees=Degrees(), experts="auto", kernels=narrow
+    )
+    for leaf in jax.tree.leaves(runner.params):  # vectors and experts are held as is computed
+        is_narrow = leaf.ndim == 2 and leaf.shape[1] % products.DEPTH_ALIGN == 0
+        assert leaf.dtype == ("bfloat16" if is_narrow else "float32"), leaf.shape
+
+
+def test_bfloat16_weights_of_a_float32_model_on_four_devices(library, kept):
+    """Where a device's part is too short for compiled products (16 places here), it is held in float32."""
+    (result,) = results_of("tensor_parallel_worker", 4, str(kept / "cpu_kernels"))
+    assert result["held"] == {"bfloat16": 8, "float32": 6}
+
+
 @pytest.mark.parametrize(
-    ("dtype", "tolerance", "scan"),
-    [("float32", 1e-4, False), ("float32", 1e-4, True), ("bfloat16", 0.1, False)],
-    ids=["float32", "scanned", "bfloat16"],
+    ("dtype", "held", "tolerance", "scan"),
+    [
+        ("float32", "float32", 1e-4, False),
+        ("float32", "float32", 1e-4, True),
+        ("bfloat16", "bfloat16", 0.1, False),
+        ("float32", "bfloat16", 2e-5, False),
+        ("float32", "bfloat16", 2e-5, True),
+    ],
+    ids=["float32", "scanned", "bfloat16", "narrow", "narrow, scanned"],
 )
-def test_a_model_equals_xlas(kernels, tmp_path, dtype, tolerance, scan):
+def test_a_model_equals_xlas(kernels, tmp_path, dtype, held, tolerance, scan):
+    kernels = replace(kernels, weight=held)
     shape = SHAPES["qwen3-20m"] | {"num_hidden_layers": 2, "vocab_size": 512, "intermediate_size": 256}
     directory = write_random_checkpoint(tmp_path, shape)
     chunk = Chunk(pages=list(range(10)), start=0, tokens=range(3, 40), slot=0)
@@ -137,13 +187,46 @@ def test_a_model_equals_xlas(kernels, tmp_path, dtype, tolerance, scan):
 
 
 def test_products_are_for_xla_where_it_is_the_faster(library):
-    kernels = CpuKernels(library=library, rows=(4, 16))
+    kernels = CpuKernels(library=library, rows=(4, 16), weight="float32")
     taken = [rows for rows in (1, 3, 4, 15, 16, 63, 64, 500) if kernels.multiplies(jnp.zeros((rows, 64)))]
     assert taken == [4, 15, 16, 63]
     assert not kernels.multiplies(jnp.zeros((4, 72)))
     numbers = replace(choose_numbers("float32", "cpu"), kernels=kernels)
     calls = str(jax.make_jaxpr(lambda x, w: matmul(x, w, numbers))(jnp.zeros((4, 64)), jnp.zeros((8, 64))))
     assert library.matmul in calls
+
+
+def test_narrow_weights_are_held_where_their_products_are_the_faster(library):
+    """At all row counts, as XLA would widen them in each step."""
+    plain = choose_numbers("float32", "cpu")
+
+    def slow(x, weight):
+        return sum(matmul(x + i, weight, plain) for i in range(6))
+
+    def fast(x, weight):
+        return jnp.zeros((len(x), len(weight)))
+
+    def fast_with_many_rows(x, weight):
+        return (fast if len(x) > 64 else slow)(x, weight)
+
+    chosen = choose_kernels(library, "float32", "bfloat16", slow)
+    assert (chosen.weight, chosen.rows) == ("bfloat16", (1, 4, 16, 64, 256))
+    assert choose_kernels(library, "float32", "float32", slow).weight == "float32"
+    assert choose_kernels(library, "float32", "bfloat16", fast_with_many_rows).weight == "float32"
+    assert choose_kernels(library, "bfloat16", "float32", fast).weight == "bfloat16"
+
+
+def test_where_there_are_no_kernels_weights_are_held_as_is_computed():
+    numbers = open_numbers(EngineConfig(), "float32", "cpu", GOLDEN / "qwen3", lambda _: None)
+    assert (numbers.weight, numbers.kernels) == ("float32", None)
+
+
+def test_xla_widens_narrow_weights_where_it_must(narrow):
+    numbers = replace(choose_numbers("float32", "cpu"), kernels=replace(narrow, rows=()), weight="bfloat16")
+    x = np.random.default_rng(0).standard_normal((3, 64), np.float32)
+    weight = jnp.asarray(np.random.default_rng(1).standard_normal((8, 64)), jnp.bfloat16)
+    np.testing.assert_allclose(matmul(jnp.asarray(x), weight, numbers), x @ np.asarray(weight, np.float32).T, atol=1e-5)
+    assert (numbers.held(64), numbers.held(48)) == ("bfloat16", "float32")
 
 
 def test_without_a_compiler_there_is_no_library(tmp_path):

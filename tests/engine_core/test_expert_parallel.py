@@ -97,20 +97,21 @@ def test_the_engine_refuses_what_row_shards_cannot_share(changes: dict, message:
     config = EngineConfig(dp=2, ep=2, **changes)
     devices = jax.devices()[:1] * (4 if changes else 2)
     with pytest.raises((ConfigError, CheckpointError), match=message):
-        resolve(config, load_spec(GOLDEN / "qwen3_moe"), "identity", devices)
+        resolve(config, load_spec(GOLDEN / "qwen3_moe"), "identity", devices, "float32")
 
 
 def test_row_shards_split_slots_and_count_copies_of_weights() -> None:
     spec = load_spec(GOLDEN / "qwen3_moe")
     config = EngineConfig(dp=2, ep=2, cache=CacheConfig(num_pages=128), batch=BatchConfig(num_slots=32))
-    resolved = resolve(config, spec, "identity", jax.devices()[:1] * 4)
+    resolved = resolve(config, spec, "identity", jax.devices()[:1] * 4, "float32")
     assert (resolved.row_shards, resolved.num_slots, resolved.decode_buckets) == (4, 32, (1, 8))
     whole, split, tensor = (
-        weight_bytes(spec, "float32", one) for one in (Degrees(), Degrees(dp=2, ep=2), Degrees(tp=2))
+        weight_bytes(spec, "float32", "float32", one) for one in (Degrees(), Degrees(dp=2, ep=2), Degrees(tp=2))
     )
     experts = 4 * 3 * sum(spec.moe.layers) * 8 * spec.moe.intermediate_size * spec.hidden_size
     assert tensor == whole
     assert split == 4 * (whole - experts) + 2 * experts
+    assert weight_bytes(spec, "bfloat16", "float32", Degrees()) == (whole - experts) / 2 + experts
 
 
 def test_refuses_more_devices_than_there_are() -> None:

@@ -40,7 +40,7 @@ class Device:
 
 
 def resolve_on(device, config=CONFIG, **model):
-    return resolve(config, spec_from_config({**MODEL, **model}, {}), "weights", [device, device])
+    return resolve(config, spec_from_config({**MODEL, **model}, {}), "weights", [device, device], "bfloat16")
 
 
 def test_a_model_on_a_tpu():

@@ -24,7 +24,7 @@ from engine_core.layers.moe import choose_experts
 from engine_core.mesh import make_mesh
 from engine_core.models.decoder import Decoder
 from engine_core.models.registry import load_spec
-from engine_core.weights import load_params
+from engine_core.weights import load_params, stored_dtype
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -81,6 +81,26 @@ def test_matrices_are_stored_in_the_compute_dtype_and_vectors_in_f32() -> None:
     _, params = load(GOLDEN / "llama", dtype="bfloat16")
     dtypes = {(array.ndim, array.dtype) for array in jax.tree.leaves(params)}
     assert dtypes == {(1, np.dtype(np.float32)), (2, np.dtype(ml_dtypes.bfloat16))}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "wanted"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", "bfloat16", "bfloat16"),
+        ("model.layers.1.mlp.up_proj.weight", "float32", "float32"),
+        ("model.layers.1.mlp.up_proj.weight", "float16", "float32"),
+        ("model.embed_tokens.weight", "float32", "float32"),
+        ("model.norm.weight", "float32", "bfloat16"),
+    ],
+)
+def test_matrices_that_are_stored_in_bfloat16_are_known(checkpoint: Path, name: str, dtype: str, wanted: str) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors[name] = tensors[name].astype(dtype)
+
+    rewrite(checkpoint, change)
+    assert stored_dtype(checkpoint) == wanted
+    split(checkpoint)
+    assert stored_dtype(checkpoint) == wanted
 
 
 def test_files_with_an_index_equal_a_single_file(checkpoint: Path) -> None:

@@ -19,6 +19,7 @@ _ROUNDS = 4
 _GAIN = 0.95  # of XLA's time, that a kernel must stay below to be worth its place
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
+"""(x: [T, in], weight: [out, in]) -> [T, out] f32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,10 +29,12 @@ class CpuKernels:
     Attributes:
         library: registered.
         rows: of `_PROBED_ROWS`, those at which products are.
+        weight: dtype of weights with which they are.
     """
 
     library: Library
     rows: tuple[int, ...]
+    weight: str
 
     def multiplies(self, x: jax.Array) -> bool:
         """Whether the product of x: [T, in] is for them: as at the most rows probed that are not above T."""
@@ -39,34 +42,47 @@ class CpuKernels:
         return x.shape[1] % products.DEPTH_ALIGN == 0 and probed in self.rows
 
 
-def choose_kernels(library: Library, dtype: str, in_xla: Product) -> CpuKernels:
+def choose_kernels(library: Library, dtype: str, stored: str, in_xla: Product) -> CpuKernels:
     """Time products of both kinds, in turn.
+
+    Weights that a checkpoint stores narrower than is computed stay so where compiled products are the faster at all row
+    counts: XLA would widen them each time.
 
     Args:
         library: registered.
-        dtype: of x and weights.
-        in_xla: (x: [T, in], weight: [out, in]) -> [T, out] f32.
+        dtype: of computation.
+        stored: of the checkpoint's matrices, "float32" or "bfloat16".
+        in_xla: takes x and weights of `dtype`.
     """
 
     def compiled(x: jax.Array, weight: jax.Array) -> jax.Array:
         return products.matmul(x, weight, library.matmul)
 
-    functions = (jax.jit(compiled), jax.jit(in_xla))
+    ours, theirs = jax.jit(compiled), jax.jit(in_xla)
+    if (dtype, stored) == ("float32", "bfloat16"):
+        narrow = CpuKernels(library=library, rows=_faster(ours, theirs, dtype, stored), weight=stored)
+        if narrow.rows == _PROBED_ROWS:
+            return narrow
+    return CpuKernels(library=library, rows=_faster(ours, theirs, dtype, dtype), weight=dtype)
+
+
+def _faster(ours: Product, theirs: Product, dtype: str, held: str) -> tuple[int, ...]:
+    """The row counts at which our product, of weights held in a dtype, is faster than theirs, of weights in `dtype`."""
     faster = []
     for rows in _PROBED_ROWS:
         x = jnp.full((rows, _DEPTH), 0.5, dtype)
         weight = jnp.full((_WEIGHTS[rows], _DEPTH), 0.5, dtype)
-        ours, theirs = _best_times(functions, x, weight)
-        if ours < _GAIN * theirs:
+        own, others = _best_times(x, (ours, weight.astype(held)), (theirs, weight))
+        if own < _GAIN * others:
             faster.append(rows)
-    return CpuKernels(library=library, rows=tuple(faster))
+    return tuple(faster)
 
 
-def _best_times(functions: tuple[Product, ...], x: jax.Array, weight: jax.Array) -> list[float]:
+def _best_times(x: jax.Array, *pairs: tuple[Product, jax.Array]) -> list[float]:
     """Seconds of each one's best run, the first one (which compiles) left out."""
-    best = [float("inf")] * len(functions)
+    best = [float("inf")] * len(pairs)
     for turn in range(_ROUNDS + 1):
-        for i, function in enumerate(functions):
+        for i, (function, weight) in enumerate(pairs):
             start = time.perf_counter()
             function(x, weight).block_until_ready()
             if turn:

@@ -34,6 +34,7 @@ inline float Sum(Floats value) {
   return sum;
 }
 
+inline float Widen(float value) { return value; }
 inline float Widen(uint16_t bits) {
   uint32_t word = uint32_t{bits} << 16;
   float value;

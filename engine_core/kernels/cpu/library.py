@@ -50,7 +50,7 @@ def _sources() -> Sources:
         otherwise="XLA does all",
         files=(_HERE / "matmul.cc", _HERE / "attention.cc"),
         headers=(
-            *(_HERE / name for name in ("amx.h", "common.h", "transpose.h")),
+            *(_HERE / name for name in ("amx.h", "amx_pieces.h", "common.h", "transpose.h")),
             include / "xla" / "ffi" / "api" / "c_api.h",
         ),
         flags=("-ffp-contract=fast", f"-I{include}"),

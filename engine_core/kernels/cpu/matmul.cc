@@ -1,4 +1,4 @@
-// y[T, O] = x[T, K] @ w[O, K]^T in float32, w in float32 or bfloat16.
+// y[T, O] = x[T, K] @ w[O, K]^T in float32; x and w in float32 or bfloat16, x no narrower than w.
 //
 // The outputs are split into blocks whose weights stay in a core's L2 cache; threads draw blocks from a counter.
 //
@@ -9,14 +9,16 @@
 //
 // With more rows it is that of the arithmetic: x is packed so that a vector holds the same place of kLanes rows, and
 // each weight is multiplied with two such vectors, kPanelDepth places at a time. bfloat16 weights of a block are widened
-// once for all panels. Where the processor has AMX, its tiles do all products of bfloat16 (amx.h).
+// once for all panels. Where the processor has AMX, its tiles do all products with bfloat16 weights (amx.h, of x in
+// float32 amx_pieces.h).
 //
 // A row's operations are the same whatever the other rows hold.
 
 #include <vector>
 
-#include "amx.h"
+#include "amx_pieces.h"
 #include "common.h"
+#include "transpose.h"
 
 namespace ffi = xla::ffi;
 
@@ -105,15 +107,22 @@ struct Product {
   }
 };
 
-// x as the panels of a product: [panel][K][kPanelRows], zeros where there are no more rows.
-std::vector<float>& Pack(const float* x, int64_t rows, int64_t depth) {
-  static thread_local std::vector<float> panels;
-  panels.assign((rows + kPanelRows - 1) / kPanelRows * kPanelRows * depth, 0.0f);
-  for (int64_t row = 0; row < rows; ++row) {
-    float* to = &panels[row / kPanelRows * kPanelRows * depth + row % kPanelRows];
-    for (int64_t k = 0; k < depth; ++k) to[k * kPanelRows] = x[row * depth + k];
+// Panel `number` of x[rows, depth], in float32: [K][kPanelRows], zeros where there are no more rows.
+template <class X>
+void Pack(const X* x, int64_t rows, int64_t depth, int64_t number, float* panels) {
+  const int64_t begin = number * kPanelRows;
+  float* to = panels + begin * depth;
+  for (int64_t k = 0; k < depth; k += kLanes, to += kLanes * kPanelRows) {
+    for (int64_t half = 0; half < kPanelRows; half += kLanes) {
+      Floats lines[kLanes] = {};
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, rows - begin - half); ++i) {
+        const X* from = x + (begin + half + i) * depth + k;
+        for (int lane = 0; lane < kLanes; ++lane) lines[i][lane] = Widen(from[lane]);
+      }
+      Transpose(lines);
+      for (int i = 0; i < kLanes; ++i) Store(to + i * kPanelRows + half, lines[i]);
+    }
   }
-  return panels;
 }
 
 // sums[c, row] += w[c, k] * x[k, row] for k < depth and each row of the panel x.
@@ -190,9 +199,13 @@ void Run(ffi::ThreadPool& pool, const P& product, int64_t cols, int64_t most = k
   });
 }
 
-template <class W>
-void RunPanels(ffi::ThreadPool& pool, const float* x, const W* w, float* y, int64_t rows, int64_t width, int64_t depth) {
-  const float* panels = Pack(x, rows, depth).data();
+template <class X, class W>
+void RunPanels(ffi::ThreadPool& pool, const X* x, const W* w, float* y, int64_t rows, int64_t width, int64_t depth) {
+  static thread_local std::vector<float> memory;
+  const int64_t num_panels = (rows + kPanelRows - 1) / kPanelRows;
+  memory.resize(num_panels * kPanelRows * depth);
+  float* panels = memory.data();
+  ParallelFor(pool, num_panels, [=](int64_t i) { Pack(x, rows, depth, i, panels); });
   Run(pool, PanelProduct<W>{panels, w, y, rows, width, depth}, kPanelCols);
 }
 
@@ -206,43 +219,60 @@ void RunTiles(ffi::ThreadPool& pool, const uint16_t* x, const uint16_t* w, float
   Run(pool, amx::Product{panels, w, y, rows, width, depth}, amx::kOutputs,
       rows <= amx::kFewRows ? amx::kFewBlock : amx::kManyBlock);
 }
+
+void RunTiles(ffi::ThreadPool& pool, const float* x, const uint16_t* w, float* y, int64_t rows, int64_t width,
+              int64_t depth) {
+  static thread_local std::vector<uint32_t> memory;
+  const amx::Pieces pieces{x, rows, depth};
+  uint32_t* panels = amx::Room(memory, pieces.NumPanels() * pieces.Panel());
+  ParallelFor(pool, pieces.NumPanels(), [=](int64_t i) { pieces.Pack(i, panels); });
+  Run(pool, amx::PiecesProduct{{panels, w, y, rows, width, depth}, pieces}, amx::kOutputs,
+      rows <= amx::kFewRows ? amx::kFewBlock : amx::kManyBlock);
+}
 #endif
+
+// x in float32, even places of 2 kLanes before odd ones, as Product<uint16_t> takes them.
+template <class X>
+void Order(const X* x, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += 2 * kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      to[i + lane] = Widen(x[i + 2 * lane]);
+      to[i + kLanes + lane] = Widen(x[i + 2 * lane + 1]);
+    }
+  }
+}
+
+// Weights in bfloat16, x in float32 or bfloat16.
+template <class X>
+void RunNarrow(ffi::ThreadPool& pool, const X* x, const uint16_t* w, float* y, int64_t rows, int64_t width,
+               int64_t depth) {
+#ifdef __AMX_BF16__
+  if (width % amx::kOutputs == 0 && amx::Allowed()) return RunTiles(pool, x, w, y, rows, width, depth);
+#endif
+  if (rows > kFewRowsBf16) return RunPanels(pool, x, w, y, rows, width, depth);
+  static thread_local std::vector<float> ordered;
+  ordered.resize(rows * depth);
+  Order(x, rows * depth, ordered.data());
+  Run(pool, Product<uint16_t>{ordered.data(), w, y, rows, width, depth}, kCols);
+}
 
 ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::Buffer<ffi::F32>> y) {
   int64_t rows = x.dimensions()[0], depth = x.dimensions()[1], width = w.dimensions()[0];
-  if (w.dimensions()[1] != depth || depth % (2 * kLanes) || x.element_type() != w.element_type())
-    return ffi::Error::InvalidArgument("matmul: shapes or dtypes do not fit");
-  bool few = rows <= (w.element_type() == ffi::F32 ? kFewRows : kFewRowsBf16);
+  const bool wide_x = x.element_type() == ffi::F32, wide_w = w.element_type() == ffi::F32;
+  if ((!wide_x && x.element_type() != ffi::BF16) || (!wide_w && w.element_type() != ffi::BF16) || (wide_w && !wide_x))
+    return ffi::Error::InvalidArgument("matmul: dtypes must be float32 or bfloat16, x as wide as the weights at least");
+  if (w.dimensions()[1] != depth || depth % (2 * kLanes))
+    return ffi::Error::InvalidArgument("matmul: shapes do not fit");
   float* to = y->typed_data();
-  if (w.element_type() == ffi::F32) {
+  if (wide_w) {
     const float *from = x.typed_data<float>(), *weights = w.typed_data<float>();
-    if (few) Run(pool, Product<float>{from, weights, to, rows, width, depth}, kCols);
+    if (rows <= kFewRows) Run(pool, Product<float>{from, weights, to, rows, width, depth}, kCols);
     else RunPanels(pool, from, weights, to, rows, width, depth);
     return ffi::Error::Success();
   }
-  if (w.element_type() != ffi::BF16) return ffi::Error::InvalidArgument("matmul: dtype must be float32 or bfloat16");
-  const uint16_t* bits = reinterpret_cast<const uint16_t*>(x.untyped_data());
   const uint16_t* weights = reinterpret_cast<const uint16_t*>(w.untyped_data());
-#ifdef __AMX_BF16__
-  if (width % amx::kOutputs == 0 && amx::Allowed()) {
-    RunTiles(pool, bits, weights, to, rows, width, depth);
-    return ffi::Error::Success();
-  }
-#endif
-  static thread_local std::vector<float> widened;
-  widened.resize(rows * depth);
-  if (!few) {
-    for (int64_t i = 0; i < rows * depth; ++i) widened[i] = Widen(bits[i]);
-    RunPanels(pool, widened.data(), weights, to, rows, width, depth);
-    return ffi::Error::Success();
-  }
-  for (int64_t i = 0; i < rows * depth; i += 2 * kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      widened[i + lane] = Widen(bits[i + 2 * lane]);
-      widened[i + kLanes + lane] = Widen(bits[i + 2 * lane + 1]);
-    }
-  }
-  Run(pool, Product<uint16_t>{widened.data(), weights, to, rows, width, depth}, kCols);
+  if (wide_x) RunNarrow(pool, x.typed_data<float>(), weights, to, rows, width, depth);
+  else RunNarrow(pool, reinterpret_cast<const uint16_t*>(x.untyped_data()), weights, to, rows, width, depth);
   return ffi::Error::Success();
 }
 

@@ -15,7 +15,8 @@ def matmul(x: jax.Array, weight: jax.Array, target: str) -> jax.Array:
     """`x @ weight.T`, accumulated in float32; each row by itself, whatever its neighbours hold.
 
     Args:
-        x: [T, in] in the weight's dtype, `in` a multiple of DEPTH_ALIGN.
+        x: [T, in] in the weight's dtype, or f32 where that is bf16, and counts as if it were widened; `in` is a
+            multiple of DEPTH_ALIGN.
         weight: [out, in] f32 or bf16.
         target: the kernel's name in XLA.
 
