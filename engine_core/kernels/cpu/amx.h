@@ -29,6 +29,7 @@ constexpr int64_t kOutputs = 32;    // of a group of weights, two tiles; what a 
 constexpr int64_t kFewRows = 64;
 constexpr int64_t kFewBlock = 512;  // outputs that a thread takes at a time at most
 constexpr int64_t kManyBlock = 128;  // the same if their weights are to stay in its L2 cache
+constexpr int64_t kTileWords = 256;
 constexpr int64_t kTileBytes = 1024, kStepBytes = 2 * kTileBytes;  // the latter of a group's 32 places
 
 // Whether the system lets this process use tiles: it must be asked, as they make its threads' state larger by 8 KB.
@@ -50,6 +51,21 @@ struct Tiles {
   }
   ~Tiles() { _tile_release(); }
 };
+
+inline void ZeroSums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+// Tiles 0 to 3 += tile 4, then 5, with tile 6, then the same with tile 7.
+inline void MultiplyPairs() {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 5, 6);
+  _tile_dpbf16ps(2, 4, 7);
+  _tile_dpbf16ps(3, 5, 7);
+}
 
 // By outputs, then rows.
 struct Sums {
@@ -160,23 +176,13 @@ struct Product {
       _tile_loadd(6, first + k * kSide / 2, 64);
       _tile_loadd(5, weights + kTileBytes, 64);
       _tile_loadd(7, second + k * kSide / 2, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 5, 6);
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
+      MultiplyPairs();
       if (next) Copy(col + kOutputs, k, next + k / kPlaces * kStepBytes);
     }
     Sums sums;
     StoreSums(sums);
     for (int i = 0; i < (is_pair ? 4 : 2); ++i)
       Write(sums.tiles[i], nullptr, row + i / 2 * kSide, col + i % 2 * kSide);
-  }
-
-  static void ZeroSums() {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
   }
 
   static void StoreSums(Sums& sums) {

@@ -19,6 +19,7 @@ class Library:
 
     matmul: str
     attention: str
+    heads: str
 
 
 def open_library(directory: Path, compilers: Sequence[str]) -> Library | None:
@@ -36,8 +37,13 @@ def open_library(directory: Path, compilers: Sequence[str]) -> Library | None:
     if functions is None:
         return None
     identity = sources.identity()  # an executable that calls a kernel fits only its own
-    library = Library(f"baton_matmul_{identity}", f"baton_attention_{identity}")
-    for name, function in ((library.matmul, functions.BatonMatmul), (library.attention, functions.BatonAttention)):
+    library = Library(f"baton_matmul_{identity}", f"baton_attention_{identity}", f"baton_heads_{identity}")
+    targets = {
+        library.matmul: functions.BatonMatmul,
+        library.attention: functions.BatonAttention,
+        library.heads: functions.BatonHeads,
+    }
+    for name, function in targets.items():
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
     return library
 
@@ -48,9 +54,9 @@ def _sources() -> Sources:
         name="baton_cpu",
         purpose="the CPU's kernels",
         otherwise="XLA does all",
-        files=(_HERE / "matmul.cc", _HERE / "attention.cc"),
+        files=tuple(_HERE / name for name in ("matmul.cc", "attention.cc", "heads.cc")),
         headers=(
-            *(_HERE / name for name in ("amx.h", "common.h", "transpose.h")),
+            *(_HERE / name for name in ("amx.h", "amx_attention.h", "common.h", "exp.h", "transpose.h")),
             include / "xla" / "ffi" / "api" / "c_api.h",
         ),
         flags=("-ffp-contract=fast", f"-I{include}"),
