@@ -17,12 +17,14 @@ from engine_core.cpu_kernels import open_cpu_kernels
 from engine_core.errors import ConfigError
 from engine_core.kernels.cpu import attention, products
 from engine_core.kernels.cpu.choice import CpuKernels
+from engine_core.kernels.cpu.heads import split_heads
 from engine_core.kernels.cpu.library import open_library
 from engine_core.layers.linear import choose_numbers, matmul
+from engine_core.layers.rotary import inverse_frequencies, rotate, rotation
 from engine_core.types import Numerics
 from tests.engine_core.paged_runner import Chunk, PagedRunner
 from tests.engine_core.parity import GOLDEN, check_parity, load_expected
-from tests.engine_core.test_paged_attention import TOLERANCE, make_case
+from tests.engine_core.test_paged_attention import TOLERANCE, make_case, numpy_attention
 
 HEADS = (6, 2, 32)
 
@@ -72,6 +74,54 @@ def test_products_are_numpys(library, dtype, rows, depth, width):
     np.testing.assert_allclose(ours, exact, rtol=0, atol=1e-6 * depth**0.5 * 4)
 
 
+@pytest.mark.parametrize(("rows", "depth", "width"), [(1, 32, 16), (65, 544, 48), (97, 1056, 608)])
+def test_gated_products_are_numpys(library, rows, depth, width):
+    if library.gated is None:
+        pytest.skip("no tiles for bfloat16")
+    rng = np.random.default_rng(rows)
+    x = jnp.asarray(rng.standard_normal((rows, depth)), jnp.bfloat16)
+    weight = jnp.asarray(rng.standard_normal((2 * width, depth)) * 4 / depth**0.5, jnp.bfloat16)
+    gates, others = np.split(np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T, 2, axis=1)
+    ours = jax.jit(lambda x, weight: products.gated(x, weight, library.gated))(x, weight)
+    assert ours.shape == (rows, width) and ours.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.asarray(ours, np.float64), gates / (1 + np.exp(-gates)) * others, rtol=5e-3, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("normed", [True, False], ids=["normed", "plain"])
+@pytest.mark.parametrize("tokens", [1, 35])
+def test_heads_are_the_layers(library, dtype, normed, tokens):
+    heads, kv_heads, dim, eps = 6, 2, 96, 1e-5
+    rng = np.random.default_rng(tokens)
+    product, *scales = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((tokens, (heads + 2 * kv_heads) * dim), dim, dim)
+    )
+    turns = rotation(jnp.arange(100, 100 + tokens), inverse_frequencies(dim, 10_000.0, None))
+    ours = split_heads(
+        product,
+        tuple(scales) if normed else None,
+        turns,
+        heads=heads,
+        kv_heads=kv_heads,
+        eps=eps,
+        dtype=dtype,
+        target=library.heads,
+    )
+    q, k, v = jnp.split(product.reshape(tokens, -1, dim), (heads, heads + kv_heads), axis=1)
+    if normed:
+        q, k = (
+            y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps) * scale
+            for y, scale in zip((q, k), scales, strict=True)
+        )
+    tolerance = 1e-5 if dtype == "float32" else 5e-3
+    for got, wanted in zip(ours, (rotate(q, *turns), rotate(k, *turns), v), strict=True):
+        assert got.dtype == dtype
+        np.testing.assert_allclose(np.asarray(got, np.float32), wanted, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("rows", [7, 9])
 def test_a_row_of_a_product_does_not_see_its_neighbours(library, rows):
     rng = np.random.default_rng(0)
@@ -91,6 +141,17 @@ def test_prefill_is_the_references(library, dtype, window):
     wanted = case.attend("reference", window)
     np.testing.assert_allclose(case.attend(library, window), wanted, rtol=0, atol=TOLERANCE[dtype])
     assert not case.attend(library, window)[-9:].any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("window", [0, 1, 40, 300])
+@pytest.mark.parametrize("page_size", [16, 24])
+def test_prefill_of_many_rows_is_the_references(library, dtype, window, page_size):
+    """Several blocks of keys, whole and partial panels of rows, sequences that begin within one."""
+    lens = [200, 3, 17, 40], [700, 90, 17, 300]
+    case = make_case(*lens, heads=(6, 2, 64), dtype=dtype, page_size=page_size, padding=4)
+    exact = numpy_attention(case, *lens, window=window)
+    np.testing.assert_allclose(case.attend(library, window), exact, rtol=0, atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -123,16 +184,21 @@ def test_a_model_with_compiled_products_matches_transformers(kernels):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance", "scan"),
-    [("float32", 1e-4, False), ("float32", 1e-4, True), ("bfloat16", 0.1, False)],
-    ids=["float32", "scanned", "bfloat16"],
+    ("dtype", "tolerance", "scan", "rows"),
+    [
+        ("float32", 1e-4, False, 64),
+        ("float32", 1e-4, True, 64),
+        ("bfloat16", 0.1, False, 64),
+        ("bfloat16", 0.1, False, 128),
+    ],
+    ids=["float32", "scanned", "bfloat16", "many rows"],
 )
-def test_a_model_equals_xlas(kernels, tmp_path, dtype, tolerance, scan):
+def test_a_model_equals_xlas(kernels, tmp_path, dtype, tolerance, scan, rows):
     shape = SHAPES["qwen3-20m"] | {"num_hidden_layers": 2, "vocab_size": 512, "intermediate_size": 256}
     directory = write_random_checkpoint(tmp_path, shape)
     chunk = Chunk(pages=list(range(10)), start=0, tokens=range(3, 40), slot=0)
-    ours = PagedRunner(directory, scan=scan, dtype=dtype, kernels=kernels).logits([chunk], 64, 2)[:37]
-    theirs = PagedRunner(directory, scan=scan, dtype=dtype).logits([chunk], 64, 2)[:37]
+    ours = PagedRunner(directory, scan=scan, dtype=dtype, kernels=kernels).logits([chunk], rows, 2)[:37]
+    theirs = PagedRunner(directory, scan=scan, dtype=dtype).logits([chunk], rows, 2)[:37]
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
 
 
@@ -144,6 +210,16 @@ def test_products_are_for_xla_where_it_is_the_faster(library):
     numbers = replace(choose_numbers("float32", "cpu"), kernels=kernels)
     calls = str(jax.make_jaxpr(lambda x, w: matmul(x, w, numbers))(jnp.zeros((4, 64)), jnp.zeros((8, 64))))
     assert library.matmul in calls
+
+
+def test_gated_products_are_for_many_rows_where_there_are_tiles(library):
+    kernels = CpuKernels(library=replace(library, gated="tiles"), rows=())
+    weight = jnp.zeros((96, 64), jnp.bfloat16)
+    assert [kernels.gated(jnp.zeros((rows, 64)), weight) for rows in (64, 65)] == [None, "tiles"]
+    assert kernels.gated(jnp.zeros((65, 72)), weight) is None
+    assert kernels.gated(jnp.zeros((65, 64)), weight[:80]) is None
+    assert kernels.gated(jnp.zeros((65, 64)), weight.astype(jnp.float32)) is None
+    assert CpuKernels(library=replace(library, gated=None), rows=()).gated(jnp.zeros((65, 64)), weight) is None
 
 
 def test_without_a_compiler_there_is_no_library(tmp_path):

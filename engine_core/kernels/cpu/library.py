@@ -15,11 +15,16 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """Names of registered call targets."""
+    """Names of registered call targets.
+
+    Attributes:
+        gated: None where the CPU has no tiles for bfloat16.
+    """
 
     matmul: str
     attention: str
     heads: str
+    gated: str | None
 
 
 def open_library(directory: Path, compilers: Sequence[str]) -> Library | None:
@@ -37,14 +42,21 @@ def open_library(directory: Path, compilers: Sequence[str]) -> Library | None:
     if functions is None:
         return None
     identity = sources.identity()  # an executable that calls a kernel fits only its own
-    library = Library(f"baton_matmul_{identity}", f"baton_attention_{identity}", f"baton_heads_{identity}")
+    library = Library(
+        matmul=f"baton_matmul_{identity}",
+        attention=f"baton_attention_{identity}",
+        heads=f"baton_heads_{identity}",
+        gated=f"baton_gated_{identity}" if functions.BatonHasTiles() else None,
+    )
     targets = {
         library.matmul: functions.BatonMatmul,
         library.attention: functions.BatonAttention,
         library.heads: functions.BatonHeads,
+        library.gated: functions.BatonGated,
     }
     for name, function in targets.items():
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
+        if name is not None:
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
     return library
 
 
