@@ -6,8 +6,8 @@
 // Up to kFewRows rows the time is that of streaming the weights. They are taken where they lie, 16 outputs at a time: as
 // many streams as the processor follows by itself, faster than with any prefetches (24 of 25 GB/s on two cores of a
 // Sapphire Rapids, 14 where they were copied into tiles on the way). With more rows it is that of loading tiles: 2 x 2
-// share what is loaded, from weights that were copied into tiles, so that their lines do not compete for the same places
-// of the caches.
+// share what is loaded, the rows from L1, the weights from where they were copied into tiles, so that their lines do not
+// compete for the same places of the caches.
 #pragma once
 
 #ifdef __AMX_BF16__
@@ -26,7 +26,7 @@ namespace amx {
 
 constexpr int kSide = 16;           // outputs, or rows, of a tile
 constexpr int64_t kPlaces = 32;     // of a line of weights
-constexpr int64_t kOutputs = 32;    // of a group of weights, two tiles; what a block is a multiple of
+constexpr int64_t kOutputs = 32;    // of a group of weights, two tiles; what a block is a multiple of, if not gated
 constexpr int64_t kFewRows = 64;
 constexpr int64_t kFewBlock = 512;  // outputs that a thread takes at a time at most
 constexpr int64_t kManyBlock = 128;  // the same if their weights are to stay in its L2 cache

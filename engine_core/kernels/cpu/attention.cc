@@ -3,7 +3,8 @@
 // A work item is a tile of query tokens of one sequence with one KV head: kMaxRows rows (tokens x query heads of the
 // group) at most. It goes through the cache kKeys tokens at a time, from position 0 or a multiple of kKeys: keys and
 // values are widened to float32 once for the tile, then scores, an online softmax and the weighted sum follow in
-// registers and L1. A row's operations are the same whatever its neighbours do.
+// registers and L1. A row's operations are the same whatever its neighbours do. Where the processor has AMX, its tiles
+// take items with many bfloat16 rows (amx_attention.h), which are larger then.
 
 #include <cmath>
 #include <cstring>
