@@ -155,6 +155,15 @@ def test_prefill_of_many_rows_is_the_references(library, dtype, window, page_siz
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pages_before_the_window_may_hold_anything(library, dtype):
+    case = make_case([200], [700], heads=(6, 2, 64), dtype=dtype, page_size=8)
+    window, nowhere = 40, case.cache.shape[0] - 1  # a page of NaN
+    first_seen = 700 - 200 + 1 - window
+    other = replace(case, page_table=case.page_table.at[0, : first_seen // 8].set(nowhere))
+    np.testing.assert_array_equal(other.attend(library, window), case.attend(library, window))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("window", [0, 1, 20])
 def test_decode_is_the_references(library, dtype, window):
     lens = [1, 64, 0, 65, 130, 15]
