@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from engine_core.kernels.cpu.heads import DIM_ALIGN, split_heads
 from engine_core.kernels.paged_attention import Implementation, Rows, Scoring, paged_attention
 from engine_core.kv_scales import KvScales
 from engine_core.layers.linear import ColumnLinear, Numbers, RowLinear
@@ -82,11 +83,12 @@ class Attention(nnx.Module):
         biases = [Source(f"self_attn.{x}_proj.bias", rows[x], copies=copies[x]) for x in rows if spec.qkv_bias]
         self.qkv = ColumnLinear(weights, spec.hidden_size, biases, numbers, tp)
         self.out = RowLinear(Source("self_attn.o_proj.weight", spec.hidden_size), rows["q"], numbers, tp)
-        eps = spec.rms_norm_eps
-        self.q_norm = RMSNorm("self_attn.q_norm.weight", head_dim, eps) if spec.qk_norm else None
-        self.k_norm = RMSNorm("self_attn.k_norm.weight", head_dim, eps) if spec.qk_norm else None
+        self.eps = spec.rms_norm_eps
+        self.q_norm = RMSNorm("self_attn.q_norm.weight", head_dim, self.eps) if spec.qk_norm else None
+        self.k_norm = RMSNorm("self_attn.k_norm.weight", head_dim, self.eps) if spec.qk_norm else None
         self.head_dim = head_dim
         self.compute = numbers.compute
+        self.kernels = numbers.kernels
         self.implementation: Implementation = "auto" if numbers.kernels is None else numbers.kernels.library
 
     def __call__(
@@ -109,13 +111,8 @@ class Attention(nnx.Module):
         Returns:
             ([T, D] in the residual dtype, cache). One all-reduce.
         """
-        q, k, v = (y.reshape(y.shape[0], -1, self.head_dim) for y in self.qkv(x))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q, inputs.cos, inputs.sin).astype(self.compute)
-        k = rotate(k, inputs.cos, inputs.sin).astype(self.compute)
+        q, k, v = self._heads(x, inputs)
         scoring = Scoring(scale=self.head_dim**-0.5, window=window)
-        v = v.astype(self.compute)
         if inputs.units is not None:
             k_units, v_units = inputs.units
             q, k, v = _times(q, k_units), _times(k, 1 / k_units), _times(v, 1 / v_units)
@@ -123,6 +120,26 @@ class Attention(nnx.Module):
         if inputs.units is not None:
             attended = _times(attended, v_units)
         return self.out(attended.reshape(x.shape[0], -1)), cache
+
+    def _heads(self, x: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[T, D] -> queries [T, N, H], keys [T, K, H] and values [T, K, H] in the compute dtype."""
+        norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
+        if self.kernels is not None and self.head_dim % DIM_ALIGN == 0:
+            return split_heads(
+                self.qkv.fused(x),
+                None if norms is None else (norms[0].scale[...], norms[1].scale[...]),
+                (inputs.cos, inputs.sin),
+                heads=self.qkv.splits[0] // self.head_dim,
+                kv_heads=self.qkv.splits[1] // self.head_dim,
+                eps=self.eps,
+                dtype=self.compute,
+                target=self.kernels.library.heads,
+            )
+        q, k, v = (y.reshape(y.shape[0], -1, self.head_dim) for y in self.qkv(x))
+        if norms is not None:
+            q, k = norms[0](q), norms[1](k)
+        q, k = (rotate(y, inputs.cos, inputs.sin).astype(self.compute) for y in (q, k))
+        return q, k, v.astype(self.compute)
 
 
 def _times(heads: jax.Array, factors: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
+from engine_core.kernels.cpu import products
 from engine_core.layers.linear import ColumnLinear, Numbers, RowLinear
 from engine_core.layers.params import Source
 
@@ -19,5 +20,10 @@ class SwigluMlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, D] -> [T, D]. One all-reduce."""
+        weight, numbers = self.gate_up.weight[...], self.gate_up.numbers
+        x = x.astype(numbers.compute)
+        target = None if numbers.kernels is None else numbers.kernels.gated(x, weight)
+        if target is not None:
+            return self.down(products.gated(x, weight, target))
         gate, up = self.gate_up(x)
         return self.down(jax.nn.silu(gate) * up)

@@ -17,12 +17,14 @@ from engine_core.cpu_kernels import open_cpu_kernels, open_numbers
 from engine_core.errors import ConfigError
 from engine_core.kernels.cpu import attention, products
 from engine_core.kernels.cpu.choice import CpuKernels, choose_kernels
+from engine_core.kernels.cpu.heads import split_heads
 from engine_core.kernels.cpu.library import open_library
 from engine_core.layers.linear import choose_numbers, matmul
+from engine_core.layers.rotary import inverse_frequencies, rotate, rotation
 from engine_core.types import Numerics
 from tests.engine_core.paged_runner import Chunk, PagedRunner
 from tests.engine_core.parity import GOLDEN, check_parity, load_expected
-from tests.engine_core.test_paged_attention import TOLERANCE, make_case
+from tests.engine_core.test_paged_attention import TOLERANCE, make_case, numpy_attention
 from tests.engine_core.virtual_devices import results_of
 
 HEADS = (6, 2, 32)
@@ -81,6 +83,54 @@ def test_products_are_numpys(library, dtype, held, rows, depth, width):
     np.testing.assert_allclose(ours, exact, rtol=0, atol=1e-6 * depth**0.5 * 4)
 
 
+@pytest.mark.parametrize(("rows", "depth", "width"), [(1, 32, 16), (65, 544, 48), (97, 1056, 608)])
+def test_gated_products_are_numpys(library, rows, depth, width):
+    if library.gated is None:
+        pytest.skip("no tiles for bfloat16")
+    rng = np.random.default_rng(rows)
+    x = jnp.asarray(rng.standard_normal((rows, depth)), jnp.bfloat16)
+    weight = jnp.asarray(rng.standard_normal((2 * width, depth)) * 4 / depth**0.5, jnp.bfloat16)
+    gates, others = np.split(np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T, 2, axis=1)
+    ours = jax.jit(lambda x, weight: products.gated(x, weight, library.gated))(x, weight)
+    assert ours.shape == (rows, width) and ours.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.asarray(ours, np.float64), gates / (1 + np.exp(-gates)) * others, rtol=5e-3, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("normed", [True, False], ids=["normed", "plain"])
+@pytest.mark.parametrize("tokens", [1, 35])
+def test_heads_are_the_layers(library, dtype, normed, tokens):
+    heads, kv_heads, dim, eps = 6, 2, 96, 1e-5
+    rng = np.random.default_rng(tokens)
+    product, *scales = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((tokens, (heads + 2 * kv_heads) * dim), dim, dim)
+    )
+    turns = rotation(jnp.arange(100, 100 + tokens), inverse_frequencies(dim, 10_000.0, None))
+    ours = split_heads(
+        product,
+        tuple(scales) if normed else None,
+        turns,
+        heads=heads,
+        kv_heads=kv_heads,
+        eps=eps,
+        dtype=dtype,
+        target=library.heads,
+    )
+    q, k, v = jnp.split(product.reshape(tokens, -1, dim), (heads, heads + kv_heads), axis=1)
+    if normed:
+        q, k = (
+            y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps) * scale
+            for y, scale in zip((q, k), scales, strict=True)
+        )
+    tolerance = 1e-5 if dtype == "float32" else 5e-3
+    for got, wanted in zip(ours, (rotate(q, *turns), rotate(k, *turns), v), strict=True):
+        assert got.dtype == dtype
+        np.testing.assert_allclose(np.asarray(got, np.float32), wanted, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize(
     ("rows", "width", "held"), [(7, 50, "float32"), (9, 50, "float32"), (5, 64, "bfloat16"), (90, 64, "bfloat16")]
 )
@@ -118,6 +168,26 @@ def test_prefill_is_the_references(library, dtype, window):
     wanted = case.attend("reference", window)
     np.testing.assert_allclose(case.attend(library, window), wanted, rtol=0, atol=TOLERANCE[dtype])
     assert not case.attend(library, window)[-9:].any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("window", [0, 1, 40, 300])
+@pytest.mark.parametrize("page_size", [16, 24])
+def test_prefill_of_many_rows_is_the_references(library, dtype, window, page_size):
+    """Several blocks of keys, whole and partial panels of rows, sequences that begin within one."""
+    lens = [200, 3, 17, 40], [700, 90, 17, 300]
+    case = make_case(*lens, heads=(6, 2, 64), dtype=dtype, page_size=page_size, padding=4)
+    exact = numpy_attention(case, *lens, window=window)
+    np.testing.assert_allclose(case.attend(library, window), exact, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pages_before_the_window_may_hold_anything(library, dtype):
+    case = make_case([200], [700], heads=(6, 2, 64), dtype=dtype, page_size=8)
+    window, nowhere = 40, case.cache.shape[0] - 1  # a page of NaN
+    first_seen = 700 - 200 + 1 - window
+    other = replace(case, page_table=case.page_table.at[0, : first_seen // 8].set(nowhere))
+    np.testing.assert_array_equal(other.attend(library, window), case.attend(library, window))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -166,23 +236,25 @@ def test_bfloat16_weights_of_a_float32_model_on_four_devices(library, kept):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "held", "tolerance", "scan"),
+    ("dtype", "held", "tolerance", "scan", "rows"),
     [
-        ("float32", "float32", 1e-4, False),
-        ("float32", "float32", 1e-4, True),
-        ("bfloat16", "bfloat16", 0.1, False),
-        ("float32", "bfloat16", 2e-5, False),
-        ("float32", "bfloat16", 2e-5, True),
+        ("float32", "float32", 1e-4, False, 64),
+        ("float32", "float32", 1e-4, True, 64),
+        ("bfloat16", "bfloat16", 0.1, False, 64),
+        ("bfloat16", "bfloat16", 0.1, False, 128),
+        ("float32", "bfloat16", 2e-5, False, 64),
+        ("float32", "bfloat16", 2e-5, True, 64),
+        ("float32", "bfloat16", 2e-5, False, 128),
     ],
-    ids=["float32", "scanned", "bfloat16", "narrow", "narrow, scanned"],
+    ids=["float32", "scanned", "bfloat16", "many rows", "narrow", "narrow, scanned", "narrow, many rows"],
 )
-def test_a_model_equals_xlas(kernels, tmp_path, dtype, held, tolerance, scan):
+def test_a_model_equals_xlas(kernels, tmp_path, dtype, held, tolerance, scan, rows):
     kernels = replace(kernels, weight=held)
     shape = SHAPES["qwen3-20m"] | {"num_hidden_layers": 2, "vocab_size": 512, "intermediate_size": 256}
     directory = write_random_checkpoint(tmp_path, shape)
     chunk = Chunk(pages=list(range(10)), start=0, tokens=range(3, 40), slot=0)
-    ours = PagedRunner(directory, scan=scan, dtype=dtype, kernels=kernels).logits([chunk], 64, 2)[:37]
-    theirs = PagedRunner(directory, scan=scan, dtype=dtype).logits([chunk], 64, 2)[:37]
+    ours = PagedRunner(directory, scan=scan, dtype=dtype, kernels=kernels).logits([chunk], rows, 2)[:37]
+    theirs = PagedRunner(directory, scan=scan, dtype=dtype).logits([chunk], rows, 2)[:37]
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
 
 
@@ -227,6 +299,17 @@ def test_xla_widens_narrow_weights_where_it_must(narrow):
     weight = jnp.asarray(np.random.default_rng(1).standard_normal((8, 64)), jnp.bfloat16)
     np.testing.assert_allclose(matmul(jnp.asarray(x), weight, numbers), x @ np.asarray(weight, np.float32).T, atol=1e-5)
     assert (numbers.held(64), numbers.held(48)) == ("bfloat16", "float32")
+
+
+def test_gated_products_are_for_many_bfloat16_rows_where_there_are_tiles(library):
+    kernels = CpuKernels(library=replace(library, gated="tiles"), rows=(), weight="bfloat16")
+    x, weight = jnp.zeros((65, 64), jnp.bfloat16), jnp.zeros((96, 64), jnp.bfloat16)
+    assert (kernels.gated(x, weight), kernels.gated(x[:64], weight)) == ("tiles", None)
+    assert kernels.gated(jnp.zeros((65, 72), jnp.bfloat16), weight) is None
+    assert kernels.gated(x, weight[:80]) is None
+    assert kernels.gated(x.astype(jnp.float32), weight) is None
+    assert kernels.gated(x.astype(jnp.float32), weight.astype(jnp.float32)) is None
+    assert replace(kernels, library=replace(library, gated=None)).gated(x, weight) is None
 
 
 def test_without_a_compiler_there_is_no_library(tmp_path):

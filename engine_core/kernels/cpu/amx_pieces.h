@@ -17,7 +17,6 @@ namespace amx {
 // x in panels of [32 places][tile][pair of places][line][2].
 struct Pieces {
   static constexpr int64_t kNum = 3;
-  static constexpr int64_t kWords = kTileBytes / 4;  // of a tile
   static constexpr int64_t kFew = 2 * kSide / kNum;  // rows whose pieces share tiles
 
   const float* x;
@@ -27,7 +26,7 @@ struct Pieces {
   int64_t Height() const { return Shared() ? rows : kSide; }  // of a panel
   int64_t NumPanels() const { return (rows + Height() - 1) / Height(); }
   int64_t NumTiles() const { return (kNum * Height() + kSide - 1) / kSide; }  // for 32 places of a panel
-  int64_t Panel() const { return depth / kPlaces * NumTiles() * kWords; }  // words
+  int64_t Panel() const { return depth / kPlaces * NumTiles() * kTileWords; }  // words
 
   // Panel `number`; lines of no row are zero.
   void Pack(int64_t number, uint32_t* panels) const {
@@ -45,7 +44,7 @@ struct Pieces {
           high -= reinterpret_cast<Floats>(high_first);
         }
       }
-      for (int64_t tile = 0; tile < NumTiles(); ++tile, to += kWords) {
+      for (int64_t tile = 0; tile < NumTiles(); ++tile, to += kTileWords) {
         Floats square[kSide];
         std::copy_n(lines + tile * kSide, kSide, square);
         Transpose(square);
@@ -55,8 +54,6 @@ struct Pieces {
   }
 
  private:
-  typedef uint32_t Words __attribute__((vector_size(64)));
-
   static Words First(Floats x) { return reinterpret_cast<Words>(x) & 0xffff0000u; }
 
   // Upper halves of 32 words.
@@ -69,8 +66,11 @@ struct Pieces {
   }
 };
 
-// `x`: panels as packed.
-struct PiecesProduct : Product {
+struct PiecesProduct {
+  const uint32_t* x;  // panels, as packed
+  const uint16_t* w;  // [width, depth]
+  float* y;           // [rows, width]
+  int64_t rows, width, depth;
   Pieces pieces;
 
   void Block(int64_t begin, int64_t end) const {
@@ -96,11 +96,11 @@ struct PiecesProduct : Product {
   void Few(int64_t col) const {
     const uint16_t* weights = w + col * depth;
     const uint32_t* from = x;
-    const int64_t next = times == 1 ? Pieces::kWords : pieces.Panel();
+    const int64_t next = times == 1 ? kTileWords : pieces.Panel();
     ZeroSums();
     for (int64_t k = 0; k < depth; k += kPlaces) {
       _tile_loadd(4, weights + k, depth * 2);
-      for (int i = 0; i < times; ++i, from += (times == 1 ? P : 1) * Pieces::kWords) {
+      for (int i = 0; i < times; ++i, from += (times == 1 ? P : 1) * kTileWords) {
         if (P <= 2 && (times == 1 ? k & kPlaces : i == 1)) {
           Add<2>(from);
           if (P == 2) Add<3>(from + next);
@@ -115,7 +115,7 @@ struct PiecesProduct : Product {
     Sums sums;
     StoreSums(sums);
     if (times > 1) {
-      for (int p = 0; p < P; ++p) Write(sums.tiles[p], P <= 2 ? sums.tiles[p + 2] : nullptr, p * kSide, col);
+      for (int p = 0; p < P; ++p) WriteTile(sums.tiles[p], P <= 2 ? sums.tiles[p + 2] : nullptr, p * kSide, col);
     } else {
       WriteShared<P>(sums, col);
     }
@@ -154,41 +154,38 @@ struct PiecesProduct : Product {
 
   void ManyRows(int64_t begin, int64_t end) const {
     static thread_local std::vector<uint8_t> memory;
-    const int64_t num_groups = (end - begin) / kOutputs, group_bytes = depth / kPlaces * kStepBytes;
-    uint8_t* slots = Room(memory, num_groups * group_bytes);
-    for (int64_t k = 0; k < depth; k += kPlaces) Copy(begin, k, slots + k / kPlaces * kStepBytes);
-    for (int64_t row = 0; row < rows; row += 2 * kSide) {
-      for (int64_t group = 0; group < num_groups; ++group) {
-        uint8_t* slot = slots + group * group_bytes;
-        uint8_t* next = row || group + 1 == num_groups ? nullptr : slot + group_bytes;
-        Group(row, begin + group * kOutputs, slot, next);
-      }
-    }
+    const int64_t groups = (end - begin) / kOutputs, group_bytes = depth / kPlaces * kStepBytes;
+    uint8_t* weights = Room(memory, groups * group_bytes);
+    for (int64_t group = 0; group < groups; ++group)
+      CopyGroup(w + (begin + group * kOutputs) * depth, kSide, depth, weights + group * group_bytes);
+    for (int64_t row = 0; row < rows; row += 2 * kSide)
+      for (int64_t group = 0; group < groups; ++group)
+        Group(row, begin + group * kOutputs, weights + group * group_bytes);
   }
 
-  // A group's outputs of two panels of rows, while the next group, if any, is copied.
-  void Group(int64_t row, int64_t col, const uint8_t* weights, uint8_t* next) const {
+  // A group's outputs of two panels of rows.
+  void Group(int64_t row, int64_t col, const uint8_t* weights) const {
     const bool is_pair = row + kSide < rows;
     const uint32_t* first = x + row / kSide * pieces.Panel();
     const uint32_t* second = is_pair ? first + pieces.Panel() : first;
     ZeroSums();
     for (int64_t k = 0; k < depth; k += kPlaces, weights += kStepBytes) {
-      _tile_loadd(4, weights, 64);
-      _tile_loadd(5, weights + kTileBytes, 64);
-      for (int i = 0; i < Pieces::kNum; ++i, first += Pieces::kWords, second += Pieces::kWords) {
+      _tile_stream_loadd(4, weights, 64);
+      _tile_stream_loadd(5, weights + kTileBytes, 64);
+      for (int i = 0; i < Pieces::kNum; ++i, first += kTileWords, second += kTileWords) {
         _tile_loadd(6, first, 64);
         _tile_loadd(7, second, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 5, 6);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
+        MultiplyPairs();
       }
-      if (next) Copy(col + kOutputs, k, next + k / kPlaces * kStepBytes);
     }
     Sums sums;
     StoreSums(sums);
     for (int i = 0; i < (is_pair ? 4 : 2); ++i)
-      Write(sums.tiles[i], nullptr, row + i / 2 * kSide, col + i % 2 * kSide);
+      WriteTile(sums.tiles[i], nullptr, row + i / 2 * kSide, col + i % 2 * kSide);
+  }
+
+  void WriteTile(const float (*sum)[kSide], const float (*other)[kSide], int64_t row, int64_t col) const {
+    Write(sum, other, y + row * width + col, std::min<int64_t>(kSide, rows - row), width);
   }
 };
 

@@ -3,13 +3,17 @@
 // A work item is a tile of query tokens of one sequence with one KV head: kMaxRows rows (tokens x query heads of the
 // group) at most. It goes through the cache kKeys tokens at a time, from position 0 or a multiple of kKeys: keys and
 // values are widened to float32 once for the tile, then scores, an online softmax and the weighted sum follow in
-// registers and L1. A row's operations are the same whatever its neighbours do.
+// registers and L1. A row's operations are the same whatever its neighbours do. Where the processor has AMX, its tiles
+// take items with many bfloat16 rows (amx_attention.h), which are larger then.
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
+#include "amx_attention.h"
 #include "common.h"
+#include "exp.h"
 #include "transpose.h"
 
 namespace ffi = xla::ffi;
@@ -21,37 +25,9 @@ constexpr int kMaxRows = 60;
 constexpr int kTileRows = 6;  // rows summed at once, with kTileVectors as many sums as registers hold; 2 where few are left
 constexpr int kTailRows = 2;
 constexpr int kTileVectors = 2;
-constexpr float kMasked = -1e30f;
-constexpr float kLowest = -1e29f;  // far above a masked score, whose weight is therefore 0 and not exp(0)
-
-// e^x for x <= 0, 2 ulp; 0 below -87. With x = n ln 2 + r, |r| <= ln 2 / 2: a Taylor polynomial in r, times 2^n.
-Floats Exp(Floats x) {
-  Floats floor = x < -87.0f ? x - x - 87.0f : x;
-  Floats shifted = floor * 1.44269504f - 0.5f;
-  Ints n = __builtin_convertvector(shifted, Ints);  // towards zero: to the nearest for what is negative
-  Floats whole = __builtin_convertvector(n, Floats);
-  Floats r = floor - whole * 0.693359375f;
-  r = r + whole * 2.12194440e-4f;
-  Floats p = r * (1.0f / 5040) + (1.0f / 720);
-  p = p * r + (1.0f / 120);
-  p = p * r + (1.0f / 24);
-  p = p * r + (1.0f / 6);
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  Floats power = reinterpret_cast<Floats>((n + 127) << 23);
-  Floats result = p * power;
-  return x < -87.0f ? result - result : result;
-}
 
 float Get(float value) { return value; }
 float Get(uint16_t bits) { return Widen(bits); }
-void Set(float* to, float value) { *to = value; }
-void Set(uint16_t* to, float value) {  // to the nearest, ties to even
-  uint32_t word;
-  __builtin_memcpy(&word, &value, sizeof(word));
-  *to = static_cast<uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
-}
 
 struct Sizes {
   int64_t heads, kv_heads, dim, page_size, table_width;
@@ -192,51 +168,71 @@ struct Item {
   int64_t sequence, begin, count, place;  // query tokens [begin, begin + count) of the step; position of the first
 };
 
+// An item's rows with one KV head.
 template <class S>
-struct Attention {
+struct Job {
   Cache<S> cache;
   const S* q;  // [T, N, H]
   S* out;
-  const int32_t* table;
-  int64_t window;
+  const int32_t* pages;
+  Item item;
+  int64_t head, window;
   float scale;
 
-  void Run(const Item& item, int64_t head) const {
+  int64_t dim() const { return cache.sizes.dim; }
+  int64_t rows() const { return item.count * cache.sizes.group(); }
+  const S* Query(int64_t row) const { return q + Offset(row); }
+  S* Out(int64_t row) const { return out + Offset(row); }
+  const S* Key(int64_t place) const { return cache.Token(pages, head, place); }
+
+  // Keys that a row sees.
+  int64_t Begin(int64_t row) const { return window ? std::max<int64_t>(0, End(row) - window) : 0; }
+  int64_t End(int64_t row) const { return item.place + row / cache.sizes.group() + 1; }
+
+  int64_t Offset(int64_t row) const {
+    const int64_t group = cache.sizes.group();
+    return ((item.begin + row / group) * cache.sizes.heads + head * group + row % group) * dim();
+  }
+
+#ifdef __AMX_BF16__
+  static bool HasTiles() { return std::is_same_v<S, uint16_t> && amx::Allowed(); }
+  static int64_t MaxRows() { return HasTiles() ? amx::kAttendMost : kMaxRows; }
+
+  void Run() const {
+    if constexpr (std::is_same_v<S, uint16_t>)
+      if (rows() >= amx::kAttendLeast && HasTiles()) return amx::Attending<Job>(*this).Run();
+    RunVectors();
+  }
+#else
+  static int64_t MaxRows() { return kMaxRows; }
+  void Run() const { RunVectors(); }
+#endif
+
+  void RunVectors() const {
     static thread_local Tile tile;
-    const Sizes& sizes = cache.sizes;
-    int64_t dim = sizes.dim, group = sizes.group(), rows = item.count * group;
+    const int64_t dim = this->dim(), rows = this->rows();
     tile.Clear(rows, dim);
     for (int64_t row = 0; row < rows; ++row)
-      for (int64_t h = 0; h < dim; ++h) tile.queries[row * dim + h] = Get(q[Offset(item, head, row) + h]) * scale;
-    int64_t lowest = window ? std::max<int64_t>(0, item.place - window + 1) : 0;
-    int64_t end = item.place + item.count;
+      for (int64_t h = 0; h < dim; ++h) tile.queries[row * dim + h] = Get(Query(row)[h]) * scale;
+    const int64_t lowest = Begin(0), end = End(rows - 1);
     for (int64_t block = lowest / kKeys * kKeys; block < end; block += kKeys) {
       int64_t first = std::max(lowest, block), count = std::min<int64_t>(block + kKeys, end) - first;
-      const int32_t* pages = table + item.sequence * sizes.table_width;
       int64_t skipped = first - block;
       std::fill(tile.values.begin(), tile.values.begin() + skipped * dim, 0.0f);
       cache.Read(pages, head, first, count, &tile.keys[skipped], &tile.values[skipped * dim]);
       tile.Scores(rows, dim);
-      for (int64_t row = 0; row < rows; ++row) {
-        int64_t place = item.place + row / group;
-        int64_t begin = window ? std::max<int64_t>(0, place - window + 1) : 0;
-        tile.Softmax(row, dim, begin - block, place + 1 - block);
-      }
+      for (int64_t row = 0; row < rows; ++row) tile.Softmax(row, dim, Begin(row) - block, End(row) - block);
       tile.AddValues(rows, dim, skipped + count);
     }
     for (int64_t row = 0; row < rows; ++row)
-      for (int64_t h = 0; h < dim; ++h) Set(&out[Offset(item, head, row) + h], tile.out[row * dim + h] / tile.total[row]);
-  }
-
-  int64_t Offset(const Item& item, int64_t head, int64_t row) const {
-    int64_t group = cache.sizes.group();
-    return ((item.begin + row / group) * cache.sizes.heads + head * group + row % group) * cache.sizes.dim;
+      for (int64_t h = 0; h < dim; h += kLanes) Store(Out(row) + h, Load(&tile.out[row * dim + h]) / tile.total[row]);
   }
 };
 
-std::vector<Item> Items(const int32_t* kv_lens, const int32_t* cu_q_lens, int64_t sequences, int64_t tokens, int64_t group) {
+std::vector<Item> Items(const int32_t* kv_lens, const int32_t* cu_q_lens, int64_t sequences, int64_t tokens, int64_t group,
+                        int64_t max_rows) {
   std::vector<Item> items;
-  int64_t step = std::max<int64_t>(1, kMaxRows / group);
+  int64_t step = std::max<int64_t>(1, max_rows / group);
   for (int64_t b = 0; b < sequences; ++b) {
     bool decode = tokens == sequences;
     int64_t begin = decode ? b : cu_q_lens[b], end = decode ? b + (kv_lens[b] > 0) : cu_q_lens[b + 1];
@@ -246,13 +242,18 @@ std::vector<Item> Items(const int32_t* kv_lens, const int32_t* cu_q_lens, int64_
   return items;
 }
 
+// job: all but the item, its pages and the head.
 template <class S>
-void RunAll(ffi::ThreadPool& pool, const Attention<S>& attention, std::vector<Item> items) {
-  int64_t kv_heads = attention.cache.sizes.kv_heads;
+void RunAll(ffi::ThreadPool& pool, const Job<S>& job, const int32_t* table, std::vector<Item> items) {
+  int64_t kv_heads = job.cache.sizes.kv_heads;
   int64_t count = static_cast<int64_t>(items.size()) * kv_heads;
   if (count == 0) return;
-  ParallelFor(pool, count, [attention, kv_heads, items = std::move(items)](int64_t i) {
-    attention.Run(items[i / kv_heads], i % kv_heads);
+  ParallelFor(pool, count, [job, table, kv_heads, items = std::move(items)](int64_t i) {
+    Job<S> own = job;
+    own.item = items[i / kv_heads];
+    own.head = i % kv_heads;
+    own.pages = table + own.item.sequence * job.cache.sizes.table_width;
+    own.Run();
   });
 }
 
@@ -266,14 +267,16 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer cache, 
   if (pages[4] != sizes.dim || sizes.dim % (kTileVectors * kLanes) || sizes.heads % sizes.kv_heads ||
       sizes.group() > kMaxRows)
     return ffi::Error::InvalidArgument("attention: head sizes do not fit");
-  auto items = Items(kv_lens.typed_data(), cu_q_lens.typed_data(), kv_lens.dimensions()[0], shape[0], sizes.group());
   std::memset(out->untyped_data(), 0, out->size_bytes());
   int64_t seen = *window.typed_data();
   auto run = [&](auto zero) {
     using S = decltype(zero);
     auto at = [](void* p) { return reinterpret_cast<S*>(p); };
+    auto items = Items(kv_lens.typed_data(), cu_q_lens.typed_data(), kv_lens.dimensions()[0], shape[0], sizes.group(),
+                       Job<S>::MaxRows());
     Cache<S> held{at(cache.untyped_data()), sizes};
-    RunAll(pool, Attention<S>{held, at(q.untyped_data()), at(out->untyped_data()), table.typed_data(), seen, scale}, items);
+    const Job<S> job{held, at(q.untyped_data()), at(out->untyped_data()), nullptr, {}, 0, seen, scale};
+    RunAll(pool, job, table.typed_data(), std::move(items));
   };
   if (q.element_type() == ffi::F32 && cache.element_type() == ffi::F32) run(float{});
   else if (q.element_type() == ffi::BF16 && cache.element_type() == ffi::U16) run(uint16_t{});

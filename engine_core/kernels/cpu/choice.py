@@ -16,6 +16,7 @@ _PROBED_ROWS = (1, 4, 16, 64, 256)
 _DEPTH = 2048
 _WEIGHTS = {row: 16384 if row <= 64 else 2048 for row in _PROBED_ROWS}  # few rows: more than a cache holds
 _ROUNDS = 4
+_FEW_ROWS = 64  # up to which the weights of a product are multiplied where they lie, which a gated one does not do
 _GAIN = 0.95  # of XLA's time, that a kernel must stay below to be worth its place
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
@@ -40,6 +41,12 @@ class CpuKernels:
         """Whether the product of x: [T, in] is for them: as at the most rows probed that are not above T."""
         probed = max(row for row in _PROBED_ROWS if row <= max(1, x.shape[0]))
         return x.shape[1] % products.DEPTH_ALIGN == 0 and probed in self.rows
+
+    def gated(self, x: jax.Array, weight: jax.Array) -> str | None:
+        """Name of the gated product of x: [T, in] with weight: [2 * out, in], where there is one that is worth it."""
+        fits = x.shape[1] % products.DEPTH_ALIGN == 0 and weight.shape[0] % (2 * products.GATED_ALIGN) == 0
+        is_worth = x.shape[0] > _FEW_ROWS and x.dtype == weight.dtype == jnp.bfloat16
+        return self.library.gated if fits and is_worth else None
 
 
 def choose_kernels(library: Library, dtype: str, stored: str, in_xla: Product) -> CpuKernels:

@@ -21,12 +21,25 @@ constexpr int kLanes = 4;
 
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+typedef uint16_t LooseHalves __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 typedef float LooseFloats __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef uint32_t LooseWords __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
 
 inline Floats Load(const float* p) { return *reinterpret_cast<const LooseFloats*>(p); }
 inline LooseWords Load(const uint16_t* p) { return *reinterpret_cast<const LooseWords*>(p); }
 inline void Store(float* p, Floats value) { *reinterpret_cast<LooseFloats*>(p) = value; }
+
+// To bfloat16, to the nearest, ties to even: in the high halves, with anything in the low ones.
+inline Words Rounded(Floats value) {
+  const Words bits = reinterpret_cast<Words>(value);
+  return bits + 0x7fff + (bits >> 16 & 1);
+}
+
+inline void Store(uint16_t* p, Floats value) {
+  *reinterpret_cast<LooseHalves*>(p) = __builtin_convertvector(Rounded(value) >> 16, Halves);
+}
 
 inline float Sum(Floats value) {
   float sum = 0;

@@ -15,10 +15,16 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """Names of registered call targets."""
+    """Names of registered call targets.
+
+    Attributes:
+        gated: None where the CPU has no tiles for bfloat16.
+    """
 
     matmul: str
     attention: str
+    heads: str
+    gated: str | None
 
 
 def open_library(directory: Path, compilers: Sequence[str]) -> Library | None:
@@ -36,9 +42,21 @@ def open_library(directory: Path, compilers: Sequence[str]) -> Library | None:
     if functions is None:
         return None
     identity = sources.identity()  # an executable that calls a kernel fits only its own
-    library = Library(f"baton_matmul_{identity}", f"baton_attention_{identity}")
-    for name, function in ((library.matmul, functions.BatonMatmul), (library.attention, functions.BatonAttention)):
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
+    library = Library(
+        matmul=f"baton_matmul_{identity}",
+        attention=f"baton_attention_{identity}",
+        heads=f"baton_heads_{identity}",
+        gated=f"baton_gated_{identity}" if functions.BatonHasTiles() else None,
+    )
+    targets = {
+        library.matmul: functions.BatonMatmul,
+        library.attention: functions.BatonAttention,
+        library.heads: functions.BatonHeads,
+        library.gated: functions.BatonGated,
+    }
+    for name, function in targets.items():
+        if name is not None:
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
     return library
 
 
@@ -48,9 +66,12 @@ def _sources() -> Sources:
         name="baton_cpu",
         purpose="the CPU's kernels",
         otherwise="XLA does all",
-        files=(_HERE / "matmul.cc", _HERE / "attention.cc"),
+        files=tuple(_HERE / name for name in ("matmul.cc", "attention.cc", "heads.cc")),
         headers=(
-            *(_HERE / name for name in ("amx.h", "amx_pieces.h", "common.h", "transpose.h")),
+            *(
+                _HERE / name
+                for name in ("amx.h", "amx_attention.h", "amx_pieces.h", "common.h", "exp.h", "transpose.h")
+            ),
             include / "xla" / "ffi" / "api" / "c_api.h",
         ),
         flags=("-ffp-contract=fast", f"-I{include}"),

@@ -210,14 +210,19 @@ void RunPanels(ffi::ThreadPool& pool, const X* x, const W* w, float* y, int64_t 
 }
 
 #ifdef __AMX_BF16__
-void RunTiles(ffi::ThreadPool& pool, const uint16_t* x, const uint16_t* w, float* y, int64_t rows, int64_t width,
-              int64_t depth) {
+const uint32_t* PackTiles(ffi::ThreadPool& pool, const uint16_t* x, int64_t rows, int64_t depth) {
   static thread_local std::vector<uint32_t> memory;
   const int64_t num_panels = (rows + amx::kSide - 1) / amx::kSide;
   uint32_t* panels = amx::Room(memory, num_panels * amx::kSide * depth / 2);
   ParallelFor(pool, num_panels, [=](int64_t i) { amx::Pack(x, rows, depth, i, panels); });
-  Run(pool, amx::Product{panels, w, y, rows, width, depth}, amx::kOutputs,
-      rows <= amx::kFewRows ? amx::kFewBlock : amx::kManyBlock);
+  return panels;
+}
+
+void RunTiles(ffi::ThreadPool& pool, const uint16_t* x, const uint16_t* w, float* y, int64_t rows, int64_t width,
+              int64_t depth) {
+  const uint32_t* panels = PackTiles(pool, x, rows, depth);
+  if (rows <= amx::kFewRows) Run(pool, amx::FewRows{panels, w, y, rows, width, depth}, amx::kOutputs, amx::kFewBlock);
+  else Run(pool, amx::ManyRows{panels, w, y, nullptr, rows, width, depth}, amx::kOutputs, amx::kManyBlock);
 }
 
 void RunTiles(ffi::ThreadPool& pool, const float* x, const uint16_t* w, float* y, int64_t rows, int64_t width,
@@ -226,7 +231,7 @@ void RunTiles(ffi::ThreadPool& pool, const float* x, const uint16_t* w, float* y
   const amx::Pieces pieces{x, rows, depth};
   uint32_t* panels = amx::Room(memory, pieces.NumPanels() * pieces.Panel());
   ParallelFor(pool, pieces.NumPanels(), [=](int64_t i) { pieces.Pack(i, panels); });
-  Run(pool, amx::PiecesProduct{{panels, w, y, rows, width, depth}, pieces}, amx::kOutputs,
+  Run(pool, amx::PiecesProduct{panels, w, y, rows, width, depth, pieces}, amx::kOutputs,
       rows <= amx::kFewRows ? amx::kFewBlock : amx::kManyBlock);
 }
 #endif
@@ -276,7 +281,38 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
   return ffi::Error::Success();
 }
 
+using Bits = ffi::Buffer<ffi::BF16>;
+
+#ifdef __AMX_BF16__
+ffi::Error Gated(ffi::ThreadPool pool, Bits x, Bits w, ffi::Result<Bits> y) {
+  int64_t rows = x.dimensions()[0], depth = x.dimensions()[1], width = w.dimensions()[0] / 2;
+  if (w.dimensions()[1] != depth || depth % amx::kPlaces || width % amx::kSide)
+    return ffi::Error::InvalidArgument("gated: shapes do not fit");
+  auto bits = [](Bits& any) { return reinterpret_cast<uint16_t*>(any.untyped_data()); };
+  const uint32_t* panels = PackTiles(pool, bits(x), rows, depth);
+  Run(pool, amx::ManyRows{panels, bits(w), nullptr, bits(*y), rows, width, depth}, amx::kSide, amx::kManyBlock / 2);
+  return ffi::Error::Success();
+}
+#else
+ffi::Error Gated(ffi::ThreadPool, Bits, Bits, ffi::Result<Bits>) {
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "gated: no tiles");
+}
+#endif
+
 }  // namespace
+
+// Whether there is a gated product.
+extern "C" int BatonHasTiles() {
+#ifdef __AMX_BF16__
+  return amx::Allowed();
+#else
+  return 0;
+#endif
+}
+
+// y[T, F] = silu(x @ gates^T) * (x @ others^T) in bfloat16, gates and others the halves of w[2F, D].
+XLA_FFI_DEFINE_HANDLER_SYMBOL(BatonGated, Gated,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Bits>().Arg<Bits>().Ret<Bits>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(BatonMatmul, Matmul,
                               ffi::Ffi::Bind()

@@ -1,4 +1,4 @@
-"""The entry to compiled products."""
+"""The entries to compiled products."""
 
 from __future__ import annotations
 
@@ -9,6 +9,27 @@ from engine_core.kernels.shapes import check_shapes
 
 DEPTH_ALIGN = 32
 """What a row's length must be a multiple of: two vectors of the widest kind."""
+
+
+GATED_ALIGN = 16
+"""What the outputs of a gated product must be a multiple of."""
+
+
+def gated(x: jax.Array, weight: jax.Array, target: str) -> jax.Array:
+    """`silu(x @ gates.T) * (x @ others.T)`, accumulated in float32, without writing either: for more than 64 rows.
+
+    Args:
+        x: [T, in] bf16, `in` a multiple of DEPTH_ALIGN.
+        weight: [2 * out, in] bf16: gates, then others; `out` a multiple of GATED_ALIGN.
+        target: the kernel's name in XLA.
+
+    Returns:
+        [T, out] bf16.
+    """
+    check_shapes("T I", x, "O I", weight)
+    shape = jax.ShapeDtypeStruct((len(x), len(weight) // 2), jnp.bfloat16)
+    out: jax.Array = jax.ffi.ffi_call(target, shape)(x, weight)
+    return out
 
 
 def matmul(x: jax.Array, weight: jax.Array, target: str) -> jax.Array:
