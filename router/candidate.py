@@ -248,9 +248,9 @@ class Candidate:
 
     def num_rows(self) -> int:
         """Sequences that decode here or soon will."""
-        if self.load is None:
-            return len(self._rows)
         load, rows = self.load, len(self._rows)
+        if load is None:
+            return rows
         told = load.running + load.waiting + self._unheard_rows - self._gone_rows
         return told if told > rows else rows
 
