@@ -23,7 +23,7 @@ from tests.e2e.model import VOCAB
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
-TURNS = 4  # of a worker's leaving, until it has streams at that moment
+TURNS = 10  # of a worker's leaving, until it has streams at that moment
 MIXED = mixed_requests(220, VOCAB, max_prompt=300, max_tokens=40)
 LONG = [
     {"prompt": [random.Random(index).randrange(3, VOCAB) for _ in range(40)], "max_tokens": 300, "ignore_eos": True}
