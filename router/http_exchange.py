@@ -156,6 +156,8 @@ class HttpExchange:
         return response_head(status, [*every, *headers], close=not self.keep_alive)
 
     def _complete(self, last: bytes) -> None:
+        if self.response_complete:
+            raise RuntimeError("the response is complete already")
         self.response_complete = True
         self._transport.write(last)
         if not self.keep_alive:
