@@ -207,16 +207,14 @@ class Candidate:
 
     def _stand(self) -> Standing:
         load, rows = self.load, self.num_rows()
-        told_s, head_us = -math.inf, 0
+        told_s = -math.inf
         if load is not None and load.queued_tokens:
             told_s = self.steps.prefill_s(load.queued_tokens, 0, self.info.chunk_tokens) + self._unheard_us / 1e6
-        for head in self._work.values():
-            head_us = head.prefill_us
-            break
+        head = next(iter(self._work.values()), None)
         recent_s, recent_rows = self._recent_s, self._recent_rows
         return Standing(  # by position: half as long
             self._prefill_us / 1e6,
-            head_us / 1e6,
+            head.prefill_us / 1e6 if head else 0.0,
             self._head_since,
             told_s,
             self.load_at,
@@ -224,7 +222,7 @@ class Candidate:
             recent_s.at,
             self.mean_prefill_s.value,
             rows,
-            self.kv_tokens(rows) if self._rows else 0.0,
+            self.kv_tokens(rows),
             recent_rows.total,
             recent_rows.at,
             self.turn,

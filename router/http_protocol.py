@@ -17,9 +17,9 @@ from urllib.parse import unquote
 
 import httptools
 from starlette.types import Message
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from router.http import Headers, HttpError, error_json, response_head
+from router.http import JSON_TYPE, Headers, HttpError, error_json, response_head
 from router.http_exchange import CHUNKED, Endpoint, HttpExchange
 from router.outbox import LateTransport, Outbox
 
@@ -139,8 +139,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: int, message: str, code: str) -> None:
         body = error_json(HttpError(status, message, code))
-        head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
-        self.transport.write(STATUS_LINE[status] + head + body)
+        head = response_head(status, [JSON_TYPE, (b"content-length", b"%d" % len(body))], close=True)
+        self.transport.write(head + body)
         self.transport.close()
 
 

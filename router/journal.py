@@ -17,17 +17,16 @@ class Journal:
         epoch: number of the current attempt.
         token_ids: everything generated, over all attempts.
         start: position at which the current attempt began.
-        has_early: whether some chunk of this attempt ever came early.
+        early: chunks that wait for an earlier one, by position.
     """
 
-    __slots__ = ("_early", "epoch", "has_early", "start", "token_ids")
+    __slots__ = ("early", "epoch", "start", "token_ids")
 
     def __init__(self) -> None:
         self.epoch = 0
         self.start = 0
         self.token_ids: list[int] = []
-        self.has_early = False
-        self._early: dict[int, TokenChunk] = {}
+        self.early: dict[int, TokenChunk] = {}
 
     def accept(self, chunk: TokenChunk) -> bool:
         """Whether `chunk` is the next one; it is then part of the journal."""
@@ -41,19 +40,17 @@ class Journal:
 
     def next_early(self) -> TokenChunk | None:
         """The chunk that came early and is due by now, if there is one; pass it to `accept`."""
-        return self._early.pop(len(self.token_ids), None)
+        return self.early.pop(len(self.token_ids), None)
 
     def restart(self) -> int:
         """Begin the next attempt behind what was accepted; return its epoch."""
         self.epoch += 1
         self.start = len(self.token_ids)
-        self.has_early = False
-        self._early.clear()
+        self.early.clear()
         return self.epoch
 
     def _keep(self, chunk: TokenChunk) -> None:
         if chunk.position < len(self.token_ids):
             return
-        self.has_early = True
-        if len(self._early) < MAX_EARLY:
-            self._early.setdefault(chunk.position, chunk)
+        if len(self.early) < MAX_EARLY:
+            self.early.setdefault(chunk.position, chunk)

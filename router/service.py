@@ -312,7 +312,7 @@ class Service:
                 self._placement.finished(len(journal.token_ids))
                 self._end(stream, chunk.finish_reason)
                 return
-            following = journal.next_early() if journal.has_early else None
+            following = journal.next_early() if journal.early else None
             if following is not None and not journal.accept(following):
                 return
 
